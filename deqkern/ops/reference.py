@@ -1,0 +1,207 @@
+"""What every op means, in plain torch: the one reference that tests and benches compare with.
+
+Shapes: S steps, B samples, D elements of a flattened sample, K bands, m history size. State i is x[i], i = 0 .. S;
+step i leads from x[i] to x[i+1]. `window[b] = (begin, end)` holds the active steps begin <= i < end of sample b:
+rows outside it are never read for a result nor written (norms, moments, gram, rhs and gamma are set to zero there).
+
+Every function writes into the tensors it is given and returns nothing. Arithmetic is in the dtype of the state, so
+the same text is the float64 reference when it is called with float64 tensors. Nothing here calls another op.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SCOPES = ("row", "causal", "anticausal", "joint")
+
+
+def _active(window: Tensor, steps: int) -> Tensor:  # (S, B) bool
+    index = torch.arange(steps, device=window.device)[:, None]
+    return (index >= window[:, 0]) & (index < window[:, 1])
+
+
+def dct2(
+    image: Tensor,  # (N, C, H, W)
+    spectrum: Tensor,  # (R, C*H*W)
+    rows: Tensor,  # (N,) int64, the row of `spectrum` that belongs to each image
+    dct_h: Tensor,  # (H, H) orthonormal
+    dct_w: Tensor,  # (W, W) orthonormal
+    colour: Tensor,  # (C, C) orthonormal
+    order: Tensor,  # (C*H*W,) int64, a permutation: coefficient order[k] is stored at place k
+    inverse: bool,
+) -> None:
+    """Orthonormal 2-D DCT-II of every channel, colour rotation, and band order; or the inverse of all three.
+
+    Forward, writes `spectrum[rows]`:  y[n, c] = sum_d colour[c, d] dct_h image[n, d] dct_w^T,
+                                       spectrum[rows[n], k] = y[n].flat[order[k]].
+    Inverse, writes `image`: the transposed maps in reverse order.
+    """
+    if inverse:
+        y = torch.empty_like(image, dtype=spectrum.dtype)
+        y.flatten(1)[:, order] = spectrum[rows]
+        image.copy_(dct_h.mT @ torch.einsum("cd,nchw->ndhw", colour, y) @ dct_w)
+    else:
+        y = torch.einsum("cd,ndhw->nchw", colour, dct_h @ image.to(spectrum.dtype) @ dct_w.mT)
+        spectrum[rows] = y.flatten(1)[:, order]
+
+
+def ddim_scan(
+    x: Tensor,  # (S+1, B, D)
+    e: Tensor,  # (S, B, D), the model's output at x[:-1]
+    z: Tensor | None,  # (S, B, D), the noise of each step
+    a: Tensor,  # (S,)
+    b: Tensor,  # (S,)
+    n: Tensor,  # (S,)
+    slope: Tensor,  # (S, B, K)
+    bands: Tensor,  # (K+1,) int64, band k holds the elements bands[k] .. bands[k+1]-1
+    window: Tensor,  # (B, 2) int64
+    beta: float,
+    f: Tensor,  # (S, B, D), written; may be x[1:]
+    g: Tensor,  # (S, B, D), written
+    norms: Tensor,  # (S, B, 3) float64, written
+) -> None:
+    """Residual, scan over all steps with one slope per band, update and squared norms, in one pass.
+
+        p[i] = a[i] x[i] + b[i] e[i] + n[i] z[i]                 r[i+1] = p[i] - x[i+1]
+        g[i+1] = (a[i] + b[i] slope[i]) g[i] + r[i+1],           g[begin] = 0
+        f[i+1] = x[i+1] + beta g[i+1],                           f[begin+1] = p[begin]
+        norms[i] = |r[i+1]|^2, |g[i+1]|^2, |x[i+1]|^2
+
+    Index i of f, g and norms holds the value that belongs to state i+1. All of x is read before f is written.
+    """
+    steps, batch, _ = e.shape
+    active = _active(window, steps)
+    state = x.clone()
+    widths = bands[1:] - bands[:-1]
+    correction = torch.zeros_like(state[0])
+    norms.zero_()
+    for i in range(steps):
+        plain = a[i] * state[i] + b[i] * e[i].to(x.dtype)
+        if z is not None:
+            plain = plain + n[i] * z[i]
+        residual = plain - state[i + 1]
+        factor = torch.repeat_interleave(a[i] + b[i] * slope[i], widths, dim=-1)  # (B, D)
+        first = (window[:, 0] == i)[:, None]  # (B, 1)
+        correction = torch.where(first, residual, factor * correction + residual)
+        update = torch.where(first, plain, state[i + 1] + beta * correction)
+        rows = active[i]
+        g[i, rows] = correction[rows]
+        f[i, rows] = update[rows]
+        for j, vector in enumerate((residual, correction, state[i + 1])):
+            norms[i, rows, j] = vector[rows].double().square().sum(-1)
+
+
+def band_moments(
+    dx: Tensor,  # (S, B, D), the last change of x[:-1]
+    e: Tensor,  # (S, B, D)
+    e_prev: Tensor,  # (S, B, D), the model's output before that change
+    bands: Tensor,  # (K+1,) int64
+    window: Tensor,  # (B, 2) int64
+    moments: Tensor,  # (S, B, K, 2) float64, written
+) -> None:
+    """moments[i, b, k] = <dx, e - e_prev>, <dx, dx> over band k: what a secant slope is made of (Barzilai-Borwein)."""
+    active = _active(window, e.shape[0])
+    de = e.to(dx.dtype) - e_prev.to(dx.dtype)
+    moments.zero_()
+    for j, product in enumerate(((dx.double() * de), dx.double().square())):
+        sums = product.cumsum(-1)
+        sums = torch.nn.functional.pad(sums, (1, 0))[..., bands]
+        moments[..., j][active] = sums.diff(dim=-1)[active]
+
+
+def anderson_gram(
+    g_ring: Tensor,  # (m+1, S, B, D), the last corrections
+    head: int,  # the newest is g_ring[head], the one before it g_ring[head-1], and so on around the ring
+    count: int,  # differences that exist, 1 .. m
+    window: Tensor,  # (B, 2) int64
+    gram: Tensor,  # (S, B, m, m) float64, updated
+    rhs: Tensor,  # (S, B, m) float64, written
+) -> None:
+    """The inner products that a new correction adds. Index j counts ages: dG_0 is the newest difference.
+
+    gram moves one place down and right, then  gram[0, j] = gram[j, 0] = <dG_0, dG_j>;   rhs[j] = <dG_j, g>,
+    dG_j = g_ring[head-j] - g_ring[head-j-1], j < count. Entries of age >= count are zero.
+    """
+    size = g_ring.shape[0]
+    active = _active(window, gram.shape[0])
+    ages = [g_ring[(head - j) % size] for j in range(count + 1)]
+    differences = torch.stack([(ages[j] - ages[j + 1]).double() for j in range(count)])  # (count, S, B, D)
+    row = (differences[0] * differences).sum(-1).permute(1, 2, 0)  # (S, B, count)
+    right = (differences * ages[0].double()).sum(-1).permute(1, 2, 0)
+    shifted = torch.zeros_like(gram)
+    shifted[..., 1:, 1:] = gram[..., :-1, :-1]
+    shifted[..., 0, :count] = row
+    shifted[..., :count, 0] = row
+    shifted[..., count:, :] = 0
+    shifted[..., :, count:] = 0
+    gram.copy_(torch.where(active[..., None, None], shifted, torch.zeros_like(gram)))
+    rhs.zero_()
+    rhs[..., :count] = torch.where(active[..., None], right, torch.zeros_like(right))
+
+
+def anderson_solve(
+    gram: Tensor,  # (S, B, m, m) float64
+    rhs: Tensor,  # (S, B, m) float64
+    window: Tensor,  # (B, 2) int64
+    scope: str,  # one of SCOPES
+    ridge: float,  # relative to the mean of the diagonal
+    ridge_absolute: float,
+    gamma: Tensor,  # (S, B, m), written
+) -> None:
+    """Batched least squares:  gamma = argmin |g - dG gamma|^2 + (ridge trace(A)/m + ridge_absolute) |gamma|^2.
+
+    A and the right-hand side are the sums of gram and rhs over the scope of step i: `row` i alone, `causal` all
+    steps up to i, `anticausal` all steps from i on, `joint` all steps. A row with an entry that is not finite is left out of
+    every sum. A singular or indefinite system gives the minimum-norm answer of its well-determined part (eigenvalues
+    above 1e-12 of the largest); what is not finite becomes zero. The first active step gets zero: it takes the plain
+    step. The mean of the diagonal is taken over its non-zero entries.
+    """
+    steps = gram.shape[0]
+    active = _active(window, steps)
+    finite = gram.isfinite().all(-1).all(-1) & rhs.isfinite().all(-1) & active
+    matrix = torch.where(finite[..., None, None], gram.double(), 0.0)
+    right = torch.where(finite[..., None], rhs.double(), 0.0)
+    scale = matrix.abs().amax((0, 2, 3)).clamp_min(right.abs().amax((0, 2)))  # (B,)
+    exponent = torch.where(scale > 0, scale.log2().floor(), torch.zeros_like(scale))
+    absolute = torch.exp2(-exponent) * ridge_absolute
+    matrix = torch.ldexp(matrix, -exponent[:, None, None])
+    right = torch.ldexp(right, -exponent[:, None])
+    if scope == "causal":
+        matrix, right = matrix.cumsum(0), right.cumsum(0)
+    elif scope == "anticausal":
+        matrix, right = matrix.flip(0).cumsum(0).flip(0), right.flip(0).cumsum(0).flip(0)
+    elif scope == "joint":
+        matrix, right = matrix.sum(0, keepdim=True).expand_as(matrix), right.sum(0, keepdim=True).expand_as(right)
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.sum(-1) / (diagonal != 0).sum(-1).clamp_min(1)
+    shift = ridge * mean + absolute
+    eigenvalues, vectors = torch.linalg.eigh(matrix)
+    eigenvalues = eigenvalues + shift[..., None]
+    kept = eigenvalues > 1e-12 * eigenvalues.abs().amax(-1, keepdim=True)
+    weights = torch.where(kept, 1 / torch.where(kept, eigenvalues, 1.0), 0.0)
+    answer = (vectors @ (weights[..., None] * (vectors.mT @ right[..., None])))[..., 0]
+    index = torch.arange(steps, device=window.device)[:, None]
+    usable = active & (index > window[:, 0])
+    gamma.copy_(torch.where(usable[..., None] & answer.isfinite(), answer, 0.0))
+
+
+def anderson_mix(
+    f_ring: Tensor,  # (m+1, S, B, D), the last updates x + beta g
+    head: int,
+    count: int,
+    gamma: Tensor,  # (S, B, m), index j counts ages
+    window: Tensor,  # (B, 2) int64
+    out: Tensor,  # (S, B, D), written; x[1:]
+) -> None:
+    """out = f_ring[head] - sum_j gamma[j] dF_j,  dF_j = f_ring[head-j] - f_ring[head-j-1] = dU_j + beta dG_j, j < count.
+
+    With f = x + beta g this is x + beta g - (dU + beta dG) gamma: type-II Anderson mixing (Walker, Ni 2011).
+    """
+    size = f_ring.shape[0]
+    active = _active(window, out.shape[0])
+    mixed = f_ring[head].clone()
+    for j in range(count):
+        difference = f_ring[(head - j) % size] - f_ring[(head - j - 1) % size]
+        mixed -= gamma[..., j, None].to(mixed.dtype) * difference
+    out[active] = mixed[active]
