@@ -1,0 +1,23 @@
+// Orthonormal 2-D DCT-II of every channel, colour rotation and band order; or the inverse of all three.
+//
+//   forward:  y[n, c] = sum_d colour[c, d] dct_h image[n, d] dct_w^T,   spectrum[rows[n], k] = y[n].flat[order[k]]
+//   inverse:  the transposed maps in reverse order, writes image
+#pragma once
+#include <cstdint>
+
+namespace deqkern {
+
+struct Dct2 {
+  float* image;           // (N, C, H, W), written by the inverse
+  float* spectrum;        // (R, C*H*W), written by the forward transform
+  const int64_t* rows;    // (N,), the row of `spectrum` that belongs to each image
+  const float* dct_h;     // (H, H) orthonormal
+  const float* dct_w;     // (W, W) orthonormal
+  const float* colour;    // (C, C) orthonormal
+  const int64_t* order;   // (C*H*W,), a permutation
+  int64_t N, C, H, W, R;
+  bool inverse;
+  int threads;
+};
+
+}  // namespace deqkern

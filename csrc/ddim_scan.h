@@ -1,0 +1,32 @@
+// Residual, scan over all steps with one slope per band, update and squared norms, in one pass over memory.
+//
+//   p[i] = a[i] x[i] + b[i] e[i] + n[i] z[i]                    r[i+1] = p[i] - x[i+1]
+//   g[i+1] = (a[i] + b[i] slope[i]) g[i] + r[i+1],              g[begin] = 0
+//   f[i+1] = x[i+1] + beta g[i+1],                              f[begin+1] = p[begin]
+//   norms[i] = |r[i+1]|^2, |g[i+1]|^2, |x[i+1]|^2               (zero outside the window)
+//
+// Index i of f, g and norms belongs to state i+1. Rows of f and g outside the window are not written.
+#pragma once
+#include <cstdint>
+
+namespace deqkern {
+
+struct DdimScan {
+  const float* x;         // (S+1, B, D)
+  const float* e;         // (S, B, D)
+  const float* z;         // (S, B, D) or null
+  const float* a;         // (S,)
+  const float* b;         // (S,)
+  const float* n;         // (S,), not read when z is null
+  const float* slope;     // (S, B, K)
+  const int64_t* bands;   // (K+1,), from 0 to D, not decreasing
+  const int64_t* window;  // (B, 2)
+  float* f;               // (S, B, D), written; either disjoint from x or exactly x[1:]
+  float* g;               // (S, B, D), written
+  double* norms;          // (S, B, 3), written
+  int64_t S, B, D, K;
+  float beta;
+  int threads;
+};
+
+}  // namespace deqkern
