@@ -1,0 +1,136 @@
+// One pass: a task is one chunk of D of one sample, and walks all its steps with the correction, the old state and the
+// factors kept in the first-level cache. Norms are summed per chunk in float lanes, over chunks in double, in order.
+#include "../ddim_scan.h"
+
+#include "simd.h"
+
+namespace deqkern {
+namespace DEQKERN_ISA {
+namespace {
+
+constexpr int64_t kLongestChunk = 1024;  // also the most floats that are summed before going to double
+constexpr int64_t kShortestChunk = 256;
+
+// It depends on D alone, so that neither threads nor the batch change a result.
+DEQKERN_INLINE int64_t chunk_length(int64_t D) {
+  const int64_t even = ceil_div(ceil_div(D, 16), 64) * 64;
+  return smaller(larger(even, kShortestChunk), kLongestChunk);
+}
+
+struct Chunk {
+  int64_t b, begin, length;
+  int64_t band;  // the first band with elements in it
+};
+
+struct Buffers {
+  alignas(64) float previous[kLongestChunk + kLanes];  // x[i], which f may have overwritten
+  alignas(64) float correction[kLongestChunk + kLanes];
+  alignas(64) float factor[kLongestChunk + 2 * kLanes];
+};
+
+struct Row {
+  const float *e, *z, *x;  // x is the next state
+  float *f, *g;
+  vec a, b, n, beta;
+};
+
+struct Sums {
+  vec residual{}, correction{}, state{};
+};
+
+template <bool kFirst, bool kNoise, bool kWhole>
+DEQKERN_INLINE void advance(const Row& row, Buffers& buffers, int64_t d, int count, Sums& sums) {
+  const vec state = load_lanes<kWhole>(row.x + d, count);
+  vec plain = row.a * load(buffers.previous + d) + row.b * load_lanes<kWhole>(row.e + d, count);
+  if (kNoise) plain += row.n * load_lanes<kWhole>(row.z + d, count);
+  const vec residual = plain - state;
+  vec correction = residual;
+  if (!kFirst) correction += load(buffers.factor + d) * load(buffers.correction + d);
+  store(buffers.previous + d, state);
+  store(buffers.correction + d, correction);
+  store_lanes<kWhole>(row.g + d, correction, count);
+  store_lanes<kWhole>(row.f + d, kFirst ? plain : state + row.beta * correction, count);
+  sums.residual += residual * residual;
+  sums.correction += correction * correction;
+  sums.state += state * state;
+}
+
+template <bool kFirst, bool kNoise>
+void advance_row(const Row& row, Buffers& buffers, int64_t length, double* partial) {
+  Sums sums;
+  int64_t d = 0;
+  for (; d + kLanes <= length; d += kLanes) advance<kFirst, kNoise, true>(row, buffers, d, 0, sums);
+  if (d < length) advance<kFirst, kNoise, false>(row, buffers, d, static_cast<int>(length - d), sums);
+  partial[0] = lane_sum(sums.residual);
+  partial[1] = lane_sum(sums.correction);
+  partial[2] = lane_sum(sums.state);
+}
+
+// factor[d] = a + b slope[band of d]. Whole vectors are written; the next band overwrites what is too much.
+void fill_factors(const DdimScan& op, const Chunk& chunk, int64_t i, float* factor) {
+  const float* slope = op.slope + (i * op.B + chunk.b) * op.K;
+  const int64_t end = chunk.begin + chunk.length;
+  for (int64_t k = chunk.band; k < op.K && op.bands[k] < end; ++k) {
+    const vec value = splat(op.a[i] + op.b[i] * slope[k]);
+    const int64_t to = smaller(op.bands[k + 1], end) - chunk.begin;
+    for (int64_t d = larger(op.bands[k], chunk.begin) - chunk.begin; d < to; d += kLanes) store(factor + d, value);
+  }
+}
+
+template <bool kNoise>
+void scan_chunk(const DdimScan& op, const Chunk& chunk, Window window, double* partial) {
+  Buffers buffers = {};
+  const int64_t stride = op.B * op.D, offset = chunk.b * op.D + chunk.begin;
+  const float* x = op.x + window.begin * stride + offset;
+  __builtin_memcpy(buffers.previous, x, static_cast<size_t>(chunk.length) * sizeof(float));
+  for (int64_t i = window.begin; i < window.end; ++i) {
+    const int64_t place = i * stride + offset;
+    const Row row{op.e + place, kNoise ? op.z + place : nullptr, op.x + place + stride,
+                  op.f + place, op.g + place,
+                  splat(op.a[i]), splat(op.b[i]), splat(kNoise ? op.n[i] : 0.0f), splat(op.beta)};
+    if (i == window.begin) {
+      advance_row<true, kNoise>(row, buffers, chunk.length, partial + 3 * i);
+    } else {
+      fill_factors(op, chunk, i, buffers.factor);
+      advance_row<false, kNoise>(row, buffers, chunk.length, partial + 3 * i);
+    }
+  }
+}
+
+// norms[i, b] = sum over chunks of partial[chunk, i], zero outside the window.
+void sum_norms(const DdimScan& op, int64_t b, Window window, const double* partial, int64_t chunks) {
+  for (int64_t i = 0; i < op.S; ++i)
+    for (int64_t j = 0; j < 3; ++j) op.norms[(i * op.B + b) * 3 + j] = 0.0;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk)
+    for (int64_t i = window.begin; i < window.end; ++i)
+      for (int64_t j = 0; j < 3; ++j) op.norms[(i * op.B + b) * 3 + j] += partial[(chunk * op.S + i) * 3 + j];
+}
+
+}  // namespace
+
+void ddim_scan(const DdimScan& op) {
+  const int64_t length = chunk_length(op.D), chunks = ceil_div(op.D, length), tasks = op.B * chunks;
+  double* partial = static_cast<double*>(scratch(static_cast<size_t>(tasks * op.S * 3) * sizeof(double)));
+  const int team = team_size(op.threads, tasks, 4 * op.S * op.B * op.D);
+#pragma omp parallel num_threads(team) if (team > 1)
+  {
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < tasks; ++task) {
+      Chunk chunk{task / chunks, task % chunks * length, 0, 0};
+      chunk.length = smaller(length, op.D - chunk.begin);
+      while (op.bands[chunk.band + 1] <= chunk.begin) ++chunk.band;
+      const Window window = window_of(op.window, chunk.b, op.S);
+      if (window.begin >= window.end) continue;
+      if (op.z != nullptr)
+        scan_chunk<true>(op, chunk, window, partial + task * op.S * 3);
+      else
+        scan_chunk<false>(op, chunk, window, partial + task * op.S * 3);
+    }
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < op.B; ++b)
+      sum_norms(op, b, window_of(op.window, b, op.S), partial + b * chunks * op.S * 3, chunks);
+  }
+}
+
+}  // namespace DEQKERN_ISA
+}  // namespace deqkern

@@ -1,0 +1,25 @@
+// Which build of the CPU kernels runs: the best one that this machine has, or the one DEQKERN_ISA names.
+#pragma once
+#include "../anderson_gram.h"
+#include "../anderson_mix.h"
+#include "../anderson_solve.h"
+#include "../band_moments.h"
+#include "../dct2.h"
+#include "../ddim_scan.h"
+
+namespace deqkern {
+
+struct Kernels {
+  const char* name;
+  void (*dct2)(const Dct2&);
+  void (*ddim_scan)(const DdimScan&);
+  void (*band_moments)(const BandMoments&);
+  void (*anderson_gram)(const AndersonGram&);
+  void (*anderson_solve)(const AndersonSolve&);
+  void (*anderson_mix)(const AndersonMix&);
+};
+
+const Kernels& kernels();              // throws std::runtime_error when DEQKERN_ISA names one that is not available
+const char* available_isa(int place);  // best first; null after the last
+
+}  // namespace deqkern
