@@ -1,0 +1,76 @@
+"""`calibrate`: measure a model's slopes once, so that every later solve starts from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .sampling import sample
+from .schedule import NoiseSchedule
+from .slopes import Secant, SlopeProfile
+from .solvers import Solver
+from .trajectory import Model
+
+
+@dataclass(frozen=True)
+class _Recorder(Secant):
+    """A secant slope that also sums up its measurements, each iteration and sample with the same weight per step."""
+
+    sums: list[Tensor] = field(default_factory=list)  # one (S, K, 2) per iteration
+
+    def refine(self, slope: Tensor, moments: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        total = moments[..., 1].sum(-1)[..., None, None]  # (S, B, 1, 1)
+        self.sums.append(torch.where(total > 0, moments / total, 0.0).sum(1))
+        return super().refine(slope, moments, low, high)
+
+
+def calibrate(
+    model: Model,
+    shape: tuple[int, ...],
+    schedule: NoiseSchedule,
+    num_inference_steps: int = 50,
+    *,
+    samples: int = 2,
+    etas: tuple[float, ...] = (0.0, 1.0),
+    rtol: float = 1e-3,
+    generator: torch.Generator | None = None,
+    device: torch.device | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    max_batch: int | None = None,
+) -> SlopeProfile:
+    """Measure the slopes of `model` over `samples` solves for each eta: a `SlopeProfile` for `solvers.default(profile=...)`.
+
+    shape: of one sample, without the batch. Costs about 8 * num_inference_steps model evaluations per sample and eta.
+    Other arguments as in `sample`. Raises ValueError for samples < 1 and whatever `sample` raises.
+    """
+    if not isinstance(samples, int) or samples < 1:
+        raise ValueError(f"samples must be an int >= 1, got {samples!r}")
+    if not etas:
+        raise ValueError("etas must name at least one eta")
+    recorder = _Recorder()
+    for eta in etas:
+        noise = torch.randn(samples, *shape, generator=generator, device=generator.device if generator else device)
+        sample(
+            model,
+            noise.to(device),
+            schedule,
+            num_inference_steps,
+            eta=eta,
+            solver=Solver(slope=recorder, name="calibrate"),
+            rtol=rtol,
+            generator=generator,
+            model_kwargs=model_kwargs,
+            max_batch=max_batch,
+        )
+    table = schedule.steps(num_inference_steps)
+    cross, square = torch.stack(recorder.sums).sum(0).cpu().unbind(-1)  # (S, K)
+    width = table.slope_1 - table.slope_0
+    slope = torch.where(square > 0, cross / square.clamp_min(1e-300), table.slope_0[:, None])
+    shrinkage = ((slope - table.slope_0[:, None]) / width[:, None]).clamp(0, 1)
+    measured = square.sum(1) > 0  # the first state never moves: nothing is known of its step
+    order = table.log_snr[measured].argsort()
+    return SlopeProfile(table.log_snr[measured][order], shrinkage[measured][order], tuple(shape))

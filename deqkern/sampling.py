@@ -1,0 +1,158 @@
+"""`sample`: the sampling chain of a diffusion model, solved for all its steps at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .schedule import NoiseSchedule, StepTable
+from .slopes import slope_of
+from .solve import Callback, Solution, solve
+from .solvers import Solver, default
+from .spectral import Basis
+from .trajectory import Model, Trajectory, model_dtype
+
+_STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def sample(
+    model: Model,
+    noise: Tensor,  # (B, *shape)
+    schedule: NoiseSchedule,
+    num_inference_steps: int = 50,
+    *,
+    eta: float = 0.0,
+    solver: Solver | None = None,
+    rtol: float = 1e-2,
+    max_iterations: int | None = None,
+    step_noise: Tensor | None = None,  # (S, B, *shape)
+    generator: torch.Generator | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    max_batch: int | None = None,
+    sigma_min: float | None = None,
+    gradient: str | None = None,
+    callback: Callback | None = None,
+) -> Solution:
+    """Sample from a diffusion model: the DDIM chain of `num_inference_steps` = S steps as one fixed point.
+
+    The result is the chain's own, to a relative error of about `rtol`; rtol = 0 gives the sequential chain exactly, up to the
+    effect of the batch size on the model. All states are evaluated in one batch per iteration (arXiv 2210.12867).
+
+    model: `model(x, t, **model_kwargs)` with x (N, *shape), t (N,), N up to S * B, returns a tensor like x, or an object
+        with `.sample`. Called in the dtype of its first parameter; a plain function in the dtype of `noise`.
+    noise: (B, *shape) fp32, bf16 or fp16: the chain's noisy end, standard normal for most schedules. Any layout.
+    schedule: see `NoiseSchedule`. eta: 0 is DDIM, 1 is DDPM-like (arXiv 2010.02502, eq. 16).
+    solver: `deqkern.solvers.default()` if None. rtol: relative 2-norm of the error of each clean sample.
+    max_iterations: at most so many; S if None, which is always enough.
+    step_noise: (S, B, *shape), the noise of each step, eta > 0 only; else drawn from `generator` in the sequential order.
+    model_kwargs: tensors in it whose first dimension is B are repeated for every step.
+    max_batch: rows in one model call, to limit memory; the result does not depend on it.
+    sigma_min: end the chain at this noise-to-signal ratio instead of the schedule's own end.
+    callback: called with (iteration, x0_estimate (B, *shape), error_estimate (B,)) after each iteration.
+
+    Raises ValueError or TypeError, before the model is called, for an argument that does not fit; ValueError if the model
+    returns another shape, or NaN. A sample that does not converge is reported in the `Solution` and by one `ConvergenceWarning`.
+    """
+    solver = default() if solver is None else solver
+    _check(noise, schedule, solver, rtol, max_iterations, max_batch, gradient, callback)
+    table = schedule.steps(num_inference_steps, eta=eta, sigma_min=sigma_min)
+    _check_step_noise(step_noise, generator, noise, len(table.a), eta)
+    kwargs = dict(model_kwargs or {})
+    with torch.no_grad():
+        trajectory = _start(model, noise, table, solver, step_noise, generator, kwargs, max_batch)
+        return solve(
+            trajectory, solver, rtol=rtol, max_iterations=max_iterations, callback=callback, dtype=noise.dtype
+        )
+
+
+def _start(
+    model: Model,
+    noise: Tensor,
+    table: StepTable,
+    solver: Solver,
+    step_noise: Tensor | None,
+    generator: torch.Generator | None,
+    model_kwargs: Mapping[str, Any],
+    max_batch: int | None,
+) -> Trajectory:
+    shape, device, steps, batch = tuple(noise.shape[1:]), noise.device, len(table.a), len(noise)
+    spectral = solver.basis == "spectral" and len(shape) == 3
+    basis = Basis.spectral(shape, device) if spectral else Basis.identity(shape, device)
+    samples = torch.arange(batch, device=device)
+    x = torch.empty(steps + 1, batch, basis.size, device=device)
+    basis.forward(noise, x[0], samples)
+    z = None
+    if bool((table.n != 0).any()):
+        z = torch.empty(steps, batch, basis.size, device=device)
+        for i in range(steps):
+            drawn = _draw(noise, generator) if step_noise is None else step_noise[i]
+            basis.forward(drawn, z[i], samples)
+    shrinkage = solver.slope.initial(table, basis)
+    factors = (table.a[:, None] + table.b[:, None] * slope_of(table, shrinkage)).to(device, torch.float32)  # (S, K)
+    widths = basis.bands.diff()
+    for i in range(steps):
+        if solver.start == "constant":
+            x[i + 1] = x[0]
+        else:
+            x[i + 1] = torch.repeat_interleave(factors[i], widths) * x[i]
+            if z is not None:
+                x[i + 1] += float(table.n[i]) * z[i]
+    return Trajectory(model, table, basis, x, z, model_dtype(model, noise.dtype), model_kwargs, max_batch)
+
+
+def _draw(noise: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One step's noise (B, *shape), drawn as diffusers draws it: on the generator's device, in the dtype of the noise."""
+    device = noise.device if generator is None else generator.device
+    return torch.randn(noise.shape, generator=generator, device=device, dtype=noise.dtype).to(noise.device)
+
+
+def _check(
+    noise: Tensor,
+    schedule: NoiseSchedule,
+    solver: Solver,
+    rtol: float,
+    max_iterations: int | None,
+    max_batch: int | None,
+    gradient: str | None,
+    callback: Callback | None,
+) -> None:
+    if not isinstance(noise, Tensor):
+        raise TypeError(f"noise must be a tensor, got {type(noise).__name__}")
+    if noise.dtype not in _STATE_DTYPES:
+        raise TypeError(f"noise must be fp32, bf16 or fp16, got {noise.dtype}")
+    if noise.ndim < 2 or math.prod(noise.shape[1:]) == 0:
+        raise ValueError(f"noise must have shape (B, *shape) with a non-empty sample shape, got {tuple(noise.shape)}")
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
+    if not isinstance(solver, Solver):
+        raise TypeError(f"solver must be a Solver, got {type(solver).__name__}")
+    if not 0 <= rtol < math.inf:
+        raise ValueError(f"rtol must be finite and >= 0, got {rtol}")
+    for name, value in (("max_iterations", max_iterations), ("max_batch", max_batch)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be None or an int >= 1, got {value!r}")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be callable, got {type(callback).__name__}")
+    if gradient is not None:
+        raise NotImplementedError(f"gradient={gradient!r}: gradients are not implemented yet, use gradient=None")
+
+
+def _check_step_noise(
+    step_noise: Tensor | None, generator: torch.Generator | None, noise: Tensor, steps: int, eta: float
+) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+    if step_noise is None:
+        return
+    if not isinstance(step_noise, Tensor) or step_noise.dtype not in _STATE_DTYPES:
+        raise TypeError("step_noise must be an fp32, bf16 or fp16 tensor")
+    if eta == 0:
+        raise ValueError("step_noise needs eta > 0: with eta = 0 no step draws noise")
+    if step_noise.shape != (steps, *noise.shape):
+        raise ValueError(f"step_noise must have shape {(steps, *noise.shape)}, got {tuple(step_noise.shape)}")
+    if step_noise.device != noise.device:
+        raise ValueError(f"step_noise is on {step_noise.device}, noise on {noise.device}")

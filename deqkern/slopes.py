@@ -1,0 +1,119 @@
+"""Cheap models of d output / d x: one number per step, sample and frequency band.
+
+Every slope is held between the two ends of the physical range by its shrinkage kappa in [0, 1]:
+d eps / dx = kappa / sigma and d x0 / dx = (1 - kappa) / alpha, so that a slope is independent of what the model predicts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from os import PathLike
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .schedule import StepTable
+from .spectral import Basis
+
+
+def slope_of(table: StepTable, shrinkage: Tensor) -> Tensor:
+    """d output / dx (S, ...) of a shrinkage (S, ...)."""
+    shape = (-1, *[1] * (shrinkage.ndim - 1))
+    low, high = table.slope_0.view(shape).to(shrinkage), table.slope_1.view(shape).to(shrinkage)
+    return low + (high - low) * shrinkage
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A constant shrinkage: 0 freezes epsilon (Picard on the DDIM sum), 1 freezes x0 (Picard in data prediction)."""
+
+    shrinkage: float = 0.0
+    adapts = False
+
+    def initial(self, table: StepTable, basis: Basis) -> Tensor:  # (S, K)
+        return torch.full((table.num_inference_steps, len(basis.bands) - 1), self.shrinkage, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """The Wiener filter of data with `variance` P in every band: kappa = sigma^2 / (alpha^2 P + sigma^2)."""
+
+    variance: float = 0.25
+    adapts = False
+
+    def initial(self, table: StepTable, basis: Basis) -> Tensor:  # (S, K)
+        return table.shrinkage(self.variance)[:, None].expand(-1, len(basis.bands) - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class SlopeProfile:
+    """Shrinkages of one model, measured over earlier solves: per noise level and band, for any number of steps.
+
+    log_snr: (T,) float64, increasing. shrinkage: (T, K) float64 in [0, 1]. shape: the sample's shape.
+    Made by `deqkern.calibrate`; between two levels the shrinkage is interpolated linearly, outside it is constant.
+    """
+
+    log_snr: Tensor
+    shrinkage: Tensor
+    shape: tuple[int, ...]
+    adapts = False
+
+    def initial(self, table: StepTable, basis: Basis) -> Tensor:  # (S, K)
+        if self.shape != basis.shape or self.shrinkage.shape[1] != len(basis.bands) - 1:
+            raise ValueError(
+                f"profile was made for samples {self.shape} in {self.shrinkage.shape[1]} bands, "
+                f"got samples {basis.shape} in {len(basis.bands) - 1}"
+            )
+        levels = table.log_snr
+        right = torch.searchsorted(self.log_snr, levels).clamp(1, len(self.log_snr) - 1)
+        low, high = self.log_snr[right - 1], self.log_snr[right]
+        part = ((levels - low) / (high - low)).clamp(0, 1)[:, None]
+        return torch.lerp(self.shrinkage[right - 1], self.shrinkage[right], part)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write a safetensors file."""
+        tensors = {"log_snr": self.log_snr, "shrinkage": self.shrinkage.contiguous()}
+        save_file(tensors, path, {"shape": ",".join(map(str, self.shape)), "format": "deqkern.SlopeProfile.1"})
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> SlopeProfile:
+        """Read a file written by `save`. Raises ValueError if it is another kind of file."""
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != "deqkern.SlopeProfile.1":
+                raise ValueError(f"path {path} is not a SlopeProfile")
+            shape = tuple(int(size) for size in metadata["shape"].split(","))
+            return cls(file.get_tensor("log_snr"), file.get_tensor("shrinkage"), shape)
+
+
+@dataclass(frozen=True)
+class Secant:
+    """Slopes measured in the last iteration, <dx, de> / <dx, dx> per step, sample and band (Barzilai-Borwein).
+
+    They are pulled to the previous guess by the relative weight `pull`. `start` gives the first guess: `Gaussian()`,
+    `Frozen()` or a `SlopeProfile` of the same model.
+    """
+
+    start: Slope = Gaussian()
+    pull: float = 1e-2
+    adapts = True
+
+    def __post_init__(self) -> None:
+        if not self.pull >= 0 or math.isinf(self.pull):
+            raise ValueError(f"pull must be finite and >= 0, got {self.pull}")
+
+    def initial(self, table: StepTable, basis: Basis) -> Tensor:  # (S, K)
+        return self.start.initial(table, basis)
+
+    def refine(self, slope: Tensor, moments: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """The next slope (S, B, K) from the last one and moments (S, B, K, 2); kept within low .. high (S, 1, 1)."""
+        cross, square = moments.unbind(-1)
+        square = square + torch.finfo(square.dtype).tiny
+        measured = (cross / square + self.pull * slope) / (1 + self.pull)
+        return torch.where(moments[..., 1] > 0, measured, slope).clamp(low, high)
+
+
+Slope = Frozen | Gaussian | SlopeProfile | Secant

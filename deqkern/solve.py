@@ -1,0 +1,240 @@
+"""The only iteration loop of deqkern, and what it returns."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .slopes import Secant, slope_of
+from .solvers import Solver
+from .trajectory import Trajectory
+
+Callback = Callable[[int, Tensor, Tensor], None]
+
+# A step whose one-step residual is below this part of rtol / S is settled: it is not evaluated again.
+SETTLED = float(__import__("os").environ.get("SETTLED","1.0"))
+# The same in exact mode, relative to the state: the rounding level of fp32.
+SETTLED_EXACT = 2e-7
+# A last correction that is larger than this times the smallest one before it: the iteration diverges.
+GROWTH = 1e3
+
+
+class ConvergenceWarning(UserWarning):
+    """Some samples did not reach the tolerance; the result says which."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a solve gives back.
+
+    value: (B, *shape), the clean end of the chain, in the dtype of the input.
+    trajectory: (S+1, B, *shape) fp32, all states, the noise first.
+    converged: (B,) bool.
+    error_estimate: (B,) fp64, the relative error left in `value`, as estimated.
+    iterations: sequential batched model calls (a batch cut by `max_batch` counts once).
+    nfe: (B,) int64, model evaluations per sample.
+    history: (iterations, B) fp64, the error estimate after each iteration.
+    message: one line for people.
+    """
+
+    value: Tensor
+    trajectory: Tensor
+    converged: Tensor
+    error_estimate: Tensor
+    iterations: int
+    nfe: Tensor
+    history: Tensor
+    message: str
+
+
+class _Workspace:
+    """All memory of a solve, allocated once: (2 m + 6) S B D floats with the states, the noise and the model's input."""
+
+    def __init__(self, trajectory: Trajectory, solver: Solver) -> None:
+        x, bands = trajectory.x, trajectory.basis.bands
+        steps, batch, size = trajectory.steps, trajectory.batch, trajectory.basis.size
+        m = solver.history_size
+        double = {"dtype": torch.float64, "device": x.device}
+        self.e = x.new_empty(steps, batch, size)
+        self.e_prev = x.new_empty(steps, batch, size) if solver.slope.adapts else None
+        self.g = x.new_zeros(steps + 1, batch, size) if not m else None  # g[0] = 0: x[0] never moves
+        self.g_ring = x.new_zeros(m + 1, steps, batch, size) if m else None
+        self.f_ring = x.new_zeros(m + 1, steps, batch, size) if m else None
+        self.gram = torch.zeros(steps, batch, m, m, **double)
+        self.rhs = torch.zeros(steps, batch, m, **double)
+        self.gamma = x.new_zeros(steps, batch, m)
+        self.norms = torch.zeros(steps, batch, 3, **double)
+        self.moments = torch.zeros(steps, batch, len(bands) - 1, 2, **double)
+
+
+class _Iteration:
+    """One iteration of a solver on a trajectory: correction, mixing, update of x in place."""
+
+    def __init__(self, trajectory: Trajectory, solver: Solver) -> None:
+        table, device = trajectory.table, trajectory.x.device
+        self.trajectory, self.solver, self.work = trajectory, solver, _Workspace(trajectory, solver)
+        self.a, self.b, self.n = (v.to(device, torch.float32) for v in (table.a, table.b, table.n))
+        ends = torch.stack([table.slope_0, table.slope_1]).to(device)
+        self.low, self.high = ends.amin(0)[:, None, None], ends.amax(0)[:, None, None]  # (S, 1, 1)
+        shrinkage = solver.slope.initial(table, trajectory.basis).to(device)
+        slope = slope_of(table, shrinkage)[:, None]  # (S, 1, K)
+        self.slope = slope.expand(-1, trajectory.batch, -1).contiguous()  # (S, B, K) float64
+        self.frozen = table.slope_0.to(device)[:, None]
+        self.fallen_back = torch.zeros(trajectory.batch, dtype=torch.bool, device=device)
+
+    def advance(self, k: int, rows: Tensor, window: Tensor) -> None:
+        """Iteration k = 0, 1, .. over the active steps `window` (B, 2), whose flat indices are `rows`."""
+        work, x, bands = self.work, self.trajectory.x, self.trajectory.basis.bands
+        if work.e_prev is not None:
+            work.e, work.e_prev = work.e_prev, work.e
+        self.trajectory.evaluate(rows, work.e)
+        if isinstance(self.solver.slope, Secant) and work.e_prev is not None and k:
+            assert work.g is not None
+            ops.band_moments(work.g[:-1], work.e, work.e_prev, bands, window, work.moments)
+            self.slope = self.solver.slope.refine(self.slope, work.moments, self.low, self.high)
+        slope = torch.where(self.fallen_back[:, None], self.frozen[:, None], self.slope).to(x.dtype)
+        head = k % (self.solver.history_size + 1)
+        g = work.g[1:] if work.g is not None else work.g_ring[head]
+        f = x[1:] if work.g is not None else work.f_ring[head]
+        ops.ddim_scan(
+            x,
+            work.e,
+            self.trajectory.z,
+            self.a,
+            self.b,
+            self.n,
+            slope,
+            bands,
+            window,
+            self.solver.beta,
+            f,
+            g,
+            work.norms,
+        )
+        if self.solver.history_size:
+            self._mix(k, head, window)
+
+    def _mix(self, k: int, head: int, window: Tensor) -> None:
+        work, solver, count = self.work, self.solver, min(k, self.solver.history_size)
+        if count:
+            ops.anderson_gram(work.g_ring, head, count, window, work.gram, work.rhs)
+            ops.anderson_solve(
+                work.gram, work.rhs, window, solver.scope, solver.ridge, solver.ridge_absolute, work.gamma
+            )
+            work.gamma.masked_fill_(self.fallen_back[:, None], 0.0)
+        ops.anderson_mix(work.f_ring, head, max(count, 1), work.gamma, window, self.trajectory.x[1:])
+
+    def fall_back(self, diverged: Tensor, window: Tensor, k: int) -> None:
+        """Go on with plain iteration for the samples `diverged` (B,), from the first state that is exact.
+
+        Raises ValueError if it was the model that gave NaN or infinity.
+        """
+        x, e, timesteps = self.trajectory.x, self.work.e, self.trajectory.table.timesteps
+        for b in diverged.nonzero().flatten().tolist():
+            begin, end = window[b].tolist()
+            bad = ~e[begin:end, b].isfinite().all(-1).cpu()
+            if bad.any():
+                where = timesteps[begin:end][bad].tolist()
+                raise ValueError(f"model returned NaN or infinity at iteration {k + 1}, timesteps {where} (sample {b})")
+            x[begin + 2 :, b] = x[begin + 1, b]
+        self.fallen_back |= diverged
+
+
+class _Progress:
+    """What is settled, what error is left, and which rows come next. All per sample."""
+
+    def __init__(self, trajectory: Trajectory, solver: Solver, rtol: float) -> None:
+        batch, device = trajectory.batch, trajectory.x.device
+        self.steps, self.size, self.rtol = trajectory.steps, solver.window or trajectory.steps, rtol
+        self.tolerance = SETTLED * rtol / self.steps if rtol else SETTLED_EXACT
+        self.estimate = torch.full((batch,), torch.inf, dtype=torch.float64, device=device)
+        self.change, self.smallest = self.estimate, self.estimate
+        self.converged = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.index = torch.arange(self.steps, device=device)[:, None]
+        self._open(torch.zeros(batch, dtype=torch.int64, device=device))
+
+    def _open(self, begin: Tensor) -> None:
+        self.window = torch.stack([begin, (begin + self.size).clamp_max(self.steps)], 1)
+
+    def rows(self) -> Tensor:
+        """Flat indices i * B + b of the active (step, sample) pairs, in the order of the steps."""
+        active = (self.index >= self.window[:, 0]) & (self.index < self.window[:, 1])
+        return active.flatten().nonzero().flatten()
+
+    def update(self, norms: Tensor) -> Tensor:
+        """Take in the squared norms (S, B, 3) of one iteration; returns the samples (B,) that diverged."""
+        residual, correction, state = norms.sqrt().unbind(-1)
+        begin, end = self.window.unbind(1)
+        active, reaches_end = ~self.converged, end == self.steps
+        change = torch.where(reaches_end, correction[-1] / torch.where(state[-1] > 0, state[-1], 1.0), torch.inf)
+        # What is left after this correction: the last contraction once more (math: superlinear, so an upper guess).
+        left = change * torch.where(self.change.isfinite(), change / self.change, 1.0).clamp_max(1.0)
+        diverged = active & (
+            ~norms.isfinite().all(-1).all(0) | (reaches_end & (correction[-1] > GROWTH * self.smallest))
+        )
+        # The first active step has taken the plain step: its end is exact. Then all settled steps up to the first other.
+        exact = torch.minimum(begin + 1, end)
+        settled = (self.index < begin) | ((self.index < end) & (residual <= self.tolerance * state))
+        frontier = torch.maximum(settled.long().cumprod(0).sum(0), exact)
+        frontier = torch.where(diverged, exact, frontier)
+        finished = frontier >= self.steps
+        left = torch.where(finished, left.clamp_max(self.tolerance), left)
+        self.estimate = torch.where(active, left, self.estimate)
+        self.smallest = torch.where(reaches_end, torch.fmin(self.smallest, correction[-1]), self.smallest)
+        self.change = change
+        self.converged = self.converged | finished | (active & ~diverged & (self.rtol > 0) & (left <= self.rtol))
+        self._open(torch.where(self.converged, self.steps, frontier))
+        return diverged
+
+
+def solve(
+    trajectory: Trajectory,
+    solver: Solver,
+    *,
+    rtol: float,
+    max_iterations: int | None = None,
+    callback: Callback | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Solution:
+    """Iterate `solver` on `trajectory` in place until every sample's estimated remaining error is at most rtol.
+
+    rtol = 0 goes on until every step is exact. Raises ValueError if the model returns NaN.
+    """
+    steps, batch, shape = trajectory.steps, trajectory.batch, trajectory.basis.shape
+    iteration, progress, history = _Iteration(trajectory, solver), _Progress(trajectory, solver, rtol), []
+    last = torch.arange(steps * batch, (steps + 1) * batch, device=trajectory.x.device)
+    limit = steps if max_iterations is None else min(max_iterations, steps)
+    while len(history) < limit and not bool(progress.converged.all()):
+        window, k = progress.window, len(history)
+        iteration.advance(k, progress.rows(), window)
+        diverged = progress.update(iteration.work.norms)
+        if bool(diverged.any()):
+            iteration.fall_back(diverged, window, k)
+        history.append(progress.estimate)
+        if callback is not None:
+            callback(k + 1, trajectory.images(last).to(dtype, copy=True), progress.estimate.clone())
+    fallen_back = int(iteration.fallen_back.sum())
+    del iteration
+    states = torch.cat([trajectory.images(rows) for rows in torch.arange((steps + 1) * batch).split(steps * batch)])
+    states = states.view(steps + 1, batch, *shape)
+    missed = int((~progress.converged).sum())
+    message = f"{batch - missed} of {batch} samples converged in {len(history)} iterations (rtol {rtol:g})"
+    if fallen_back:
+        message += f"; {fallen_back} diverged and went on with plain iteration"
+    if missed:
+        warnings.warn(message, ConvergenceWarning, stacklevel=3)
+    return Solution(
+        value=states[-1].to(dtype, copy=True),
+        trajectory=states,
+        converged=progress.converged,
+        error_estimate=progress.estimate,
+        iterations=len(history),
+        nfe=trajectory.nfe,
+        history=torch.stack(history) if history else torch.zeros(0, batch, dtype=torch.float64),
+        message=message,
+    )

@@ -1,0 +1,95 @@
+"""A solver is a choice of slope and a choice of mixing; the presets are the known ones and the default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .ops.reference import SCOPES
+from .slopes import Frozen, Gaussian, Secant, Slope
+
+MAX_HISTORY = 16
+
+
+@dataclass(frozen=True)
+class Solver:
+    """What one iteration does; `solve` runs it.
+
+    slope: the model of d output / d x in the scan (`Frozen`, `Gaussian`, `Secant`, `SlopeProfile`).
+    history_size: m of Anderson mixing, 0 .. 16; 0 is no mixing. Mixing assumes one fixed map, so it needs a slope that
+        does not adapt.
+    scope: which steps share one least-squares problem: "row" (DEQ-DDIM), "causal" (ParaTAA), "joint" (classical).
+    ridge, ridge_absolute: regularisation, relative to the mean of the Gram diagonal and absolute.
+    beta: damping of the correction, 0 < beta <= 1.
+    window: evaluate at most so many steps of a sample at once; None for all. 1 is the sequential chain.
+    start: the first guess of the states, "chain" (the chain of the initial slope) or "constant" (the noise everywhere).
+    basis: "spectral" (samples of shape (C, H, W); others fall back to one band) or "identity".
+    """
+
+    slope: Slope = Secant()
+    history_size: int = 0
+    scope: str = "causal"
+    ridge: float = 1e-4
+    ridge_absolute: float = 0.0
+    beta: float = 1.0
+    window: int | None = None
+    start: str = "chain"
+    basis: str = "spectral"
+    name: str = "custom"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.history_size, int) or not 0 <= self.history_size <= MAX_HISTORY:
+            raise ValueError(f"history_size must be an int in 0 .. {MAX_HISTORY}, got {self.history_size!r}")
+        if self.scope not in SCOPES:
+            raise ValueError(f"scope must be one of {SCOPES}, got {self.scope!r}")
+        if not 0 <= self.ridge < float("inf"):
+            raise ValueError(f"ridge must be finite and >= 0, got {self.ridge}")
+        if not 0 <= self.ridge_absolute < float("inf"):
+            raise ValueError(f"ridge_absolute must be finite and >= 0, got {self.ridge_absolute}")
+        if not 0 < self.beta <= 1:
+            raise ValueError(f"beta must lie in (0, 1], got {self.beta}")
+        if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
+            raise ValueError(f"window must be None or an int >= 1, got {self.window!r}")
+        if self.start not in ("chain", "constant"):
+            raise ValueError(f"start must be 'chain' or 'constant', got {self.start!r}")
+        if self.basis not in ("spectral", "identity"):
+            raise ValueError(f"basis must be 'spectral' or 'identity', got {self.basis!r}")
+        if self.history_size and self.slope.adapts:
+            raise ValueError("history_size > 0 needs a slope that does not adapt: mixing assumes one fixed map")
+        if self.history_size and self.window is not None:
+            raise ValueError("window needs history_size = 0: the history of a step that enters later is not defined")
+
+
+def default() -> Solver:
+    """Secant slopes on 8 frequency bands per channel, no mixing."""
+    return Solver(name="default")
+
+
+def deq_ddim() -> Solver:
+    """DEQ-DDIM as published (arXiv 2210.12867): Anderson row by row, m = 5, absolute ridge 1e-3."""
+    return Solver(
+        slope=Frozen(),
+        history_size=5,
+        scope="row",
+        ridge=0.0,
+        ridge_absolute=1e-3,
+        start="constant",
+        basis="identity",
+        name="deq_ddim",
+    )
+
+
+def parataa(history_size: int = 3) -> Solver:
+    """ParaTAA (arXiv 2402.09970): triangular Anderson on the frozen-epsilon map, order k = S."""
+    return Solver(
+        slope=Frozen(), history_size=history_size, scope="causal", start="constant", basis="identity", name="parataa"
+    )
+
+
+def picard(window: int | None = None) -> Solver:
+    """Plain iteration on the DDIM sum; with a window, ParaDiGMS (arXiv 2305.16317)."""
+    return Solver(slope=Frozen(), window=window, start="constant", basis="identity", name="picard")
+
+
+def sequential() -> Solver:
+    """The sequential chain: one step of every sample per iteration, S iterations."""
+    return Solver(slope=Frozen(), window=1, start="constant", basis="identity", name="sequential")

@@ -1,0 +1,94 @@
+"""The joint system: all states of a sampling chain in the solver's basis, and the only caller of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .schedule import StepTable
+from .spectral import Basis
+
+Model = Callable[..., Any]
+
+
+def model_dtype(model: Model, default: torch.dtype) -> torch.dtype:
+    """The dtype of the model's first floating-point parameter, or `default` for a plain function."""
+    if isinstance(model, torch.nn.Module):
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                return parameter.dtype
+    return default
+
+
+@dataclass
+class Trajectory:
+    """States x[0] .. x[S] of B chains; `evaluate` calls the model at any set of their rows in one batch.
+
+    `rows` are flat indices i * B + b of (step, sample). The model sees `(N, *shape)` in its own dtype, timesteps `(N,)`,
+    and those tensors of `model_kwargs` whose first dimension is B, repeated per row. Its output, in fp32 and after
+    clipping where the schedule clips, is written in the solver's basis.
+    """
+
+    model: Model
+    table: StepTable
+    basis: Basis
+    x: Tensor  # (S+1, B, D) fp32, in the basis
+    z: Tensor | None  # (S, B, D) fp32, in the basis
+    dtype: torch.dtype  # what the model is called with
+    model_kwargs: Mapping[str, Any]
+    max_batch: int | None = None
+    nfe: Tensor = field(init=False)  # (B,) int64, on the CPU
+
+    def __post_init__(self) -> None:
+        self.nfe = torch.zeros(self.batch, dtype=torch.int64)
+        self._images: Tensor | None = None  # (rows, *shape) fp32
+        self._timesteps = self.table.timesteps.to(self.x.device)
+
+    @property
+    def steps(self) -> int:
+        """S."""
+        return self.x.shape[0] - 1
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.x.shape[1]
+
+    def images(self, rows: Tensor) -> Tensor:
+        """The states `rows` (N,) of all S+1, as samples (N, *shape) fp32. The memory is reused by the next call."""
+        count = len(rows)
+        if self._images is None or len(self._images) < count:
+            self._images = self.x.new_empty(count, *self.basis.shape)
+        image = self._images[:count]
+        self.basis.inverse(self.x.flatten(0, 1), image, rows)
+        return image
+
+    def evaluate(self, rows: Tensor, out: Tensor) -> None:
+        """Call the model at the states `rows` (N,) int64; its output goes to `out` (S, B, D) fp32, in the basis."""
+        for part in rows.split(self.max_batch or max(len(rows), 1)):
+            steps, samples = part // self.batch, part % self.batch
+            image = self.images(part)
+            output = self._call(image.to(self.dtype), self._timesteps[steps], samples)
+            if self.table.clips:
+                output = self.table.effective_output(image, output.float(), steps)
+            self.basis.forward(output, out.flatten(0, 1), part)
+        self.nfe += torch.bincount((rows % self.batch).cpu(), minlength=self.batch)
+
+    def _call(self, image: Tensor, timesteps: Tensor, samples: Tensor) -> Tensor:
+        kwargs = {
+            name: value[samples] if isinstance(value, Tensor) and value.ndim and len(value) == self.batch else value
+            for name, value in self.model_kwargs.items()
+        }
+        output = self.model(image, timesteps, **kwargs)
+        output = getattr(output, "sample", output)
+        if not isinstance(output, Tensor):
+            raise TypeError(f"model must return a tensor or an object with .sample, got {type(output).__name__}")
+        if output.shape != image.shape:
+            raise ValueError(f"model returned shape {tuple(output.shape)} for an input of shape {tuple(image.shape)}")
+        if output.device != image.device or not output.is_floating_point():
+            raise ValueError(f"model returned {output.dtype} on {output.device} for an input on {image.device}")
+        return output
