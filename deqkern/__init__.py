@@ -1,6 +1,8 @@
 """deqkern: parallel-in-time sampling of diffusion models."""
 
+from . import slopes as slopes
 from . import solvers as solvers
+from .calibration import calibrate as calibrate
 from .sampling import sample as sample
 from .schedule import NoiseSchedule as NoiseSchedule
 from .solve import ConvergenceWarning as ConvergenceWarning

@@ -58,15 +58,13 @@ def sample(
     returns another shape, or NaN. A sample that does not converge is reported in the `Solution` and by one `ConvergenceWarning`.
     """
     solver = default() if solver is None else solver
-    _check(noise, schedule, solver, rtol, max_iterations, max_batch, gradient, callback)
+    _check(model, noise, schedule, solver, rtol, max_iterations, model_kwargs, max_batch, gradient, callback)
     table = schedule.steps(num_inference_steps, eta=eta, sigma_min=sigma_min)
     _check_step_noise(step_noise, generator, noise, len(table.a), eta)
     kwargs = dict(model_kwargs or {})
     with torch.no_grad():
         trajectory = _start(model, noise, table, solver, step_noise, generator, kwargs, max_batch)
-        return solve(
-            trajectory, solver, rtol=rtol, max_iterations=max_iterations, callback=callback, dtype=noise.dtype
-        )
+        return solve(trajectory, solver, rtol=rtol, max_iterations=max_iterations, callback=callback, dtype=noise.dtype)
 
 
 def _start(
@@ -111,15 +109,21 @@ def _draw(noise: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _check(
+    model: Model,
     noise: Tensor,
     schedule: NoiseSchedule,
     solver: Solver,
     rtol: float,
     max_iterations: int | None,
+    model_kwargs: Mapping[str, Any] | None,
     max_batch: int | None,
     gradient: str | None,
     callback: Callback | None,
 ) -> None:
+    if not callable(model):
+        raise TypeError(f"model must be callable, got {type(model).__name__}")
+    if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
+        raise TypeError(f"model_kwargs must be a mapping, got {type(model_kwargs).__name__}")
     if not isinstance(noise, Tensor):
         raise TypeError(f"noise must be a tensor, got {type(noise).__name__}")
     if noise.dtype not in _STATE_DTYPES:
@@ -130,6 +134,10 @@ def _check(
         raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
     if not isinstance(solver, Solver):
         raise TypeError(f"solver must be a Solver, got {type(solver).__name__}")
+    if not bool(noise.isfinite().all()):
+        raise ValueError("noise must be finite")
+    if not isinstance(rtol, (int, float)):
+        raise TypeError(f"rtol must be a number, got {type(rtol).__name__}")
     if not 0 <= rtol < math.inf:
         raise ValueError(f"rtol must be finite and >= 0, got {rtol}")
     for name, value in (("max_iterations", max_iterations), ("max_batch", max_batch)):

@@ -17,7 +17,7 @@ from .trajectory import Trajectory
 Callback = Callable[[int, Tensor, Tensor], None]
 
 # A step whose one-step residual is below this part of rtol / S is settled: it is not evaluated again.
-SETTLED = float(__import__("os").environ.get("SETTLED","1.0"))
+SETTLED = float(__import__("os").environ.get("SETTLED", "1.0"))
 # The same in exact mode, relative to the state: the rounding level of fp32.
 SETTLED_EXACT = 2e-7
 # A last correction that is larger than this times the smallest one before it: the iteration diverges.
@@ -171,7 +171,8 @@ class _Progress:
         residual, correction, state = norms.sqrt().unbind(-1)
         begin, end = self.window.unbind(1)
         active, reaches_end = ~self.converged, end == self.steps
-        change = torch.where(reaches_end, correction[-1] / torch.where(state[-1] > 0, state[-1], 1.0), torch.inf)
+        relative = correction / torch.where(state > 0, state, 1.0)  # (S, B)
+        change = torch.where(reaches_end, relative.amax(0), torch.inf)
         # What is left after this correction: the last contraction once more (math: superlinear, so an upper guess).
         left = change * torch.where(self.change.isfinite(), change / self.change, 1.0).clamp_max(1.0)
         diverged = active & (
@@ -219,9 +220,10 @@ def solve(
         if callback is not None:
             callback(k + 1, trajectory.images(last).to(dtype, copy=True), progress.estimate.clone())
     fallen_back = int(iteration.fallen_back.sum())
-    del iteration
-    states = torch.cat([trajectory.images(rows) for rows in torch.arange((steps + 1) * batch).split(steps * batch)])
-    states = states.view(steps + 1, batch, *shape)
+    del iteration  # its memory makes room for the states
+    states = trajectory.x.new_empty(steps + 1, batch, *shape)
+    rows = torch.arange((steps + 1) * batch, device=states.device)
+    trajectory.basis.inverse(trajectory.x.flatten(0, 1), states.flatten(0, 1), rows)
     missed = int((~progress.converged).sum())
     message = f"{batch - missed} of {batch} samples converged in {len(history)} iterations (rtol {rtol:g})"
     if fallen_back:

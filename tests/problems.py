@@ -5,12 +5,15 @@ Each is a callable model(x, t) on samples (N, *shape), exact for its data under 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from deqkern import NoiseSchedule
+
+Model = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass

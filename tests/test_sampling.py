@@ -1,0 +1,428 @@
+"""`sample` against the sequential chain: exact where asked, within tolerance otherwise, and clear about bad input."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import problems
+import pytest
+import torch
+from torch import Tensor
+
+import deqkern
+from deqkern import NoiseSchedule, solvers
+
+SCHEDULE = NoiseSchedule.linear()
+SHAPE = (3, 8, 8)
+
+
+def as_prediction(model: problems.Model, schedule: NoiseSchedule) -> problems.Model:
+    """The same denoiser, giving what `schedule.prediction_type` asks for."""
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        column = (-1, *[1] * (x.ndim - 1))
+        if schedule.prediction_type == "flow":
+            sigma = (t / schedule.num_train_timesteps).view(column).double()
+            alpha = 1 - sigma
+        else:
+            assert schedule.alphas_cumprod is not None
+            abar = schedule.alphas_cumprod[t.long()].view(column)
+            alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
+        x0 = model.denoise(x.flatten(1), alpha.flatten(1).float(), sigma.flatten(1).float()).view_as(x)
+        eps = (x - alpha * x0) / sigma
+        outputs = {"epsilon": eps, "sample": x0, "v_prediction": alpha * eps - sigma * x0, "flow": eps - x0}
+        return outputs[schedule.prediction_type].float()
+
+    return predict
+
+
+def by_hand(model: Callable[..., Tensor], noise: Tensor, schedule: NoiseSchedule, steps: int, **options: Any) -> Tensor:
+    """The sequential chain as a loop, (B, *shape): the ground truth."""
+    z = options.pop("step_noise", None)
+    table = schedule.steps(steps, **options)
+    x = noise.float()
+    for i in range(steps):
+        out = model(x, table.timesteps[i].expand(len(x)))
+        if table.clips:
+            out = table.effective_output(x, out, torch.full((len(x),), i))
+        x = float(table.a[i]) * x + float(table.b[i]) * out
+        if z is not None:
+            x = x + float(table.n[i]) * z[i]
+    return x
+
+
+def rounding_floor(
+    model: Callable[..., Tensor], noise: Tensor, schedule: NoiseSchedule, steps: int, **options: Any
+) -> float:
+    """How far the sequential chain itself moves when its noise is rounded differently in fp32.
+
+    Epsilon-prediction where alpha is near 0 (the cosine schedule's first step: 5e-5) amplifies rounding by 1 / alpha.
+    """
+    expected = by_hand(model, noise, schedule, steps, **options)
+    nudged = noise * (1 + torch.finfo(torch.float32).eps * torch.sign(torch.randn_like(noise)))
+    return float(relative_error(by_hand(model, nudged, schedule, steps, **options), expected).max())
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> Tensor:  # (B,)
+    return (actual - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+
+
+def configurations() -> list[Any]:
+    variants: list[tuple[str, NoiseSchedule]] = []
+    for kind, make in (
+        ("linear", NoiseSchedule.linear),
+        ("scaled", NoiseSchedule.scaled_linear),
+        ("cosine", NoiseSchedule.cosine),
+    ):
+        variants += [
+            (f"{kind}-{spacing}", make(timestep_spacing=spacing)) for spacing in ("leading", "linspace", "trailing")
+        ]
+    variants += [(f"linear-{kind}", NoiseSchedule.linear(prediction_type=kind)) for kind in ("v_prediction", "sample")]
+    variants += [
+        ("offset", NoiseSchedule.scaled_linear(steps_offset=1, set_alpha_to_one=False)),
+        (
+            "zero-snr-v",
+            NoiseSchedule.linear(
+                prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True
+            ),
+        ),
+        (
+            "zero-snr-sample",
+            NoiseSchedule.linear(prediction_type="sample", timestep_spacing="trailing", rescale_betas_zero_snr=True),
+        ),
+        ("clip", NoiseSchedule.linear(clip_sample=True)),
+        ("threshold", NoiseSchedule.linear(thresholding=True)),
+    ]
+    cases = [pytest.param(schedule, eta, id=f"{name}-eta{eta:g}") for name, schedule in variants for eta in (0.0, 1.0)]
+    return [
+        *cases,
+        pytest.param(NoiseSchedule.flow(), 0.0, id="flow"),
+        pytest.param(NoiseSchedule.flow(shift=3.0), 0.0, id="flow-shift"),
+    ]
+
+
+@pytest.mark.parametrize(("schedule", "eta"), configurations())
+def test_exact_mode_equals_the_sequential_chain(schedule: NoiseSchedule, eta: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    model = as_prediction(problems.mixture(SCHEDULE, SHAPE, generator), schedule)
+    noise = torch.randn(2, *SHAPE, generator=generator)
+    options: dict[str, Any] = {"eta": eta}
+    if eta:
+        options["step_noise"] = torch.randn(20, 2, *SHAPE, generator=generator)
+    expected = by_hand(model, noise, schedule, 20, **options)
+    assert expected.isfinite().all()
+    bar = max(1e-5, 3 * rounding_floor(model, noise, schedule, 20, **options))
+    for solver in (solvers.default(), solvers.parataa(), solvers.picard(), solvers.sequential()):
+        solution = deqkern.sample(model, noise, schedule, 20, solver=solver, rtol=0, **options)
+        assert solution.converged.all()
+        assert relative_error(solution.value, expected).max() <= bar, solver.name
+        assert solution.iterations <= 20
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("rtol", [1e-2, 1e-3])
+@pytest.mark.parametrize("name", ["default", "parataa", "picard", "deq_ddim"])
+def test_error_at_the_stop_is_within_three_tolerances(name: str, rtol: float, eta: float) -> None:
+    generator = torch.Generator().manual_seed(2)
+    for model in (problems.gaussian(SCHEDULE, SHAPE, generator), problems.mixture(SCHEDULE, SHAPE, generator)):
+        noise = torch.randn(4, *SHAPE, generator=generator)
+        options: dict[str, Any] = {"eta": eta}
+        if eta:
+            options["step_noise"] = torch.randn(50, 4, *SHAPE, generator=generator)
+        expected = by_hand(model, noise, SCHEDULE, 50, **options)
+        solution = deqkern.sample(model, noise, SCHEDULE, 50, solver=getattr(solvers, name)(), rtol=rtol, **options)
+        assert solution.converged.all() and (solution.error_estimate <= rtol).all()
+        assert relative_error(solution.value, expected).max() <= 3 * rtol
+
+
+def test_a_gaussian_of_known_variance_converges_at_once() -> None:
+    model = problems.Gaussian(SCHEDULE, torch.zeros(192), torch.full((192,), 0.25))
+    noise = torch.randn(2, *SHAPE)
+    solution = deqkern.sample(model, noise, SCHEDULE, 50, solver=solvers.Solver(slope=deqkern.slopes.Gaussian(0.25)))
+    assert solution.iterations <= 2
+    assert relative_error(solution.value, by_hand(model, noise, SCHEDULE, 50)).max() <= 1e-4
+
+
+def test_sigma_min_ends_the_chain_early() -> None:
+    model = problems.gaussian(SCHEDULE, SHAPE, torch.Generator().manual_seed(0))
+    noise = torch.randn(2, *SHAPE)
+    solution = deqkern.sample(model, noise, SCHEDULE, 20, sigma_min=0.1, rtol=0)
+    assert relative_error(solution.value, by_hand(model, noise, SCHEDULE, 20, sigma_min=0.1)).max() <= 1e-5
+
+
+def test_the_solution_holds_what_it_says() -> None:
+    model = problems.mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(3))
+    noise = torch.randn(3, *SHAPE)
+    seen: list[tuple[int, Tensor, Tensor]] = []
+    solution = deqkern.sample(model, noise, SCHEDULE, 25, callback=lambda *args: seen.append(args))
+    assert solution.value.shape == noise.shape and solution.trajectory.shape == (26, *noise.shape)
+    torch.testing.assert_close(solution.trajectory[0], noise, atol=1e-5, rtol=1e-5)
+    assert torch.equal(solution.trajectory[-1], solution.value)
+    assert solution.history.shape == (solution.iterations, 3)
+    assert torch.equal(solution.history[-1], solution.error_estimate)
+    assert [number for number, _, _ in seen] == list(range(1, solution.iterations + 1))
+    assert torch.equal(seen[-1][1], solution.value)
+    assert sum(model.calls) == int(solution.nfe.sum()) and len(model.calls) == solution.iterations
+    assert re.fullmatch(r"3 of 3 samples converged in \d+ iterations \(rtol 0.01\)", solution.message)
+    with pytest.raises(AttributeError):
+        solution.iterations = 3  # type: ignore[misc]
+
+
+def test_converged_samples_and_settled_steps_are_not_evaluated_again() -> None:
+    easy, hard = torch.full((1, 1, 8, 8), 0.3), torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = problems.digits_density(SCHEDULE)
+    solution = deqkern.sample(model, torch.cat([easy, hard]), SCHEDULE, 50, rtol=1e-3)
+    assert solution.nfe.min() < solution.nfe.max()
+    assert model.calls[0] == 100 and all(
+        later <= sooner for sooner, later in zip(model.calls, model.calls[1:], strict=False)
+    )
+    assert int(solution.nfe.max()) < 50 * solution.iterations
+
+
+@pytest.mark.parametrize("max_batch", [1, 7, 60, 10_000])
+def test_micro_batches_change_nothing(max_batch: int) -> None:
+    model = problems.mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(3))
+    noise = torch.randn(2, *SHAPE)
+    whole = deqkern.sample(model, noise, SCHEDULE, 20)
+    model.calls.clear()
+    parts = deqkern.sample(model, noise, SCHEDULE, 20, max_batch=max_batch)
+    torch.testing.assert_close(parts.value, whole.value, atol=1e-4, rtol=1e-4)
+    assert parts.iterations == whole.iterations and max(model.calls) <= max_batch
+
+
+@pytest.mark.parametrize("name", ["default", "parataa", "picard", "sequential"])
+def test_every_sample_is_solved_as_if_it_were_alone(name: str) -> None:
+    model = problems.mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(3))
+    noise = torch.randn(3, *SHAPE)
+    together = deqkern.sample(model, noise, SCHEDULE, 20, solver=getattr(solvers, name)())
+    for b in range(3):
+        alone = deqkern.sample(model, noise[b : b + 1], SCHEDULE, 20, solver=getattr(solvers, name)())
+        torch.testing.assert_close(together.value[b], alone.value[0], atol=1e-3, rtol=1e-3)
+        assert together.nfe[b] == alone.nfe[0]
+
+
+def test_model_kwargs_follow_their_sample() -> None:
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(3, 192, generator=generator)
+
+    def model(x: Tensor, t: Tensor, mean: Tensor, scale: float, shared: Tensor) -> Tensor:
+        assert mean.shape == (len(x), 192) and shared.shape == (5,) and scale == 2.0
+        exact = problems.Gaussian(SCHEDULE, mean, torch.full((192,), 0.1))
+        return exact(x, t)
+
+    noise = torch.randn(3, *SHAPE, generator=generator)
+    kwargs = {"mean": means, "scale": 2.0, "shared": torch.ones(5)}
+    solution = deqkern.sample(model, noise, SCHEDULE, 20, model_kwargs=kwargs, rtol=0)
+    for b in range(3):
+        alone = problems.Gaussian(SCHEDULE, means[b], torch.full((192,), 0.1))
+        assert relative_error(solution.value[b : b + 1], by_hand(alone, noise[b : b + 1], SCHEDULE, 20)).max() <= 1e-5
+
+
+def test_generator_draws_in_the_sequential_order() -> None:
+    model = problems.mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(3))
+    noise = torch.randn(2, *SHAPE)
+    generator = torch.Generator().manual_seed(5)
+    step_noise = torch.stack([torch.randn(noise.shape, generator=generator) for _ in range(20)])
+    given = deqkern.sample(model, noise, SCHEDULE, 20, eta=1.0, step_noise=step_noise, rtol=0)
+    drawn = deqkern.sample(model, noise, SCHEDULE, 20, eta=1.0, generator=torch.Generator().manual_seed(5), rtol=0)
+    assert torch.equal(given.value, drawn.value)
+
+
+class Linear(torch.nn.Module):
+    """An epsilon-predicting module with a parameter, so that it has a dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(0.9))
+        self.seen: set[torch.dtype] = set()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.seen.add(x.dtype)
+        return self.weight * torch.tanh(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_half_precision_models_keep_an_fp32_state(dtype: torch.dtype) -> None:
+    model = Linear().to(dtype)
+    noise = torch.randn(2, *SHAPE)
+    solution = deqkern.sample(model, noise, SCHEDULE, 20, rtol=0)
+    assert model.seen == {dtype}
+    assert solution.value.dtype == torch.float32 and solution.trajectory.dtype == torch.float32
+    expected = by_hand(lambda x, t: model(x.to(dtype), t).detach().float(), noise, SCHEDULE, 20)
+    assert relative_error(solution.value, expected).max() <= {torch.float32: 1e-5}.get(dtype, 2e-2)
+    half = deqkern.sample(model, noise.to(dtype), SCHEDULE, 20)
+    assert half.value.dtype == dtype and half.trajectory.dtype == torch.float32
+
+
+def test_any_layout_of_the_noise() -> None:
+    model = problems.mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(3))
+    noise = torch.randn(2, *SHAPE)
+    expected = deqkern.sample(model, noise, SCHEDULE, 10).value
+    layouts = [noise.to(memory_format=torch.channels_last), noise.mT.contiguous().mT, noise[:, :, ::1]]
+    for layout in layouts:
+        assert torch.equal(deqkern.sample(model, layout, SCHEDULE, 10).value, expected)
+    one = torch.randn(1, *SHAPE)
+    expanded = deqkern.sample(model, one.expand(2, *SHAPE), SCHEDULE, 10).value
+    assert torch.equal(expanded[0], expanded[1])
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 9), (2, 3, 4, 5), (1, 1, 1), (4, 5, 3)])
+def test_samples_of_any_shape(shape: tuple[int, ...]) -> None:
+    model = problems.mixture(SCHEDULE, shape, torch.Generator().manual_seed(3))
+    noise = torch.randn(2, *shape)
+    solution = deqkern.sample(model, noise, SCHEDULE, 15, rtol=0)
+    assert relative_error(solution.value, by_hand(model, noise, SCHEDULE, 15)).max() <= 1e-5
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 1000])
+def test_short_and_long_chains(steps: int) -> None:
+    model = problems.Gaussian(SCHEDULE, torch.zeros(4), torch.full((4,), 0.5))
+    noise = torch.randn(1, 4)
+    solution = deqkern.sample(model, noise, SCHEDULE, steps, rtol=1e-4)
+    assert solution.converged.all() and solution.iterations <= steps
+    assert relative_error(solution.value, by_hand(model, noise, SCHEDULE, steps)).max() <= 3e-4
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_grad_modes(context: Callable[[], Any]) -> None:
+    model = Linear()
+    noise = torch.randn(2, *SHAPE)
+    expected = deqkern.sample(model, noise, SCHEDULE, 10).value
+    with context():
+        value = deqkern.sample(model, noise.clone(), SCHEDULE, 10).value
+    assert torch.equal(value, expected) and not value.requires_grad
+
+
+def test_an_empty_batch_gives_an_empty_result() -> None:
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        raise AssertionError("called")
+
+    solution = deqkern.sample(model, torch.empty(0, *SHAPE), SCHEDULE, 10)
+    assert (
+        solution.value.shape == (0, *SHAPE)
+        and solution.iterations == 0
+        and solution.trajectory.shape == (11, 0, *SHAPE)
+    )
+
+
+def test_a_miss_is_data_and_one_warning() -> None:
+    model = problems.mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(3))
+    noise = torch.randn(2, *SHAPE)
+    with pytest.warns(deqkern.ConvergenceWarning, match="0 of 2 samples") as caught:
+        solution = deqkern.sample(model, noise, SCHEDULE, 50, rtol=1e-6, max_iterations=2)
+    assert len(caught) == 1 and not solution.converged.any() and solution.iterations == 2
+    assert solution.value.isfinite().all() and (solution.error_estimate > 1e-6).all()
+
+
+def test_a_diverging_solver_falls_back_and_says_so() -> None:
+    """A slope that is wrong by sign and size overflows; plain iteration still finishes the sample."""
+
+    model = problems.mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(3))
+    noise = torch.randn(2, *SHAPE)
+    wild = replace(deqkern.slopes.Frozen(), shrinkage=-1e3)
+    solver = solvers.Solver(slope=wild, start="constant")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solution = deqkern.sample(model, noise, SCHEDULE, 50, solver=solver, rtol=1e-3)
+    assert "diverged and went on with plain iteration" in solution.message
+    assert relative_error(solution.value, by_hand(model, noise, SCHEDULE, 50)).max() <= 3e-3
+
+
+def test_an_interrupt_leaves_nothing_broken() -> None:
+    model = problems.mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(3))
+    noise = torch.randn(2, *SHAPE)
+    expected = deqkern.sample(model, noise, SCHEDULE, 20).value
+    calls = iter(range(3))
+
+    def interrupted(x: Tensor, t: Tensor) -> Tensor:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return model(x, t)
+
+    with pytest.raises(KeyboardInterrupt):
+        deqkern.sample(interrupted, noise, SCHEDULE, 20)
+    assert torch.is_grad_enabled()
+    assert torch.equal(deqkern.sample(model, noise, SCHEDULE, 20).value, expected)
+
+
+def never(x: Tensor, t: Tensor) -> Tensor:
+    raise AssertionError("the model was called")
+
+
+NOISE = torch.zeros(2, *SHAPE)
+BAD: list[tuple[str, type[Exception], dict[str, Any]]] = [
+    ("noise", TypeError, {"noise": [1.0]}),
+    ("noise", TypeError, {"noise": NOISE.double()}),
+    ("noise", TypeError, {"noise": NOISE.long()}),
+    ("noise", ValueError, {"noise": torch.zeros(3)}),
+    ("noise", ValueError, {"noise": torch.zeros(3, 0)}),
+    ("noise", ValueError, {"noise": torch.full((2, *SHAPE), torch.nan)}),
+    ("schedule", TypeError, {"schedule": object()}),
+    ("num_inference_steps", ValueError, {"num_inference_steps": 0}),
+    ("num_inference_steps", ValueError, {"num_inference_steps": 1001}),
+    ("num_inference_steps", TypeError, {"num_inference_steps": 2.5}),
+    ("eta", ValueError, {"eta": -0.1}),
+    ("eta", ValueError, {"eta": float("nan")}),
+    ("eta", ValueError, {"eta": 1.0, "schedule": NoiseSchedule.flow()}),
+    ("solver", TypeError, {"solver": "default"}),
+    ("rtol", ValueError, {"rtol": -1e-3}),
+    ("rtol", ValueError, {"rtol": float("nan")}),
+    ("rtol", TypeError, {"rtol": "small"}),
+    ("max_iterations", ValueError, {"max_iterations": 0}),
+    ("max_batch", ValueError, {"max_batch": 0}),
+    ("max_batch", ValueError, {"max_batch": 1.5}),
+    ("sigma_min", ValueError, {"sigma_min": -1.0}),
+    ("gradient", NotImplementedError, {"gradient": "implicit"}),
+    ("callback", TypeError, {"callback": 3}),
+    ("model", TypeError, {"model": 3}),
+    ("model_kwargs", TypeError, {"model_kwargs": [1]}),
+    ("generator", TypeError, {"generator": 3, "eta": 1.0}),
+    ("step_noise", ValueError, {"step_noise": torch.zeros(10, 2, *SHAPE)}),
+    ("step_noise", ValueError, {"step_noise": torch.zeros(9, 2, *SHAPE), "eta": 1.0}),
+    ("step_noise", TypeError, {"step_noise": torch.zeros(10, 2, *SHAPE).double(), "eta": 1.0}),
+    (
+        "prediction_type",
+        ValueError,
+        {"schedule": NoiseSchedule.linear(rescale_betas_zero_snr=True, timestep_spacing="trailing")},
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "error", "options"), BAD, ids=[f"{name}-{i}" for i, (name, _, _) in enumerate(BAD)])
+def test_bad_arguments_are_named_and_nothing_is_computed(
+    name: str, error: type[Exception], options: dict[str, Any]
+) -> None:
+    arguments = {"model": never, "noise": NOISE, "schedule": SCHEDULE, "num_inference_steps": 10, **options}
+    with pytest.raises(error, match=name):
+        deqkern.sample(**arguments)
+
+
+def test_an_unknown_option_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="tolerance"):
+        deqkern.sample(never, NOISE, SCHEDULE, tolerance=1e-3)  # type: ignore[call-arg]
+
+
+def test_a_model_that_returns_something_else_is_named() -> None:
+    with pytest.raises(ValueError, match=r"model returned shape \(20, 6, 8, 8\) for an input of shape \(20, 3, 8, 8\)"):
+        deqkern.sample(lambda x, t: torch.cat([x, x], 1), NOISE, SCHEDULE, 10)
+    with pytest.raises(TypeError, match="model must return a tensor"):
+        deqkern.sample(lambda x, t: "picture", NOISE, SCHEDULE, 10)
+    with pytest.raises(ValueError, match="model returned torch.int64"):
+        deqkern.sample(lambda x, t: x.long(), NOISE, SCHEDULE, 10)
+
+
+@pytest.mark.parametrize("name", ["default", "parataa", "sequential"])
+def test_a_model_that_returns_nan_is_named_with_its_timesteps(name: str) -> None:
+    calls: list[int] = []
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(1)
+        broken = (t == 300) & (len(calls) > 1)
+        return torch.where(broken.view(-1, 1, 1, 1), torch.nan, 0.5 * x.sin())
+
+    with pytest.raises(ValueError, match=r"model returned NaN or infinity at iteration \d+, timesteps \[300\]"):
+        deqkern.sample(model, torch.randn(2, *SHAPE), SCHEDULE, 10, solver=getattr(solvers, name)(), rtol=0)
