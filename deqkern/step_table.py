@@ -1,0 +1,193 @@
+"""The coefficients of one sampling chain: every step is x_next = a x + b out + n z, linear in the model's output.
+
+A state is x = alpha x0 + sigma eps and the model's output is out = u x0 + w eps. With det = alpha w - sigma u,
+
+    x0 = (w x - sigma out) / det,      eps = (alpha out - u x) / det,
+    x_next = alpha_next x0 + direction eps + n z,      direction^2 = sigma_next^2 - n^2,
+    a = (alpha_next w - direction u) / det,      b = (direction alpha - alpha_next sigma) / det.
+
+Nothing here assumes that a step begins where the one before it ended. Everything is computed in float64 on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow")
+
+_MAX_LOG_SNR = 32.0
+_SMALLEST_SIGMA = 1e-12  # stands for 0 at a timestep without noise: sample prediction divides by it
+_IDLE = 1e-9  # a step whose b is no larger stays where it is
+_QUANTILE_ELEMENTS = 1 << 23  # torch.quantile refuses inputs of more than 16 million elements
+
+
+@dataclass(frozen=True, eq=False)
+class StepTable:
+    """The coefficients of a chain of S steps: tensors (S,) float64 on the CPU, in the order in which the chain runs.
+
+    `a`, `b` and the slopes belong to what enters the chain: the model's output, or `effective_output` if `clips`.
+    A slope is d out / dx = slope_0 (1 - kappa) + slope_1 kappa for a shrinkage kappa in [0, 1], where
+    d eps / dx = kappa / sigma and d x0 / dx = (1 - kappa) / alpha: 0 freezes epsilon, 1 freezes x0. Where one of the
+    two has no meaning (alpha = 0 or sigma = 0) it is replaced by the other.
+    """
+
+    timesteps: Tensor  # what the model is called with, descending; int64, float32 for flow matching
+    alpha: Tensor
+    sigma: Tensor  # at least 1e-12
+    alpha_next: Tensor
+    sigma_next: Tensor
+    a: Tensor
+    b: Tensor
+    n: Tensor
+    slope_0: Tensor
+    slope_1: Tensor
+    u: Tensor  # of the model's own output
+    w: Tensor
+    direction: Tensor
+    clip_sample_range: float | None = None
+    thresholding: tuple[float, float] | None = None  # ratio and largest value of dynamic thresholding
+    _device_rows: dict[tuple[torch.device, torch.dtype], Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    @classmethod
+    def build(
+        cls,
+        prediction_type: str,
+        timesteps: Tensor,  # (S,)
+        alpha: Tensor,  # (S,) float64, here and below; the noisy end of each step
+        sigma: Tensor,
+        alpha_next: Tensor,  # the clean end
+        sigma_next: Tensor,
+        n: Tensor,
+        clip_sample_range: float | None = None,
+        thresholding: tuple[float, float] | None = None,
+    ) -> StepTable:
+        """The table of steps between these noise levels.
+
+        A table that clips is written for the velocity alpha eps - sigma x0 (arXiv 2202.00512, appendix D), whatever the
+        model predicts: its a and b lie within -1 .. 1 at any noise level, while those of epsilon grow with 1 / alpha
+        and would lose in rounding what clipping keeps. Raises ValueError for an unknown `prediction_type`.
+        """
+        sigma = sigma.clamp_min(_SMALLEST_SIGMA)
+        u, w = _output_mix(prediction_type, alpha, sigma)
+        clips = clip_sample_range is not None or thresholding is not None
+        chain_u, chain_w = _output_mix("v_prediction", alpha, sigma) if clips else (u, w)
+        direction = torch.where(n == 0, sigma_next, (sigma_next**2 - n**2).clamp_min(0).sqrt())
+        det = alpha * chain_w - sigma * chain_u
+        a = (alpha_next * chain_w - direction * chain_u) / det
+        b = (direction * alpha - alpha_next * sigma) / det
+        slope_0, slope_1 = chain_u / alpha, chain_w / sigma
+        slope_0 = torch.where(alpha == 0, slope_1, slope_0)
+        slope_1 = torch.where(sigma == _SMALLEST_SIGMA, slope_0, slope_1)
+        if clips:  # a step that stays where it is (b = 0) still clips: give its output a way in, and no slope
+            idle = b.abs() <= _IDLE
+            b = torch.where(idle, 1.0, b)
+            slope_0, slope_1 = torch.where(idle, 0.0, slope_0), torch.where(idle, 0.0, slope_1)
+        ends = (alpha, sigma, alpha_next, sigma_next)
+        return cls(timesteps, *ends, a, b, n, slope_0, slope_1, u, w, direction, clip_sample_range, thresholding)
+
+    @property
+    def num_inference_steps(self) -> int:
+        """S."""
+        return len(self.timesteps)
+
+    @property
+    def clips(self) -> bool:
+        """Whether `effective_output` has anything to do."""
+        return self.clip_sample_range is not None or self.thresholding is not None
+
+    @property
+    def log_snr(self) -> Tensor:
+        """log(alpha^2 / sigma^2) (S,), kept within -32 .. 32."""
+        return (2 * (self.alpha.log() - self.sigma.log())).clamp(-_MAX_LOG_SNR, _MAX_LOG_SNR)
+
+    def shrinkage(self, variance: float) -> Tensor:
+        """The Wiener filter of Gaussian data with `variance` P: kappa = sigma^2 / (alpha^2 P + sigma^2) (S,).
+
+        Raises ValueError for a negative or non-finite variance.
+        """
+        if not 0 <= variance < math.inf:
+            raise ValueError(f"variance must be finite and >= 0, got {variance}")
+        noise = self.sigma**2
+        return noise / (self.alpha**2 * variance + noise).clamp_min(torch.finfo(noise.dtype).tiny)
+
+    def original_sample(
+        self,
+        x: Tensor,  # (N, *shape)
+        out: Tensor,  # (N, *shape)
+        index: Tensor,  # (N,) int64, on the device of x
+    ) -> Tensor:
+        """The estimate of x0 (N, *shape), fp32 or wider, from the model's own output at steps `index`.
+
+        It is clipped if the table clips: the pred_original_sample of diffusers' DDIMScheduler (arXiv 2010.02502,
+        eq. 12). An `effective_output` gives no estimate of x0.
+        """
+        x, out, rows = self._gather(x, out, index)
+        return self._clip(rows[0] * x + rows[1] * out)
+
+    def effective_output(
+        self,
+        x: Tensor,  # (N, *shape)
+        out: Tensor,  # (N, *shape)
+        index: Tensor,  # (N,) int64, on the device of x
+    ) -> Tensor:
+        """What stands for the model's output at steps `index`, so that a x + b out is the step from the clipped x0.
+
+        x and out are in pixel space; the result (N, *shape) is fp32 or wider. x0 is clipped to `clip_sample_range` or
+        dynamically thresholded (arXiv 2205.11487, section 2.3) and eps is left alone, as in diffusers' DDIMScheduler.
+        Raises ValueError for a table that does not clip.
+        """
+        if not self.clips:
+            raise ValueError("effective_output is for a table that clips")
+        x, out, rows = self._gather(x, out, index)
+        x0 = rows[0] * x + rows[1] * out
+        eps = rows[2] * x + rows[3] * out
+        clipped = self._clip(x0)
+        moved = rows[6] * clipped + rows[7] * eps - rows[8] * x
+        # the same number wherever nothing was clipped, without the cancellation: secants live on its small differences
+        return torch.where(clipped == x0, rows[4] * x0 + rows[5] * eps, moved)
+
+    def _gather(self, x: Tensor, out: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        key = (x.device, dtype)
+        if key not in self._device_rows:
+            self._device_rows[key] = self._rows().to(*key)
+        rows = self._device_rows[key][:, index]
+        return x.to(dtype), out.to(dtype), rows.view(len(rows), -1, *[1] * (x.ndim - 1))  # rows (R, N, 1, ..)
+
+    def _rows(self) -> Tensor:  # (R, S)
+        det = self.alpha * self.w - self.sigma * self.u
+        rows = [self.w / det, -self.sigma / det, -self.u / det, self.alpha / det]  # x0, eps of (x, out)
+        if self.clips:
+            idle = (self.direction * self.alpha - self.alpha_next * self.sigma).abs() <= _IDLE  # see build
+            rows += [torch.where(idle, 0.0, -self.sigma), torch.where(idle, 0.0, self.alpha)]
+            rows += [self.alpha_next / self.b, self.direction / self.b, self.a / self.b]
+        return torch.stack(rows)
+
+    def _clip(self, x0: Tensor) -> Tensor:  # (N, *shape)
+        if self.thresholding is not None:
+            ratio, largest = self.thresholding
+            flat = x0.flatten(1)
+            parts = torch.split(flat.abs(), max(1, _QUANTILE_ELEMENTS // flat.shape[1]))
+            bound = torch.cat([torch.quantile(part, ratio, dim=1) for part in parts]).clamp(1, largest)[:, None]
+            return (flat.clamp(-bound, bound) / bound).view_as(x0)
+        if self.clip_sample_range is not None:
+            return x0.clamp(-self.clip_sample_range, self.clip_sample_range)
+        return x0
+
+
+def _output_mix(prediction_type: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """(u, w) (S,) of out = u x0 + w eps."""
+    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+    if prediction_type == "epsilon":
+        return zero, one
+    if prediction_type == "sample":
+        return one, zero
+    if prediction_type == "v_prediction":
+        return -sigma, alpha
+    if prediction_type == "flow":
+        return -one, one
+    raise ValueError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
