@@ -1,0 +1,160 @@
+"""The torch side of every op: schema, fake, and the backend that runs a call.
+
+A backend is a module that holds functions with the reference's signatures: `reference`, `_cpu` (deqkern._C), and
+`deqkern.kernels.<op>` (Triton). They are looked up once per (op, device, dtype), when first called for.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from . import _cpu, reference
+
+Kernel = Callable[..., None]
+
+# op -> (the argument whose dtype and device choose the kernel, {overload: arguments it writes})
+OPS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
+    "dct2": ("spectrum", {".forward": ("spectrum",), ".inverse": ("image",)}),
+    "ddim_scan": ("x", {"": ("f", "g", "norms")}),
+    "band_moments": ("dx", {"": ("moments",)}),
+    "anderson_gram": ("g_ring", {"": ("gram", "rhs")}),
+    "anderson_solve": ("gamma", {"": ("gamma",)}),
+    "anderson_mix": ("f_ring", {"": ("out",)}),
+}
+
+
+def _find_reference(op: str, device: str, dtype: torch.dtype) -> Kernel | str:
+    return getattr(reference, op)
+
+
+def _find_cpu(op: str, device: str, dtype: torch.dtype) -> Kernel | str:
+    if _cpu.unavailable:
+        return _cpu.unavailable
+    if device != "cpu":
+        return f"its kernels read host memory, not {device}"
+    if dtype is not torch.float32:
+        return f"its kernels are written for torch.float32, not {dtype}"
+    return getattr(_cpu, op)
+
+
+def _find_triton(op: str, device: str, dtype: torch.dtype) -> Kernel | str:
+    if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"Triton does not run on {device}"
+    if dtype is not torch.float32:
+        return f"its kernels are written for torch.float32, not {dtype}"
+    try:
+        kernel = getattr(importlib.import_module(f"deqkern.kernels.{op}"), op)
+    except ImportError as error:
+        return str(error)
+    return _on_its_device(kernel) if device == "cuda" and torch.cuda.device_count() > 1 else kernel
+
+
+def _find_cuda(op: str, device: str, dtype: torch.dtype) -> Kernel | str:
+    if _cpu.unavailable:
+        return _cpu.unavailable
+    if not _cpu._C.cuda_compiled():
+        return f"deqkern._C was compiled without CUDA: {_cpu._C.build_info()['cuda_reason']}"
+    return f"deqkern._C has no CUDA kernel for {op}"
+
+
+def _on_its_device(kernel: Kernel) -> Kernel:
+    """Triton launches on the current device, whatever the tensors say."""
+
+    def run(*arguments: Any) -> None:
+        with torch.cuda.device(arguments[0].device):
+            kernel(*arguments)
+
+    return run
+
+
+_FIND = {"reference": _find_reference, "cpu": _find_cpu, "triton": _find_triton, "cuda": _find_cuda}
+_AUTO = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+_requested: ContextVar[tuple[str, ...]] = ContextVar("deqkern_backend", default=("auto",))
+
+
+@contextmanager
+def use_backend(*names: str) -> Iterator[None]:
+    """Run the ops called in this context on the first of the named backends that can: "auto" is any of them.
+
+    Names: "auto", "reference" (plain torch), "cpu" (C++), "triton", "cuda". A call that none of them can run raises
+    RuntimeError with the reason; there is no silent way back to the reference. The choice belongs to the current thread
+    (a contextvar). Unknown names are a ValueError.
+    """
+    for name in names or ("",):
+        if name != "auto" and name not in _FIND:
+            raise ValueError(f"names must be among 'auto', {', '.join(map(repr, _FIND))}, got {name!r}")
+    token = _requested.set(names)
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+@functools.cache
+def _kernel(op: str, requested: tuple[str, ...], device: str, dtype: torch.dtype) -> Kernel:
+    reasons = []
+    for request in requested:
+        for name in _AUTO.get(device, ("reference",)) if request == "auto" else (request,):
+            found = _FIND[name](op, device, dtype)
+            if not isinstance(found, str):
+                return found
+            reasons.append(f"backend {name!r} cannot run {op} here: {found}")
+    raise RuntimeError("; ".join(reasons))
+
+
+def backends() -> dict[str, dict[str, Any]]:
+    """What can run: for each backend `loaded`, the `ops` it holds, and the `reason` why others are missing.
+
+    "cpu" adds the instruction set in use (`isa`), those compiled in (`isas`) and the `threads` of a call. This imports
+    Triton and asks for GPUs; importing deqkern does neither.
+    """
+    report: dict[str, dict[str, Any]] = {}
+    for name, find in _FIND.items():
+        device = "cuda" if name in ("triton", "cuda") else "cpu"
+        found = {op: find(op, device, torch.float32) for op in OPS}
+        ops = [op for op, kernel in found.items() if not isinstance(kernel, str)]
+        reasons = [reason for reason in found.values() if isinstance(reason, str)]
+        if device == "cuda" and not torch.cuda.is_available():
+            interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+            if ops and not interpreted:
+                ops, reasons = [], ["torch sees no CUDA device", *reasons]
+        report[name] = {"loaded": bool(ops), "ops": ops}
+        if reasons:
+            report[name]["reason"] = "; ".join(dict.fromkeys(reasons))
+    if not _cpu.unavailable:
+        try:
+            report["cpu"] |= {"isa": _cpu._C.isa(), "isas": _cpu._C.isas(), "threads": torch.get_num_threads()}
+        except RuntimeError as error:  # DEQKERN_ISA names one that is not there: every call says the same
+            report["cpu"] = {"loaded": False, "ops": [], "reason": str(error)}
+    return report
+
+
+def _register(library: torch.library.Library, op: str, overload: str, written: tuple[str, ...]) -> None:
+    meaning = getattr(reference, op)
+    names = list(inspect.signature(meaning).parameters)
+    chooser = names.index(OPS[op][0])
+    places = [names.index(name) for name in written]
+
+    def run(*arguments: Any) -> None:
+        tensor = arguments[chooser]
+        _kernel(op, _requested.get(), tensor.device.type, tensor.dtype)(*arguments)
+        torch.autograd.graph.increment_version([arguments[place] for place in places])
+
+    library.define(op + overload + torch.library.infer_schema(meaning, mutates_args=written))
+    library.impl(op + overload, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"deqkern::{op}{overload}", lambda *arguments: None, lib=library)
+
+
+_library = torch.library.Library("deqkern", "DEF")
+for _op, (_, _overloads) in OPS.items():
+    for _overload, _written in _overloads.items():
+        _register(_library, _op, _overload, _written)
