@@ -1,0 +1,245 @@
+"""Random arguments of every op at any size, and the comparison of a backend with the float64 reference.
+
+Outputs start as NaN, and so does every input that a window leaves out: a kernel that reads one shows it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from asserts import assert_close
+from torch import Tensor
+
+from deqkern import ops
+from deqkern.ops import reference
+
+Arguments = dict[str, Any]
+
+WRITTEN = {
+    "dct2": ("spectrum", "image"),
+    "ddim_scan": ("f", "g", "norms"),
+    "band_moments": ("moments",),
+    "anderson_gram": ("gram", "rhs"),
+    "anderson_solve": ("gamma",),
+    "anderson_mix": ("out",),
+}
+BACKENDS = ("reference", "cpu")
+# (S, B, D, K): every awkward length beside several others; windows go round by sample
+SIZES = (
+    (1, 1, 1, 1),
+    (1, 3, 5, 3),
+    (1, 1, 12289, 24),
+    (2, 1, 17, 24),
+    (2, 3, 1, 3),
+    (2, 3, 257, 1),
+    (2, 3, 12289, 3),
+    (7, 3, 5, 24),
+    (7, 1, 255, 3),
+    (7, 3, 3072, 24),
+    (7, 3, 257, 3),
+    (50, 1, 3072, 3),
+    (50, 3, 1, 1),
+    (50, 3, 17, 3),
+    (50, 3, 255, 24),
+)
+NAN = float("nan")
+
+
+def wide(arguments: Arguments) -> Arguments:
+    """A copy with every floating tensor in float64."""
+    return {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in clone(arguments).items()
+    }
+
+
+def clone(arguments: Arguments) -> Arguments:
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+
+def check(op: str, arguments: Arguments, backend: str, rtol: float = 1e-5) -> None:
+    """Run `op` on the backend and compare all that it writes with the reference in float64."""
+    expected = wide(arguments)
+    getattr(reference, op)(**expected)
+    inputs = clone(arguments)
+    with ops.use_backend(backend):
+        getattr(ops, op)(**arguments)
+    for name, value in arguments.items():
+        if name in WRITTEN[op]:
+            for part in range(3) if name == "norms" else [slice(None)]:
+                assert_close(value[..., part], expected[name][..., part], rtol, f"{op} {name}")
+        elif isinstance(value, Tensor):
+            assert torch.equal(value.nan_to_num(12345.0), inputs[name].nan_to_num(12345.0)), f"{op} changed {name}"
+
+
+def windows(steps: int, batch: int, first: int = 0) -> Tensor:
+    """(B, 2): the whole chain, a part of it, its end, its beginning, nothing, round and round from the `first`."""
+    middle = steps // 2
+    kinds = [(0, steps), (steps // 3, middle + 1), (middle, steps), (0, middle), (middle, middle)]
+    return torch.tensor([kinds[(first + sample) % len(kinds)] for sample in range(batch)])
+
+
+def bands(size: int, count: int) -> Tensor:
+    """(K+1,): cuts at random; from three bands on, the first and one in the middle are empty."""
+    inner = torch.randint(0, size + 1, (count - 1,)).sort().values
+    if count >= 3:
+        inner[0] = 0
+        inner[-1] = inner[-2]
+    return torch.cat([torch.tensor([0]), inner, torch.tensor([size])])
+
+
+def inactive(window: Tensor, steps: int) -> Tensor:
+    """(S, B) bool: the rows outside the windows."""
+    index = torch.arange(steps)[:, None]
+    return (index < window[:, 0]) | (index >= window[:, 1])
+
+
+def ddim_scan(steps: int, batch: int, size: int, count: int, first: int = 0, noise: bool = True) -> Arguments:
+    window = windows(steps, batch, first)
+    outside = inactive(window, steps)
+    index = torch.arange(steps + 1)[:, None]
+    x, e, z = torch.randn(steps + 1, batch, size), torch.randn(steps, batch, size), torch.randn(steps, batch, size)
+    slope = torch.randn(steps, batch, count)
+    x[(index < window[:, 0]) | (index > window[:, 1]) | (window[:, 0] == window[:, 1])] = NAN
+    for value in (e, z, slope):
+        value[outside] = NAN
+    return {
+        "x": x,
+        "e": e,
+        "z": z if noise else None,
+        "a": 0.9 + 0.1 * torch.rand(steps),
+        "b": 0.2 * torch.rand(steps) - 0.1,
+        "n": torch.rand(steps),
+        "slope": slope,
+        "bands": bands(size, count),
+        "window": window,
+        "beta": 0.7,
+        "f": torch.full_like(e, NAN),
+        "g": torch.full_like(e, NAN),
+        "norms": torch.full((steps, batch, 3), NAN, dtype=torch.float64),
+    }
+
+
+def band_moments(steps: int, batch: int, size: int, count: int, first: int = 0) -> Arguments:
+    window = windows(steps, batch, first)
+    outside = inactive(window, steps)
+    dx, e, e_prev = torch.randn(3, steps, batch, size).unbind()
+    for value in (dx, e, e_prev):
+        value[outside] = NAN
+    return {
+        "dx": dx.clone(),
+        "e": e.clone(),
+        "e_prev": e_prev.clone(),
+        "bands": bands(size, count),
+        "window": window,
+        "moments": torch.full((steps, batch, count, 2), NAN, dtype=torch.float64),
+    }
+
+
+def _ring(steps: int, batch: int, size: int, history: int, head: int, count: int, window: Tensor) -> Tensor:
+    """(m+1, S, B, D), with NaN where nothing may be read: outside the windows and beyond the age `count`."""
+    ring = torch.randn(history + 1, steps, batch, size)
+    ring[:, inactive(window, steps)] = NAN
+    for age in range(count + 1, history + 1):
+        ring[(head - age) % (history + 1)] = NAN
+    return ring
+
+
+def anderson_gram(steps: int, batch: int, size: int, history: int, head: int, count: int, first: int = 0) -> Arguments:
+    window = windows(steps, batch, first)
+    factor = torch.randn(steps, batch, history + 2, history, dtype=torch.float64) * size**0.5
+    gram = factor.mT @ factor
+    gram[inactive(window, steps)] = NAN
+    gram[..., count - 1 :, :] = NAN  # what the last call left at greater ages, or never wrote
+    gram[..., :, count - 1 :] = NAN
+    return {
+        "g_ring": _ring(steps, batch, size, history, head, count, window),
+        "head": head,
+        "count": count,
+        "window": window,
+        "gram": gram,
+        "rhs": torch.full((steps, batch, history), NAN, dtype=torch.float64),
+    }
+
+
+def anderson_solve(steps: int, batch: int, history: int, first: int = 0, scope: str = "row") -> Arguments:
+    """Well-conditioned systems; rows outside the windows are NaN."""
+    window = windows(steps, batch, first)
+    factor = torch.randn(steps, batch, 2 * history + 3, history, dtype=torch.float64)
+    right = torch.randn(steps, batch, 2 * history + 3, 1, dtype=torch.float64)
+    gram, rhs = factor.mT @ factor, (factor.mT @ right)[..., 0]
+    outside = inactive(window, steps)
+    gram[outside] = NAN
+    rhs[outside] = NAN
+    return {
+        "gram": gram,
+        "rhs": rhs,
+        "window": window,
+        "scope": scope,
+        "ridge": 1e-6,
+        "ridge_absolute": 0.0,
+        "gamma": torch.full((steps, batch, history), NAN),
+    }
+
+
+def anderson_mix(steps: int, batch: int, size: int, history: int, head: int, count: int, first: int = 0) -> Arguments:
+    window = windows(steps, batch, first)
+    gamma = torch.randn(steps, batch, history)
+    gamma[inactive(window, steps)] = NAN
+    gamma[..., count:] = NAN
+    return {
+        "f_ring": _ring(steps, batch, size, history, head, count, window),
+        "head": head,
+        "count": count,
+        "gamma": gamma,
+        "window": window,
+        "out": torch.full((steps, batch, size), NAN),
+    }
+
+
+def dct2(count: int, channels: int, height: int, width: int, inverse: bool, rows: int | None = None) -> Arguments:
+    """Random rotations in place of cosines; the `rows` of the spectrum are more than the images and in no order."""
+    total = rows or count + 3
+    size = channels * height * width
+    image, spectrum = torch.randn(count, channels, height, width), torch.randn(total, size)
+    (image if inverse else spectrum).fill_(NAN)
+    return {
+        "image": image,
+        "spectrum": spectrum,
+        "rows": torch.randperm(total)[:count],
+        "dct_h": rotation(height),
+        "dct_w": rotation(width),
+        "colour": rotation(channels),
+        "order": torch.randperm(size),
+        "inverse": inverse,
+    }
+
+
+def rotation(size: int) -> Tensor:
+    """(size, size) orthonormal, at random."""
+    return torch.linalg.qr(torch.randn(size, size, dtype=torch.float64)).Q.float().contiguous()
+
+
+def large(op: str) -> Arguments:
+    """Enough work for a second thread."""
+    if op == "dct2":
+        return dct2(24, 3, 32, 32, inverse=False)
+    if op in ("ddim_scan", "band_moments"):
+        return globals()[op](50, 3, 3072, 24)
+    if op == "anderson_solve":
+        return anderson_solve(20, 10, 16)
+    return globals()[op](20, 5, 3072, 3, 1, 2)
+
+
+def example(op: str) -> Arguments:
+    """Small finite arguments of any op, every step active, one sample."""
+    if op == "dct2":
+        arguments = dct2(2, 3, 4, 5, inverse=False)
+    elif op in ("ddim_scan", "band_moments"):
+        arguments = globals()[op](4, 1, 10, 3)
+    elif op == "anderson_solve":
+        arguments = anderson_solve(4, 1, 3)
+    else:
+        arguments = globals()[op](4, 1, 10, 3, 1, 2)
+    return {name: value.nan_to_num() if isinstance(value, Tensor) else value for name, value in arguments.items()}

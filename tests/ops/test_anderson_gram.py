@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import inputs
+import pytest
+import torch
+from asserts import assert_close
+
+from deqkern import ops
+
+BACKENDS = pytest.mark.parametrize("backend", inputs.BACKENDS)
+
+
+@BACKENDS
+@pytest.mark.parametrize("history", [1, 3, 5, 16])
+def test_every_head_and_count(backend: str, history: int) -> None:
+    for head in range(history + 1):
+        for count in range(1, history + 1):
+            arguments = inputs.anderson_gram(2, 2, 5, history, head, count, first=head % 5)
+            inputs.check("anderson_gram", arguments, backend)
+
+
+@BACKENDS
+@pytest.mark.parametrize("history", [1, 3, 5, 16])
+@pytest.mark.parametrize(("steps", "batch", "size", "_"), [s for s in inputs.SIZES if s[0] * s[1] * s[2] < 10**5])
+def test_equals_the_reference(backend: str, steps: int, batch: int, size: int, _: int, history: int) -> None:
+    count = 1 + size % history
+    head = steps % (history + 1)
+    arguments = inputs.anderson_gram(steps, batch, size, history, head, count, first=size % 5)
+    inputs.check("anderson_gram", arguments, backend)
+
+
+@BACKENDS
+def test_updates_add_up_to_the_gram_matrix(backend: str) -> None:
+    """Turn after turn of the ring, gram is dG^T dG of the whole history."""
+    history, steps, batch, size = 3, 4, 2, 50
+    window = torch.tensor([[0, steps]] * batch)
+    gram = torch.full((steps, batch, history, history), torch.nan, dtype=torch.float64)
+    rhs = torch.full((steps, batch, history), torch.nan, dtype=torch.float64)
+    ring = torch.full((history + 1, steps, batch, size), torch.nan)
+    corrections: list[torch.Tensor] = []
+    with ops.use_backend(backend):
+        for turn in range(9):
+            head = turn % (history + 1)
+            ring[head] = torch.randn(steps, batch, size)
+            corrections.append(ring[head].double())
+            count = min(turn, history)
+            if count == 0:
+                continue
+            ops.anderson_gram(ring, head, count, window, gram, rhs)
+            new = [corrections[-1 - j] - corrections[-2 - j] for j in range(count)]
+            differences = torch.stack(new, -1)  # (S, B, D, count)
+            assert_close(gram[..., :count, :count], differences.mT @ differences, 1e-6)
+            assert_close(rhs[..., :count], (differences.mT @ corrections[-1][..., None])[..., 0], 1e-6)
+            assert not gram[..., count:, :].any() and not gram[..., :, count:].any() and not rhs[..., count:].any()

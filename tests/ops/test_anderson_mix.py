@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import inputs
+import pytest
+import torch
+
+from deqkern import ops
+
+BACKENDS = pytest.mark.parametrize("backend", inputs.BACKENDS)
+
+
+@BACKENDS
+@pytest.mark.parametrize("history", [1, 3, 5, 16])
+def test_every_head_and_count(backend: str, history: int) -> None:
+    for head in range(history + 1):
+        for count in range(history + 1):
+            arguments = inputs.anderson_mix(2, 2, 5, history, head, count, first=head % 5)
+            inputs.check("anderson_mix", arguments, backend)
+
+
+@BACKENDS
+@pytest.mark.parametrize("history", [1, 3, 5, 16])
+@pytest.mark.parametrize(("steps", "batch", "size", "_"), [s for s in inputs.SIZES if s[0] * s[1] * s[2] < 10**5])
+def test_equals_the_reference(backend: str, steps: int, batch: int, size: int, _: int, history: int) -> None:
+    count = 1 + size % history
+    head = steps % (history + 1)
+    arguments = inputs.anderson_mix(steps, batch, size, history, head, count, first=size % 5)
+    inputs.check("anderson_mix", arguments, backend)
+
+
+@BACKENDS
+def test_no_mixing_takes_the_newest(backend: str) -> None:
+    arguments = inputs.anderson_mix(3, 2, 33, 4, 2, 4) | {"window": torch.tensor([[0, 3], [0, 3]])}
+    arguments["f_ring"], arguments["gamma"] = torch.randn(5, 3, 2, 33), torch.zeros(3, 2, 4)
+    with ops.use_backend(backend):
+        ops.anderson_mix(**arguments)
+    assert torch.equal(arguments["out"], arguments["f_ring"][2])

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import inputs
+import pytest
+import torch
+from asserts import assert_close
+
+from deqkern import ops
+
+BACKENDS = pytest.mark.parametrize("backend", inputs.BACKENDS)
+
+
+@BACKENDS
+@pytest.mark.parametrize(("steps", "batch", "size", "count"), inputs.SIZES)
+def test_equals_the_reference(backend: str, steps: int, batch: int, size: int, count: int) -> None:
+    inputs.check("band_moments", inputs.band_moments(steps, batch, size, count, first=size % 5), backend)
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_model_outputs_in_half_precision(backend: str, dtype: torch.dtype) -> None:
+    arguments = inputs.band_moments(7, 3, 65, 3)
+    inputs.check("band_moments", arguments | {name: arguments[name].to(dtype) for name in ("e", "e_prev")}, backend)
+
+
+@BACKENDS
+def test_bands_that_split_everywhere(backend: str) -> None:
+    """One element per band: moments are the products themselves."""
+    size = 37
+    arguments = inputs.band_moments(2, 1, size, size) | {"bands": torch.arange(size + 1)}
+    with ops.use_backend(backend):
+        ops.band_moments(**arguments)
+    dx, de = arguments["dx"].double(), arguments["e"].double() - arguments["e_prev"].double()
+    assert_close(arguments["moments"], torch.stack([dx * de, dx * dx], -1), 1e-6)
+
+
+@BACKENDS
+def test_a_linear_model_has_its_own_slope(backend: str) -> None:
+    arguments = inputs.band_moments(5, 2, 300, 3) | {"window": torch.tensor([[0, 5], [0, 5]])}
+    arguments["dx"], arguments["e_prev"] = torch.randn(5, 2, 300), torch.zeros(5, 2, 300)
+    arguments["bands"] = torch.tensor([0, 7, 100, 300])
+    slope = torch.tensor([0.5, -2.0, 3.0])
+    arguments["e"] = torch.repeat_interleave(slope, arguments["bands"].diff()) * arguments["dx"]
+    with ops.use_backend(backend):
+        ops.band_moments(**arguments)
+    cross, square = arguments["moments"].unbind(-1)
+    assert_close(cross / square, slope.double().expand(5, 2, 3), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param("reference", marks=pytest.mark.xfail(strict=True, reason="differences of one running sum")),
+        "cpu",
+    ],
+)
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_bands_do_not_reach_each_other(backend: str, spoilt: bool) -> None:
+    """Neither a band 1e8 times larger nor one that is not finite changes the moments of a small band after it."""
+    arguments = inputs.band_moments(2, 1, 40, 3) | {"bands": torch.tensor([0, 10, 10, 40])}
+    for name in ("dx", "e", "e_prev"):
+        arguments[name] = torch.randn(2, 1, 40)
+    alone = inputs.clone(arguments)
+    alone["dx"][..., :10] = 0
+    arguments["dx"][..., :10] *= 1e8
+    if spoilt:
+        arguments["dx"][..., 3] = torch.nan
+    with ops.use_backend(backend):
+        ops.band_moments(**arguments)
+        ops.band_moments(**alone)
+    assert_close(arguments["moments"][..., 1:, :], alone["moments"][..., 1:, :], 1e-12)

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import inputs
+import pytest
+import torch
+from asserts import assert_close
+
+from deqkern import ops
+
+BACKENDS = pytest.mark.parametrize("backend", inputs.BACKENDS)
+# (N, C, H, W)
+SHAPES = [(1, 1, 1, 1), (3, 1, 5, 7), (2, 3, 16, 16), (5, 3, 31, 17), (2, 4, 1, 9), (2, 5, 13, 2), (1, 3, 64, 64)]
+
+
+@BACKENDS
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_reference(backend: str, shape: tuple[int, int, int, int], inverse: bool) -> None:
+    inputs.check("dct2", inputs.dct2(*shape, inverse=inverse), backend)
+
+
+@BACKENDS
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_inverse_undoes_and_norms_stay(backend: str, shape: tuple[int, int, int, int]) -> None:
+    forward = inputs.dct2(*shape, inverse=False)
+    image = forward["image"].clone()
+    with ops.use_backend(backend):
+        ops.dct2(**forward)
+        spectrum = forward["spectrum"][forward["rows"]]
+        assert_close(spectrum.norm(dim=-1), image.flatten(1).norm(dim=-1))
+        forward["image"].fill_(torch.nan)
+        ops.dct2(**forward | {"inverse": True})
+    assert_close(forward["image"], image)
+
+
+@BACKENDS
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_images_in_half_precision(backend: str, dtype: torch.dtype, inverse: bool) -> None:
+    arguments = inputs.dct2(3, 3, 9, 8, inverse=inverse)
+    arguments["image"] = arguments["image"].to(dtype)
+    inputs.check("dct2", arguments, backend, rtol=1e-5 if not inverse else torch.finfo(dtype).eps)
+
+
+@BACKENDS
+def test_all_rows_of_the_spectrum(backend: str) -> None:
+    inputs.check("dct2", inputs.dct2(6, 2, 8, 8, inverse=False, rows=6), backend)
+
+
+@BACKENDS
+def test_no_images(backend: str) -> None:
+    arguments = inputs.dct2(0, 3, 4, 4, inverse=False)
+    with ops.use_backend(backend):
+        ops.dct2(**arguments)
+        ops.dct2(**arguments | {"inverse": True})
+    assert arguments["spectrum"].isnan().all()

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import inputs
+import pytest
+import torch
+from asserts import assert_close
+
+from deqkern import ops
+from deqkern.ops import reference
+
+BACKENDS = pytest.mark.parametrize("backend", inputs.BACKENDS)
+
+
+@BACKENDS
+@pytest.mark.parametrize("noise", [True, False])
+@pytest.mark.parametrize(("steps", "batch", "size", "count"), inputs.SIZES)
+def test_equals_the_reference(backend: str, steps: int, batch: int, size: int, count: int, noise: bool) -> None:
+    inputs.check("ddim_scan", inputs.ddim_scan(steps, batch, size, count, first=size % 5, noise=noise), backend)
+
+
+@BACKENDS
+@pytest.mark.parametrize("first", range(5))
+def test_every_kind_of_window(backend: str, first: int) -> None:
+    inputs.check("ddim_scan", inputs.ddim_scan(7, 1, 33, 3, first), backend)
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_model_output_in_half_precision(backend: str, dtype: torch.dtype) -> None:
+    arguments = inputs.ddim_scan(7, 3, 65, 3)
+    arguments["e"] = arguments["e"].to(dtype)
+    inputs.check("ddim_scan", arguments, backend)
+
+
+@BACKENDS
+@pytest.mark.parametrize(("steps", "batch", "size"), [(1, 1, 1), (7, 3, 255), (50, 1, 3072)])
+def test_update_may_overwrite_the_states(backend: str, steps: int, batch: int, size: int) -> None:
+    arguments = inputs.ddim_scan(steps, batch, size, 3)
+    expected = inputs.wide(arguments)
+    reference.ddim_scan(**expected)
+    before = arguments["x"].clone()
+    arguments["f"] = arguments["x"][1:]
+    with ops.use_backend(backend):
+        ops.ddim_scan(**arguments)
+    written = ~inputs.inactive(arguments["window"], steps)
+    assert_close(arguments["f"][written], expected["f"][written])
+    assert torch.equal(arguments["f"][~written].nan_to_num(9.0), before[1:][~written].nan_to_num(9.0))
+    assert torch.equal(arguments["x"][0].nan_to_num(9.0), before[0].nan_to_num(9.0))
+    assert_close(arguments["g"], expected["g"])
+    for part in range(3):
+        assert_close(arguments["norms"][..., part], expected["norms"][..., part])
+
+
+@BACKENDS
+def test_exact_slopes_solve_a_linear_chain(backend: str) -> None:
+    """A model e = s x with its own slope makes the system triangular: one scan with beta = 1 is the answer."""
+    steps, batch, size = 20, 2, 31
+    window = torch.tensor([[0, steps]] * batch)
+    arguments = inputs.ddim_scan(steps, batch, size, 1, noise=False) | {"beta": 1.0, "window": window}
+    arguments["x"] = torch.randn(steps + 1, batch, size)
+    slope = torch.randn(steps, batch, 1)
+    arguments["slope"], arguments["e"] = slope, slope * arguments["x"][:-1]
+    with ops.use_backend(backend):
+        ops.ddim_scan(**arguments)
+    state = arguments["x"][0]
+    for i in range(steps):
+        state = (arguments["a"][i] + arguments["b"][i] * slope[i]) * state
+        assert_close(arguments["f"][i], state, 1e-4)
+
+
+@BACKENDS
+def test_a_sample_that_overflowed_stays_alone(backend: str) -> None:
+    arguments = inputs.ddim_scan(5, 3, 300, 3) | {"window": torch.tensor([[0, 5]] * 3)}
+    for name in ("x", "e", "z", "slope"):
+        arguments[name] = torch.randn_like(arguments[name])
+    spoilt = inputs.clone(arguments)
+    spoilt["e"][2, 1, 7], spoilt["e"][2, 1, 70] = torch.nan, torch.inf
+    with ops.use_backend(backend):
+        ops.ddim_scan(**arguments)
+        ops.ddim_scan(**spoilt)
+    for name in ("f", "g", "norms"):
+        assert torch.equal(spoilt[name][:, [0, 2]], arguments[name][:, [0, 2]])
+    others = [d for d in range(300) if d not in (7, 70)]
+    assert torch.equal(spoilt["f"][:, 1, others], arguments["f"][:, 1, others])
+    assert not spoilt["norms"][2, 1, 0].isfinite() and not spoilt["norms"][2:, 1, 1].isfinite().any()
