@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import inputs
 import pytest
 import torch
 from asserts import assert_close
+from torch import Tensor
 
 from deqkern import ops
 
@@ -30,14 +33,14 @@ def test_equals_the_reference(backend: str, steps: int, batch: int, size: int, _
 
 
 @BACKENDS
-def test_updates_add_up_to_the_gram_matrix(backend: str) -> None:
+def test_updates_add_up_to_the_gram_matrix(backend: str, fresh: Callable[..., Tensor]) -> None:
     """Turn after turn of the ring, gram is dG^T dG of the whole history."""
     history, steps, batch, size = 3, 4, 2, 50
     window = torch.tensor([[0, steps]] * batch)
-    gram = torch.full((steps, batch, history, history), torch.nan, dtype=torch.float64)
-    rhs = torch.full((steps, batch, history), torch.nan, dtype=torch.float64)
-    ring = torch.full((history + 1, steps, batch, size), torch.nan)
-    corrections: list[torch.Tensor] = []
+    gram = fresh(steps, batch, history, history, dtype=torch.float64)
+    rhs = fresh(steps, batch, history, dtype=torch.float64)
+    ring = fresh(history + 1, steps, batch, size)
+    corrections: list[Tensor] = []
     with ops.use_backend(backend):
         for turn in range(9):
             head = turn % (history + 1)
