@@ -42,7 +42,7 @@ def calibrate(
     model_kwargs: Mapping[str, Any] | None = None,
     max_batch: int | None = None,
 ) -> SlopeProfile:
-    """Measure the slopes of `model` over `samples` solves for each eta: a `SlopeProfile` for `solvers.default(profile=...)`.
+    """Measure the slopes of `model` over `samples` solves for each eta, for `solvers.default(profile=...)`.
 
     shape: of one sample, without the batch. Costs about 8 * num_inference_steps model evaluations per sample and eta.
     Other arguments as in `sample`. Raises ValueError for samples < 1 and whatever `sample` raises.
@@ -68,9 +68,10 @@ def calibrate(
         )
     table = schedule.steps(num_inference_steps)
     cross, square = torch.stack(recorder.sums).sum(0).cpu().unbind(-1)  # (S, K)
-    width = table.slope_1 - table.slope_0
-    slope = torch.where(square > 0, cross / square.clamp_min(1e-300), table.slope_0[:, None])
-    shrinkage = ((slope - table.slope_0[:, None]) / width[:, None]).clamp(0, 1)
-    measured = square.sum(1) > 0  # the first state never moves: nothing is known of its step
+    low, width = table.slope_0[:, None], (table.slope_1 - table.slope_0)[:, None]
+    # The first state never moves, and a step whose two slopes agree has no shrinkage: nothing is known of them.
+    measured = (square.sum(1) > 0) & (width[:, 0] != 0)
+    slope = torch.where(square > 0, cross / square.clamp_min(1e-300), low)
+    shrinkage = ((slope - low) / torch.where(width != 0, width, 1.0)).clamp(0, 1)
     order = table.log_snr[measured].argsort()
     return SlopeProfile(table.log_snr[measured][order], shrinkage[measured][order], tuple(shape))

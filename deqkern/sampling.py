@@ -39,23 +39,26 @@ def sample(
 ) -> Solution:
     """Sample from a diffusion model: the DDIM chain of `num_inference_steps` = S steps as one fixed point.
 
-    The result is the chain's own, to a relative error of about `rtol`; rtol = 0 gives the sequential chain exactly, up to the
-    effect of the batch size on the model. All states are evaluated in one batch per iteration (arXiv 2210.12867).
+    The result is the chain's own, to a relative error of about `rtol`; rtol = 0 gives the sequential chain exactly, up
+    to the effect of the batch size on the model. All states are evaluated in one batch per iteration
+    (arXiv 2210.12867).
 
-    model: `model(x, t, **model_kwargs)` with x (N, *shape), t (N,), N up to S * B, returns a tensor like x, or an object
-        with `.sample`. Called in the dtype of its first parameter; a plain function in the dtype of `noise`.
+    model: `model(x, t, **model_kwargs)` with x (N, *shape), t (N,), N up to S * B, returns a tensor like x, or an
+        object with `.sample`. Called in the dtype of its first parameter; a plain function in the dtype of `noise`.
     noise: (B, *shape) fp32, bf16 or fp16: the chain's noisy end, standard normal for most schedules. Any layout.
     schedule: see `NoiseSchedule`. eta: 0 is DDIM, 1 is DDPM-like (arXiv 2010.02502, eq. 16).
     solver: `deqkern.solvers.default()` if None. rtol: relative 2-norm of the error of each clean sample.
     max_iterations: at most so many; S if None, which is always enough.
-    step_noise: (S, B, *shape), the noise of each step, eta > 0 only; else drawn from `generator` in the sequential order.
+    step_noise: (S, B, *shape), the noise of each step, eta > 0 only; else drawn from `generator` in the order of the
+        sequential chain.
     model_kwargs: tensors in it whose first dimension is B are repeated for every step.
     max_batch: rows in one model call, to limit memory; the result does not depend on it.
     sigma_min: end the chain at this noise-to-signal ratio instead of the schedule's own end.
     callback: called with (iteration, x0_estimate (B, *shape), error_estimate (B,)) after each iteration.
 
-    Raises ValueError or TypeError, before the model is called, for an argument that does not fit; ValueError if the model
-    returns another shape, or NaN. A sample that does not converge is reported in the `Solution` and by one `ConvergenceWarning`.
+    Raises ValueError or TypeError, before the model is called, for an argument that does not fit; ValueError if the
+    model returns another shape, or NaN. A sample that does not converge is reported in the `Solution` and by one
+    `ConvergenceWarning`.
     """
     solver = default() if solver is None else solver
     _check(model, noise, schedule, solver, rtol, max_iterations, model_kwargs, max_batch, gradient, callback)
@@ -103,7 +106,7 @@ def _start(
 
 
 def _draw(noise: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One step's noise (B, *shape), drawn as diffusers draws it: on the generator's device, in the dtype of the noise."""
+    """One step's noise (B, *shape), drawn as diffusers does: on the generator's device, in the dtype of `noise`."""
     device = noise.device if generator is None else generator.device
     return torch.randn(noise.shape, generator=generator, device=device, dtype=noise.dtype).to(noise.device)
 

@@ -1,7 +1,7 @@
 """Cheap models of d output / d x: one number per step, sample and frequency band.
 
 Every slope is held between the two ends of the physical range by its shrinkage kappa in [0, 1]:
-d eps / dx = kappa / sigma and d x0 / dx = (1 - kappa) / alpha, so that a slope is independent of what the model predicts.
+d eps / dx = kappa / sigma and d x0 / dx = (1 - kappa) / alpha, whatever it is that the model predicts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .spectral import Basis
 
 
 def slope_of(table: StepTable, shrinkage: Tensor) -> Tensor:
-    """d output / dx (S, ...) of a shrinkage (S, ...)."""
+    """D output / dx (S, ...) of a shrinkage (S, ...)."""
     shape = (-1, *[1] * (shrinkage.ndim - 1))
     low, high = table.slope_0.view(shape).to(shrinkage), table.slope_1.view(shape).to(shrinkage)
     return low + (high - low) * shrinkage

@@ -53,23 +53,24 @@ class Solution:
 
 
 class _Workspace:
-    """All memory of a solve, allocated once: (2 m + 6) S B D floats with the states, the noise and the model's input."""
+    """The memory of a solve, allocated once: (2 m + 6) S B D floats with states, noise and the model's input."""
 
     def __init__(self, trajectory: Trajectory, solver: Solver) -> None:
         x, bands = trajectory.x, trajectory.basis.bands
         steps, batch, size = trajectory.steps, trajectory.batch, trajectory.basis.size
         m = solver.history_size
-        double = {"dtype": torch.float64, "device": x.device}
         self.e = x.new_empty(steps, batch, size)
-        self.e_prev = x.new_empty(steps, batch, size) if solver.slope.adapts else None
-        self.g = x.new_zeros(steps + 1, batch, size) if not m else None  # g[0] = 0: x[0] never moves
-        self.g_ring = x.new_zeros(m + 1, steps, batch, size) if m else None
-        self.f_ring = x.new_zeros(m + 1, steps, batch, size) if m else None
-        self.gram = torch.zeros(steps, batch, m, m, **double)
-        self.rhs = torch.zeros(steps, batch, m, **double)
+        self.e_prev = torch.empty_like(self.e) if solver.slope.adapts else self.e
+        moves = x.new_zeros((m + 1) * steps + 1, batch, size)  # the first row stays zero: x[0] never moves
+        self.dx = moves[:steps]  # (S, B, D), with m = 0 the last change of x[:-1]
+        self.g_ring = moves[1:].view(m + 1, steps, batch, size)
+        self.f_ring = x.new_zeros(m + 1, steps, batch, size) if m else x[None, 1:]
+        wide = x.new_zeros(0, dtype=torch.float64)
+        self.gram = wide.new_zeros(steps, batch, m, m)
+        self.rhs = wide.new_zeros(steps, batch, m)
         self.gamma = x.new_zeros(steps, batch, m)
-        self.norms = torch.zeros(steps, batch, 3, **double)
-        self.moments = torch.zeros(steps, batch, len(bands) - 1, 2, **double)
+        self.norms = wide.new_zeros(steps, batch, 3)
+        self.moments = wide.new_zeros(steps, batch, len(bands) - 1, 2)
 
 
 class _Iteration:
@@ -90,32 +91,15 @@ class _Iteration:
     def advance(self, k: int, rows: Tensor, window: Tensor) -> None:
         """Iteration k = 0, 1, .. over the active steps `window` (B, 2), whose flat indices are `rows`."""
         work, x, bands = self.work, self.trajectory.x, self.trajectory.basis.bands
-        if work.e_prev is not None:
-            work.e, work.e_prev = work.e_prev, work.e
+        work.e, work.e_prev = work.e_prev, work.e
         self.trajectory.evaluate(rows, work.e)
-        if isinstance(self.solver.slope, Secant) and work.e_prev is not None and k:
-            assert work.g is not None
-            ops.band_moments(work.g[:-1], work.e, work.e_prev, bands, window, work.moments)
+        if isinstance(self.solver.slope, Secant) and k:
+            ops.band_moments(work.dx, work.e, work.e_prev, bands, window, work.moments)
             self.slope = self.solver.slope.refine(self.slope, work.moments, self.low, self.high)
         slope = torch.where(self.fallen_back[:, None], self.frozen[:, None], self.slope).to(x.dtype)
         head = k % (self.solver.history_size + 1)
-        g = work.g[1:] if work.g is not None else work.g_ring[head]
-        f = x[1:] if work.g is not None else work.f_ring[head]
-        ops.ddim_scan(
-            x,
-            work.e,
-            self.trajectory.z,
-            self.a,
-            self.b,
-            self.n,
-            slope,
-            bands,
-            window,
-            self.solver.beta,
-            f,
-            g,
-            work.norms,
-        )
+        f, g, z, beta = work.f_ring[head], work.g_ring[head], self.trajectory.z, self.solver.beta
+        ops.ddim_scan(x, work.e, z, self.a, self.b, self.n, slope, bands, window, beta, f, g, work.norms)
         if self.solver.history_size:
             self._mix(k, head, window)
 
@@ -127,7 +111,7 @@ class _Iteration:
                 work.gram, work.rhs, window, solver.scope, solver.ridge, solver.ridge_absolute, work.gamma
             )
             work.gamma.masked_fill_(self.fallen_back[:, None], 0.0)
-        ops.anderson_mix(work.f_ring, head, max(count, 1), work.gamma, window, self.trajectory.x[1:])
+        ops.anderson_mix(work.f_ring, head, count, work.gamma, window, self.trajectory.x[1:])
 
     def fall_back(self, diverged: Tensor, window: Tensor, k: int) -> None:
         """Go on with plain iteration for the samples `diverged` (B,), from the first state that is exact.
@@ -178,7 +162,7 @@ class _Progress:
         diverged = active & (
             ~norms.isfinite().all(-1).all(0) | (reaches_end & (correction[-1] > GROWTH * self.smallest))
         )
-        # The first active step has taken the plain step: its end is exact. Then all settled steps up to the first other.
+        # The first active step took the plain step, so its end is exact. Settled steps follow up to the first other.
         exact = torch.minimum(begin + 1, end)
         settled = (self.index < begin) | ((self.index < end) & (residual <= self.tolerance * state))
         frontier = torch.maximum(settled.long().cumprod(0).sum(0), exact)
@@ -207,7 +191,8 @@ def solve(
     rtol = 0 goes on until every step is exact. Raises ValueError if the model returns NaN.
     """
     steps, batch, shape = trajectory.steps, trajectory.batch, trajectory.basis.shape
-    iteration, progress, history = _Iteration(trajectory, solver), _Progress(trajectory, solver, rtol), []
+    iteration, progress = _Iteration(trajectory, solver), _Progress(trajectory, solver, rtol)
+    history: list[Tensor] = []
     last = torch.arange(steps * batch, (steps + 1) * batch, device=trajectory.x.device)
     limit = steps if max_iterations is None else min(max_iterations, steps)
     while len(history) < limit and not bool(progress.converged.all()):

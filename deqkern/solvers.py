@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .ops.reference import SCOPES
-from .slopes import Frozen, Gaussian, Secant, Slope
+from .slopes import Frozen, Secant, Slope, SlopeProfile
 
 MAX_HISTORY = 16
 
@@ -25,7 +25,7 @@ class Solver:
     basis: "spectral" (samples of shape (C, H, W); others fall back to one band) or "identity".
     """
 
-    slope: Slope = Secant()
+    slope: Slope
     history_size: int = 0
     scope: str = "causal"
     ridge: float = 1e-4
@@ -59,9 +59,11 @@ class Solver:
             raise ValueError("window needs history_size = 0: the history of a step that enters later is not defined")
 
 
-def default() -> Solver:
-    """Secant slopes on 8 frequency bands per channel, no mixing."""
-    return Solver(name="default")
+def default(profile: SlopeProfile | None = None) -> Solver:
+    """Secant slopes on 8 frequency bands per channel, no mixing; started from a model's `profile` if there is one."""
+    if profile is None:
+        return Solver(slope=Secant(), name="default")
+    return Solver(slope=Secant(start=profile), name="default+profile")
 
 
 def deq_ddim() -> Solver:

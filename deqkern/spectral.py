@@ -35,8 +35,8 @@ def dct_matrix(size: int, dtype: torch.dtype = torch.float64) -> Tensor:
 def radial_bands(height: int, width: int, count: int = BANDS_PER_CHANNEL) -> Tensor:
     """The band of every coefficient (height, width), int64 in 0 .. count-1: log-spaced in radial frequency.
 
-    Frequencies are in half-cycles per pixel, (k/height, l/width). Band 0 holds the constant and all that lies within the
-    first edge. Bands that a small image leaves empty are closed up.
+    Frequencies are in half-cycles per pixel, (k/height, l/width). Band 0 holds the constant and all that lies within
+    the first edge. Bands that a small image leaves empty are closed up.
     """
     k = torch.arange(height, dtype=torch.float64)[:, None] / height
     l = torch.arange(width, dtype=torch.float64) / width  # noqa: E741
@@ -96,7 +96,7 @@ class Basis:
             ops.dct2(image, spectrum, rows, self.dct_h, self.dct_w, self.colour, self.order, False)
 
     def inverse(self, spectrum: Tensor, image: Tensor, rows: Tensor) -> None:
-        """image = V^T spectrum[rows]; shapes as in `forward`, image is written."""
+        """Image = V^T spectrum[rows]; shapes as in `forward`, image is written."""
         if self.dct_h is None:
             torch.index_select(spectrum, 0, rows, out=image.view(len(rows), -1))
         else:

@@ -28,9 +28,9 @@ def model_dtype(model: Model, default: torch.dtype) -> torch.dtype:
 class Trajectory:
     """States x[0] .. x[S] of B chains; `evaluate` calls the model at any set of their rows in one batch.
 
-    `rows` are flat indices i * B + b of (step, sample). The model sees `(N, *shape)` in its own dtype, timesteps `(N,)`,
-    and those tensors of `model_kwargs` whose first dimension is B, repeated per row. Its output, in fp32 and after
-    clipping where the schedule clips, is written in the solver's basis.
+    `rows` are flat indices i * B + b of (step, sample). The model sees `(N, *shape)` in its own dtype, timesteps
+    `(N,)`, and those tensors of `model_kwargs` whose first dimension is B, repeated per row. Its output, in fp32 and
+    after clipping where the schedule clips, is written in the solver's basis.
     """
 
     model: Model

@@ -142,7 +142,7 @@ def test_error_at_the_stop_is_within_three_tolerances(name: str, rtol: float, et
 def test_a_gaussian_of_known_variance_converges_at_once() -> None:
     model = problems.Gaussian(SCHEDULE, torch.zeros(192), torch.full((192,), 0.25))
     noise = torch.randn(2, *SHAPE)
-    solution = deqkern.sample(model, noise, SCHEDULE, 50, solver=solvers.Solver(slope=deqkern.slopes.Gaussian(0.25)))
+    solution = deqkern.sample(model, noise, SCHEDULE, 50, solver=solvers.Solver(deqkern.slopes.Gaussian(0.25)))
     assert solution.iterations <= 2
     assert relative_error(solution.value, by_hand(model, noise, SCHEDULE, 50)).max() <= 1e-4
 
@@ -320,7 +320,6 @@ def test_a_miss_is_data_and_one_warning() -> None:
 
 def test_a_diverging_solver_falls_back_and_says_so() -> None:
     """A slope that is wrong by sign and size overflows; plain iteration still finishes the sample."""
-
     model = problems.mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(3))
     noise = torch.randn(2, *SHAPE)
     wild = replace(deqkern.slopes.Frozen(), shrinkage=-1e3)

@@ -70,7 +70,7 @@ def ddim_scan(
 
     Index i of f, g and norms holds the value that belongs to state i+1. All of x is read before f is written.
     """
-    steps, batch, _ = e.shape
+    steps = len(e)
     active = _active(window, steps)
     state = x.clone()
     widths = bands[1:] - bands[:-1]
@@ -104,10 +104,10 @@ def band_moments(
     active = _active(window, e.shape[0])
     de = e.to(dx.dtype) - e_prev.to(dx.dtype)
     moments.zero_()
-    for j, product in enumerate(((dx.double() * de), dx.double().square())):
-        sums = product.cumsum(-1)
-        sums = torch.nn.functional.pad(sums, (1, 0))[..., bands]
-        moments[..., j][active] = sums.diff(dim=-1)[active]
+    band = torch.repeat_interleave(bands.diff())  # (D,)
+    for j, product in enumerate((dx.double() * de, dx.double().square())):
+        sums = torch.zeros_like(moments[..., j]).index_add_(-1, band, product)
+        moments[..., j][active] = sums[active]
 
 
 def anderson_gram(
@@ -151,8 +151,8 @@ def anderson_solve(
 ) -> None:
     """Batched least squares:  gamma = argmin |g - dG gamma|^2 + (ridge trace(A)/m + ridge_absolute) |gamma|^2.
 
-    A and the right-hand side are the sums of gram and rhs over the scope of step i: `row` i alone, `causal` all
-    steps up to i, `anticausal` all steps from i on, `joint` all steps. A row with an entry that is not finite is left out of
+    A and the right-hand side are the sums of gram and rhs over the scope of step i: `row` i alone, `causal` all steps
+    up to i, `anticausal` all steps from i on, `joint` all steps. A row with an entry that is not finite is left out of
     every sum. A singular or indefinite system gives the minimum-norm answer of its well-determined part (eigenvalues
     above 1e-12 of the largest); what is not finite becomes zero. The first active step gets zero: it takes the plain
     step. The mean of the diagonal is taken over its non-zero entries.
@@ -163,7 +163,7 @@ def anderson_solve(
     matrix = torch.where(finite[..., None, None], gram.double(), 0.0)
     right = torch.where(finite[..., None], rhs.double(), 0.0)
     scale = matrix.abs().amax((0, 2, 3)).clamp_min(right.abs().amax((0, 2)))  # (B,)
-    exponent = torch.where(scale > 0, scale.log2().floor(), torch.zeros_like(scale))
+    exponent = torch.where(scale > 0, scale.log2().floor(), torch.zeros_like(scale)).clamp(-1000, 1000)
     absolute = torch.exp2(-exponent) * ridge_absolute
     matrix = torch.ldexp(matrix, -exponent[:, None, None])
     right = torch.ldexp(right, -exponent[:, None])
@@ -180,7 +180,7 @@ def anderson_solve(
     eigenvalues = eigenvalues + shift[..., None]
     kept = eigenvalues > 1e-12 * eigenvalues.abs().amax(-1, keepdim=True)
     weights = torch.where(kept, 1 / torch.where(kept, eigenvalues, 1.0), 0.0)
-    answer = (vectors @ (weights[..., None] * (vectors.mT @ right[..., None])))[..., 0]
+    answer = (vectors @ (weights[..., None] * (vectors.mT @ right[..., None])))[..., 0].to(gamma.dtype)
     index = torch.arange(steps, device=window.device)[:, None]
     usable = active & (index > window[:, 0])
     gamma.copy_(torch.where(usable[..., None] & answer.isfinite(), answer, 0.0))
@@ -194,9 +194,10 @@ def anderson_mix(
     window: Tensor,  # (B, 2) int64
     out: Tensor,  # (S, B, D), written; x[1:]
 ) -> None:
-    """out = f_ring[head] - sum_j gamma[j] dF_j,  dF_j = f_ring[head-j] - f_ring[head-j-1] = dU_j + beta dG_j, j < count.
+    """Type-II Anderson mixing (Walker, Ni 2011): out = f_ring[head] - sum_j gamma[j] dF_j over the ages j < count.
 
-    With f = x + beta g this is x + beta g - (dU + beta dG) gamma: type-II Anderson mixing (Walker, Ni 2011).
+    dF_j = f_ring[head-j] - f_ring[head-j-1] = dU_j + beta dG_j, so with f = x + beta g this is
+    x + beta g - (dU + beta dG) gamma.
     """
     size = f_ring.shape[0]
     active = _active(window, out.shape[0])

@@ -47,13 +47,7 @@ def test_a_linear_model_has_its_own_slope(backend: str) -> None:
     assert_close(cross / square, slope.double().expand(5, 2, 3), 1e-6)
 
 
-@pytest.mark.parametrize(
-    "backend",
-    [
-        pytest.param("reference", marks=pytest.mark.xfail(strict=True, reason="differences of one running sum")),
-        "cpu",
-    ],
-)
+@pytest.mark.parametrize("backend", inputs.BACKENDS)
 @pytest.mark.parametrize("spoilt", [False, True])
 def test_bands_do_not_reach_each_other(backend: str, spoilt: bool) -> None:
     """Neither a band 1e8 times larger nor one that is not finite changes the moments of a small band after it."""
