@@ -1,0 +1,116 @@
+"""The solver's work of one iteration on the library's ops and in plain torch, on one thread and on all.
+
+All take turns, iteration by iteration, with a copy between: noise meets them alike. Only iterations with a full history
+count. Each is checked against the sequential chain before it is timed.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from typing import Any
+
+import pytest
+import report
+import torch
+from iteration import HISTORY, SCHEDULE, SIZE, Anderson, Default, Denoiser, PlainTorch, Work, solver_seconds
+from timing import Copy, seconds
+from torch import Tensor
+
+from deqkern import ops, solvers
+
+ROUNDS = 24
+ITERATIONS = 15  # of a round, as published
+CPU = torch.device("cpu")
+
+
+def chain(noise: Tensor) -> Tensor:
+    """The states (S, B, D) of the sequential chain."""
+    table, x, states, model = SCHEDULE.steps(SIZE.steps), noise.double(), [], Denoiser()
+    for i in range(SIZE.steps):
+        output = model(x.float(), table.timesteps[i].expand(len(x))).double()
+        x = table.a[i] * x + table.b[i] * output
+        states.append(x.flatten(1))
+    return torch.stack(states).float()
+
+
+def check(work: Work, noise: Tensor) -> None:
+    """The clean end within a thousandth of the sequential chain after as many iterations as there are steps."""
+    model, timesteps = Denoiser(), SCHEDULE.steps(SIZE.steps).timesteps
+    work.start(noise)
+    for k in range(SIZE.steps):
+        work.after(k, model(work.before(), timesteps))
+    expected = chain(noise)[-1]
+    error = (work.states()[-1] - expected).norm() / expected.norm()
+    assert error < 1e-3, f"{work.name} is off by {error:.1e}"
+
+
+def compare(works: list[Work], noise: Tensor) -> tuple[dict[str, list[float]], Copy]:
+    """Seconds of one iteration of each, one median per round; and the copies made in between."""
+    model, timesteps = Denoiser(), SCHEDULE.steps(SIZE.steps).timesteps
+    copy = Copy(Anderson().memory, CPU)
+    medians: dict[str, list[float]] = {}
+    for _ in range(ROUNDS):
+        found: dict[str, list[float]] = {work.name: [] for work in works}
+        for work in works:
+            work.start(noise)
+        for k in range(ITERATIONS):
+            for work in works:
+                images: list[Tensor] = []
+                before = seconds(lambda work=work, images=images: images.append(work.before()), CPU)
+                output = model(images[0], timesteps)
+                after = seconds(lambda work=work, k=k, output=output: work.after(k, output), CPU)
+                if k > HISTORY:
+                    found[work.name].append(before + after)
+            copy.run()
+        for solver in (solvers.deq_ddim(), solvers.default()):
+            found[f"sample(solver={solver.name}())"] = solver_seconds(solver, noise, HISTORY, ITERATIONS)
+        for name, times in found.items():
+            medians.setdefault(name, []).append(statistics.median(times))
+    return medians, copy
+
+
+@pytest.mark.parametrize("threads", sorted({1, os.cpu_count() or 1}))
+def bench_iteration(benchmark: Any, request: pytest.FixtureRequest, threads: int) -> None:
+    torch.set_num_threads(threads)
+    noise = torch.randn(SIZE.batch, *SIZE.shape)
+    plain, released = PlainTorch(released=False), PlainTorch(released=True)
+    works: list[Work] = [Anderson(), Default(), plain, released]
+    for work in works:
+        check(work, noise)
+    medians, copy = compare(works, noise)
+    floors = {work.name: work.floor for work in works}
+    floors["sample(solver=deq_ddim())"], floors["sample(solver=default())"] = works[0].floor, works[1].floor
+    rows = []
+    for name, times in medians.items():
+        ratios = [base / own for base, own in zip(medians[plain.name], times, strict=True)]
+        quartiles = statistics.quantiles(ratios, n=4)
+        row = {"name": name, "threads": threads, "ratio": quartiles[1], "ratio_quartiles": [quartiles[0], quartiles[2]]}
+        row["ratio_released"] = statistics.median(
+            base / own for base, own in zip(medians[released.name], times, strict=True)
+        )
+        if floor := floors[name]:
+            row |= {"floor_bytes": floor, "gb_per_s": floor / statistics.median(times) / 1e9}
+            row |= {"share_of_copy": row["gb_per_s"] * 1e9 / copy.bandwidth()}
+        rows.append(row)
+    benchmark.group = f"iteration m{HISTORY} {SIZE}"
+    benchmark.extra_info.update(
+        threads=threads, isa=ops.backends()["cpu"].get("isa"), copy_gb_per_s=copy.bandwidth() / 1e9, rows=rows
+    )
+    request.config.stash[report.ITERATIONS].extend(rows)
+    once(benchmark, works[0], noise)
+
+
+def once(benchmark: Any, work: Work, noise: Tensor) -> None:
+    """Put the time of one iteration of `work` in the table of pytest-benchmark too."""
+    model, timesteps = Denoiser(), SCHEDULE.steps(SIZE.steps).timesteps
+    k, output = -1, torch.empty(0)
+
+    def setup() -> None:
+        nonlocal k, output
+        k = (k + 1) % (2 * ITERATIONS)
+        if k == 0:
+            work.start(noise)
+        output = model(work.before(), timesteps)
+
+    benchmark.pedantic(lambda: work.after(k, output), setup=setup, rounds=100, warmup_rounds=HISTORY + 1)
