@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t kSegment = 4096;
 constexpr int64_t kBlock = 1024;  // floats that are summed before going to double
+constexpr int64_t kAhead = 512;   // floats
 constexpr int kMaxHistory = 16;
 constexpr int kGroup = 5;  // ages taken together: 2 * 5 sums and 4 operands fit in 16 registers
 
@@ -18,9 +19,11 @@ template <int kAges, bool kWhole>
 DEQKERN_INLINE void multiply(const float* const* newest, const float* const* ages, int64_t d, int lanes, vec* sums) {
   const vec g = load_lanes<kWhole>(newest[0] + d, lanes);
   const vec first = g - load_lanes<kWhole>(newest[1] + d, lanes);
+  prefetch<false>(ages[0] + d + kAhead);
   vec newer = load_lanes<kWhole>(ages[0] + d, lanes);
 #pragma GCC unroll 8
   for (int j = 0; j < kAges; ++j) {
+    prefetch<false>(ages[j + 1] + d + kAhead);
     const vec older = load_lanes<kWhole>(ages[j + 1] + d, lanes);
     const vec difference = newer - older;
     sums[j] += first * difference;

@@ -9,15 +9,21 @@ namespace {
 
 constexpr int64_t kSegment = 4096;
 constexpr int kMaxHistory = 16;
+constexpr int64_t kAhead = 512;  // floats
 constexpr int kUnroll = 4;  // vectors in flight, which hides the loads of gamma and of the pointers
 
 template <int kVectors, bool kWhole>
 DEQKERN_INLINE void mix(const float* const* ages, const float* gamma, int count, float* out, int64_t d, int lanes) {
   vec newer[kVectors], mixed[kVectors];
-  for (int v = 0; v < kVectors; ++v) newer[v] = mixed[v] = load_lanes<kWhole>(ages[0] + d + v * kLanes, lanes);
+  for (int v = 0; v < kVectors; ++v) {
+    prefetch<true>(out + d + v * kLanes + kAhead);
+    prefetch<false>(ages[0] + d + v * kLanes + kAhead);
+    newer[v] = mixed[v] = load_lanes<kWhole>(ages[0] + d + v * kLanes, lanes);
+  }
   for (int j = 0; j < count; ++j) {
     const vec weight = splat(gamma[j]);
     for (int v = 0; v < kVectors; ++v) {
+      prefetch<false>(ages[j + 1] + d + v * kLanes + kAhead);
       const vec older = load_lanes<kWhole>(ages[j + 1] + d + v * kLanes, lanes);
       mixed[v] -= weight * (newer[v] - older);
       newer[v] = older;

@@ -8,6 +8,7 @@ namespace DEQKERN_ISA {
 namespace {
 
 constexpr int64_t kSegment = 16384;
+constexpr int64_t kAhead = 512;  // floats
 constexpr int64_t kBlock = 1024;  // floats that are summed before going to double
 
 struct Sums {
@@ -16,6 +17,9 @@ struct Sums {
 
 template <bool kWhole>
 DEQKERN_INLINE void multiply(const float* dx, const float* e, const float* e_prev, int64_t d, int lanes, Sums& sums) {
+  prefetch<false>(dx + d + kAhead);
+  prefetch<false>(e + d + kAhead);
+  prefetch<false>(e_prev + d + kAhead);
   const vec change = load_lanes<kWhole>(dx + d, lanes);
   const vec slope = load_lanes<kWhole>(e + d, lanes) - load_lanes<kWhole>(e_prev + d, lanes);
   sums.product += change * slope;

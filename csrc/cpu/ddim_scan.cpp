@@ -31,6 +31,7 @@ struct Buffers {
 struct Row {
   const float *e, *z, *x;  // x is the next state
   float *f, *g;
+  int64_t ahead;  // to the same place of the next row; it is prefetched, because rows of a chunk lie far apart
   vec a, b, n, beta;
 };
 
@@ -40,6 +41,11 @@ struct Sums {
 
 template <bool kFirst, bool kNoise, bool kWhole>
 DEQKERN_INLINE void advance(const Row& row, Buffers& buffers, int64_t d, int count, Sums& sums) {
+  prefetch<false>(row.x + row.ahead + d);
+  prefetch<false>(row.e + row.ahead + d);
+  if (kNoise) prefetch<false>(row.z + row.ahead + d);
+  prefetch<true>(row.f + row.ahead + d);
+  prefetch<true>(row.g + row.ahead + d);
   const vec state = load_lanes<kWhole>(row.x + d, count);
   vec plain = row.a * load(buffers.previous + d) + row.b * load_lanes<kWhole>(row.e + d, count);
   if (kNoise) plain += row.n * load_lanes<kWhole>(row.z + d, count);
@@ -86,7 +92,7 @@ void scan_chunk(const DdimScan& op, const Chunk& chunk, Window window, double* p
   for (int64_t i = window.begin; i < window.end; ++i) {
     const int64_t place = i * stride + offset;
     const Row row{op.e + place, kNoise ? op.z + place : nullptr, op.x + place + stride,
-                  op.f + place, op.g + place,
+                  op.f + place, op.g + place, i + 1 < window.end ? stride : 0,
                   splat(op.a[i]), splat(op.b[i]), splat(kNoise ? op.n[i] : 0.0f), splat(op.beta)};
     if (i == window.begin) {
       advance_row<true, kNoise>(row, buffers, chunk.length, partial + 3 * i);

@@ -66,6 +66,12 @@ DEQKERN_INLINE void store_lanes(float* p, vec v, int count) {
     store_part(p, v, count);
 }
 
+// A hint only: it may lie beyond the array. Many short streams outrun what the hardware foresees, stores above all.
+template <bool kWrite>
+DEQKERN_INLINE void prefetch(const float* p) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p), kWrite);
+}
+
 // The sum of all lanes, in double, in a fixed order.
 DEQKERN_INLINE double lane_sum(vec v) {
   double lanes[kLanes];
