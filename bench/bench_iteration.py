@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import statistics
+import time
 from typing import Any
 
 import pytest
 import report
 import torch
 from iteration import HISTORY, SCHEDULE, SIZE, Anderson, Default, Denoiser, PlainTorch, Work, solver_seconds
-from timing import Copy, seconds
+from timing import Copy
 from torch import Tensor
 
 from deqkern import ops, solvers
@@ -45,6 +46,17 @@ def check(work: Work, noise: Tensor) -> None:
     assert error < 1e-3, f"{work.name} is off by {error:.1e}"
 
 
+def iterate(work: Work, k: int, model: Denoiser, timesteps: Tensor) -> float:
+    """Seconds of one iteration without the model."""
+    start = time.perf_counter()
+    image = work.before()
+    before = time.perf_counter() - start
+    output = model(image, timesteps)
+    start = time.perf_counter()
+    work.after(k, output)
+    return before + time.perf_counter() - start
+
+
 def compare(works: list[Work], noise: Tensor) -> tuple[dict[str, list[float]], Copy]:
     """Seconds of one iteration of each, one median per round; and the copies made in between."""
     model, timesteps = Denoiser(), SCHEDULE.steps(SIZE.steps).timesteps
@@ -56,12 +68,9 @@ def compare(works: list[Work], noise: Tensor) -> tuple[dict[str, list[float]], C
             work.start(noise)
         for k in range(ITERATIONS):
             for work in works:
-                images: list[Tensor] = []
-                before = seconds(lambda work=work, images=images: images.append(work.before()), CPU)
-                output = model(images[0], timesteps)
-                after = seconds(lambda work=work, k=k, output=output: work.after(k, output), CPU)
+                spent = iterate(work, k, model, timesteps)
                 if k > HISTORY:
-                    found[work.name].append(before + after)
+                    found[work.name].append(spent)
             copy.run()
         for solver in (solvers.deq_ddim(), solvers.default()):
             found[f"sample(solver={solver.name}())"] = solver_seconds(solver, noise, HISTORY, ITERATIONS)
@@ -85,7 +94,12 @@ def bench_iteration(benchmark: Any, request: pytest.FixtureRequest, threads: int
     for name, times in medians.items():
         ratios = [base / own for base, own in zip(medians[plain.name], times, strict=True)]
         quartiles = statistics.quantiles(ratios, n=4)
-        row = {"name": name, "threads": threads, "ratio": quartiles[1], "ratio_quartiles": [quartiles[0], quartiles[2]]}
+        row: dict[str, Any] = {
+            "name": name,
+            "threads": threads,
+            "ratio": quartiles[1],
+            "ratio_quartiles": [quartiles[0], quartiles[2]],
+        }
         row["ratio_released"] = statistics.median(
             base / own for base, own in zip(medians[released.name], times, strict=True)
         )

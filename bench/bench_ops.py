@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from typing import Any
 
@@ -22,6 +23,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("backend", ["reference", "kernel"])
 
 
+@functools.lru_cache(maxsize=1)
+def arguments_of(case: registry.Case, device: torch.device) -> registry.Arguments:
+    """The same for the reference and the kernel, which follow each other."""
+    return case.make(device)
+
+
 @pytest.fixture(scope="module")
 def medians() -> dict[str, float]:
     """The reference's median time of each case, for the kernel that is timed after it."""
@@ -39,7 +46,7 @@ def bench_op(
     needed = case.memory() + (case.temporary if backend == "reference" else 0)
     if needed > registry.MEMORY_CAP:
         pytest.skip(f"{case} on the {backend} needs {needed / 1e9:.1f} GB, over {registry.MEMORY_CAP / 1e9:.0f} GB")
-    arguments, op = case.make(device), getattr(ops, case.op)
+    arguments, op = arguments_of(case, device), getattr(ops, case.op)
     kernels = ("cuda", "triton") if device.type == "cuda" else ("cpu",)
 
     def call() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 import torch
 from registry import Size, open_windows
@@ -38,27 +38,31 @@ class Denoiser:
         return gain * (x + 0.05 * torch.sin(4 * x))
 
 
-class Work(Protocol):
+class Work(ABC):
     """One way to do an iteration. floor: bytes to move at least, None for plain torch. memory: bytes of its arrays."""
 
     name: str
-    floor: int | None
+    floor: int | None = None
     memory: int
 
+    @abstractmethod
     def start(self, noise: Tensor) -> None:  # (B, *shape)
         """Go back to the first guess: the noise in every state."""
 
+    @abstractmethod
     def before(self) -> Tensor:
         """The model's input (S * B, *shape)."""
 
+    @abstractmethod
     def after(self, k: int, output: Tensor) -> None:
         """Finish iteration k = 0, 1, ..; output (S * B, *shape)."""
 
+    @abstractmethod
     def states(self) -> Tensor:
         """The unknown states (S, B, D), as samples."""
 
 
-class _Kernels:
+class _Kernels(Work):
     """The arrays that both solvers of the library need."""
 
     def __init__(self, basis: Basis, units: int) -> None:
@@ -150,7 +154,7 @@ class Default(_Kernels):
         return image.view(SIZE.steps, SIZE.batch, -1)
 
 
-class PlainTorch:
+class PlainTorch(Work):
     """Anderson row by row in plain torch: the cumulative DDIM sum for all states, histories of X and F, the Gram matrix
     of all residuals at every iteration, one bordered system per state, and the stopping test.
 
@@ -158,8 +162,6 @@ class PlainTorch:
     allocates the states and builds the model's input from them, adds the part of X with its weight 1 - beta = 0, and
     takes the residual's norm twice. Its logging is left out.
     """
-
-    floor = None
 
     def __init__(self, released: bool) -> None:
         steps, size = SIZE.steps, SIZE.elements // SIZE.steps  # one sample: a row is a state
