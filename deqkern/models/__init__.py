@@ -1,0 +1,112 @@
+"""Trained models: the shipped ones by name, any other diffusers `UNet2DModel` by its folder. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from ..schedule import NoiseSchedule
+from ..slopes import SlopeProfile
+
+SHIPPED = ("digits", "photos")
+
+_FOLDER = Path(__file__).parent
+_NEEDS_DIFFUSERS = "loading a model needs diffusers: pip install 'deqkern[demo]'"
+
+
+@dataclass(frozen=True, eq=False)
+class Pretrained:
+    """A model and all that `deqkern.sample` needs to know of it.
+
+    model: in evaluation mode, on the CPU. shape: of one sample, (C, H, W). profile: its measured slopes, where known.
+    """
+
+    model: torch.nn.Module
+    schedule: NoiseSchedule
+    shape: tuple[int, int, int]
+    profile: SlopeProfile | None
+    name: str
+
+
+def load(name_or_path: str | PathLike[str]) -> Pretrained:
+    """A shipped model ("digits", "photos") or one from a folder, from local files only.
+
+    The folder is a diffusers `UNet2DModel` folder with `scheduler_config.json` beside its `config.json`, or that of an
+    unconditional pipeline, with `unet/` and `scheduler/`. A `profile.safetensors` beside `config.json` is the model's
+    `SlopeProfile`.
+
+    Raises ValueError for an unknown name or a folder that holds something else, ImportError without diffusers.
+    """
+    folder = _find(name_or_path)
+    unet, scheduler = (folder / "unet", folder / "scheduler") if (folder / "unet").is_dir() else (folder, folder)
+    unet_config = _read(unet / "config.json", name_or_path)
+    scheduler_config = _read(scheduler / "scheduler_config.json", name_or_path)
+    kind = unet_config.get("_class_name")
+    if kind != "UNet2DModel":
+        raise ValueError(f"name_or_path must hold a UNet2DModel, {unet / 'config.json'} describes {kind}")
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ImportError(_NEEDS_DIFFUSERS) from error
+    scheduler_class = getattr(diffusers, str(scheduler_config.get("_class_name")), None)
+    if scheduler_class is None:
+        raise ValueError(f"name_or_path: diffusers has no scheduler {scheduler_config.get('_class_name')!r}")
+    schedule = NoiseSchedule.from_diffusers(scheduler_class.from_config(scheduler_config))
+    try:
+        model = diffusers.UNet2DModel.from_pretrained(unet, local_files_only=True, low_cpu_mem_usage=False)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"name_or_path: the weights in {unet} cannot be read: {error}") from error
+    return Pretrained(
+        model=model.eval().requires_grad_(False),
+        schedule=schedule,
+        shape=_sample_shape(unet_config, unet),
+        profile=_read_profile(unet / "profile.safetensors"),
+        name=str(name_or_path) if name_or_path in SHIPPED else folder.resolve().name,
+    )
+
+
+def _find(name_or_path: str | PathLike[str]) -> Path:
+    if name_or_path in SHIPPED:
+        folder = _FOLDER / str(name_or_path)
+        if not folder.is_dir():
+            raise ValueError(f"name_or_path: this installation lacks the model {name_or_path!r}, no folder {folder}")
+        return folder
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        raise ValueError(f"name_or_path must be one of {', '.join(SHIPPED)} or a folder, got {str(name_or_path)!r}")
+    return folder
+
+
+def _read(path: Path, name_or_path: str | PathLike[str]) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"name_or_path: {str(name_or_path)!r} has no {path}") from None
+    except ValueError as error:
+        raise ValueError(f"name_or_path: {path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"name_or_path: {path} does not hold a JSON object")
+    return config
+
+
+def _read_profile(path: Path) -> SlopeProfile | None:
+    if not path.is_file():
+        return None
+    try:
+        return SlopeProfile.load(path)
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"name_or_path: {path} is not a SlopeProfile: {error}") from error
+
+
+def _sample_shape(config: dict[str, Any], unet: Path) -> tuple[int, int, int]:
+    size = config.get("sample_size")
+    height, width = (size, size) if isinstance(size, int) else size or (None, None)
+    if not isinstance(height, int) or not isinstance(width, int):
+        raise ValueError(f"name_or_path: {unet / 'config.json'} has no sample_size")
+    return int(config.get("in_channels", 3)), height, width

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from asserts import assert_close, in_new_python
+
+from deqkern import NoiseSchedule, models
+from deqkern.slopes import SlopeProfile
+
+
+def save_tiny_model(folder: Path, channels: int = 1, size: int = 8) -> Any:
+    """Write a UNet2DModel folder with random weights and its scheduler; gives the model."""
+    diffusers = pytest.importorskip("diffusers")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = diffusers.UNet2DModel(
+            sample_size=size,
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=(8,),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D",),
+            up_block_types=("UpBlock2D",),
+            norm_num_groups=4,
+            attention_head_dim=4,
+        )
+    model.save_pretrained(folder)
+    diffusers.DDIMScheduler(clip_sample=False).save_pretrained(folder)
+    return model.eval()
+
+
+def save_tiny_profile(folder: Path, channels: int = 1, size: int = 8) -> None:
+    shape = (channels, size, size)
+    from deqkern.spectral import Basis
+
+    bands = len(Basis.spectral(shape, torch.device("cpu")).bands) - 1
+    shrinkage = torch.linspace(0.8, 0.2, 5, dtype=torch.float64)[:, None].expand(-1, bands)
+    SlopeProfile(torch.linspace(-8, 8, 5, dtype=torch.float64), shrinkage, shape).save(folder / "profile.safetensors")
+
+
+def test_a_folder_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
+    saved = save_tiny_model(tmp_path / "mine", channels=3)
+    loaded = models.load(tmp_path / "mine")
+    assert (loaded.name, loaded.shape, loaded.profile) == ("mine", (3, 8, 8), None)
+    assert not loaded.model.training
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 500])
+    with torch.no_grad():
+        assert torch.equal(loaded.model(x, t).sample, saved(x, t).sample)
+    assert_close(loaded.schedule.alphas_cumprod, NoiseSchedule.linear().alphas_cumprod, 1e-6)
+    assert not loaded.schedule.clip_sample
+
+
+def test_a_pipeline_folder_is_loaded(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    model = save_tiny_model(tmp_path / "model")
+    scheduler = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+    diffusers.DDPMPipeline(model, scheduler).save_pretrained(tmp_path / "pipeline")
+    loaded = models.load(str(tmp_path / "pipeline"))
+    assert (loaded.name, loaded.shape) == ("pipeline", (1, 8, 8))
+    assert (loaded.schedule.prediction_type, loaded.schedule.clip_sample) == ("v_prediction", True)
+
+
+def test_a_profile_beside_the_model_is_loaded(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    save_tiny_profile(tmp_path)
+    profile = models.load(tmp_path).profile
+    assert profile is not None
+    assert profile.shape == (1, 8, 8)
+
+
+def test_loading_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny_model(tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    models.load(tmp_path)
+    with pytest.raises(ValueError, match=r"name_or_path must be one of digits, photos or a folder, got 'google/ddpm'"):
+        models.load("google/ddpm")
+
+
+def _change_config(name: str, **changes: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(config | changes))
+
+    return change
+
+
+def _remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def _spoil_weights(folder: Path) -> None:
+    (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"spoilt")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_remove("config.json"), r"has no .*config\.json"),
+        (_remove("scheduler_config.json"), r"has no .*scheduler_config\.json"),
+        (_remove("diffusion_pytorch_model.safetensors"), r"the weights in .* cannot be read"),
+        (_spoil_weights, r"the weights in .* cannot be read"),
+        (_change_config("config.json", block_out_channels=[16]), r"the weights in .* cannot be read"),
+        (lambda folder: (folder / "config.json").write_text("{"), r"config\.json is not JSON"),
+        (lambda folder: (folder / "config.json").write_text("[]"), r"does not hold a JSON object"),
+        (_change_config("config.json", _class_name="UNet2DConditionModel"), r"must hold a UNet2DModel.*Condition"),
+        (_change_config("config.json", sample_size=None), r"has no sample_size"),
+        (_change_config("scheduler_config.json", _class_name="Nothing"), r"no scheduler 'Nothing'"),
+        (_change_config("scheduler_config.json", _class_name=None), r"no scheduler None"),
+        (lambda folder: shutil.copy(folder / "config.json", folder / "profile.safetensors"), r"profile\.safetensors"),
+    ],
+)
+def test_a_spoilt_folder_is_an_error_that_says_what_is_wrong(
+    tmp_path: Path, spoil: Callable[[Path], object], message: str
+) -> None:
+    save_tiny_model(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        models.load(tmp_path)
+    assert str(caught.value).startswith("name_or_path")
+
+
+def test_without_diffusers_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny_model(tmp_path)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ImportError, match=r"pip install 'deqkern\[demo\]'"):
+        models.load(tmp_path)
+
+
+def test_importing_models_does_not_import_diffusers() -> None:
+    code = "import sys, deqkern.models; print({'diffusers', 'matplotlib', 'typer'} & set(sys.modules))"
+    assert in_new_python(code).strip() == "set()"
+
+
+def test_a_model_that_was_not_installed_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(models, "_FOLDER", tmp_path)
+    with pytest.raises(ValueError, match="name_or_path: this installation lacks the model 'digits'"):
+        models.load("digits")
