@@ -1,0 +1,116 @@
+"""Pictures for people: grids of samples and convergence curves. matplotlib is imported when the first one is made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from numpy import ndarray
+
+_DPI = 100
+_MARGIN = 16  # pixels
+_TITLE = 28
+_SMALLEST_SAMPLE = 96  # a sample is enlarged by a whole number to at least so many pixels
+_SMALLEST_PANEL = 220  # has room for its name
+_COLOURS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One solve: the error after each iteration, as it was and as the solver estimated it."""
+
+    solver: str
+    true_error: Sequence[float]
+    error_estimate: Sequence[float]
+
+
+def grid(images: Tensor, scale: int | None = None) -> ndarray[Any, Any]:
+    """Samples (N, C, H, W) in [-1, 1] as one near-square picture (height, width, 3) uint8 on white.
+
+    Every pixel becomes `scale` x `scale` pixels (nearest neighbour), at least 96 a sample if None. Fewer than three
+    channels show the first in grey, more than three show the first three.
+    """
+    if images.ndim != 4 or 0 in images.shape:
+        raise ValueError(f"images must have shape (N, C, H, W) and not be empty, got {tuple(images.shape)}")
+    count, channels, height, width = images.shape
+    scale = scale or math.ceil(_SMALLEST_SAMPLE / max(height, width))
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    pixels = (images if channels >= 3 else images[:, :1].expand(-1, 3, -1, -1))[:, :3]
+    pixels = ((pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)  # (N, 3, H scale, W scale)
+    gap = max(2, scale // 2)
+    cell = torch.full((rows * columns, 3, height * scale + gap, width * scale + gap), 255, dtype=torch.uint8)
+    cell[:count, :, :-gap, :-gap] = pixels
+    sheet = cell.view(rows, columns, *cell.shape[1:]).permute(0, 3, 1, 4, 2)  # (rows, h, columns, w, 3)
+    return sheet.reshape(rows * cell.shape[2], columns * cell.shape[3], 3)[:-gap, :-gap].contiguous().numpy()
+
+
+def save_comparison(path: str | PathLike[str], panels: Mapping[str, Tensor], title: str = "") -> None:
+    """Grids of samples (N, C, H, W) side by side, each under its name, as a picture in which no pixel is resampled."""
+    sheets = {name: grid(images) for name, images in panels.items()}
+    heading = _TITLE if title else 0
+    tallest = max(sheet.shape[0] for sheet in sheets.values())
+    widths = [max(sheet.shape[1], _SMALLEST_PANEL) for sheet in sheets.values()]
+    width = sum(widths) + _MARGIN * (len(widths) + 1)
+    height = tallest + _TITLE + heading + 2 * _MARGIN
+    figure = _figure(width / _DPI, height / _DPI)
+    left = _MARGIN
+    for (name, sheet), panel in zip(sheets.items(), widths, strict=True):
+        figure.figimage(sheet, left + (panel - sheet.shape[1]) // 2, _MARGIN + tallest - sheet.shape[0], origin="upper")
+        above = (_MARGIN + tallest + 8) / height
+        figure.text((left + panel / 2) / width, above, name, ha="center", va="bottom", fontsize=10)
+        left += panel + _MARGIN
+    if title:
+        figure.text(0.5, 1 - _MARGIN / height, title, ha="center", va="top", fontsize=11, weight="bold")
+    figure.savefig(path, dpi=_DPI)
+
+
+def convergence(
+    path: str | PathLike[str], panels: Mapping[str, Sequence[Curve]], *, rtol: float | None = None, title: str = ""
+) -> None:
+    """Errors against iterations on a log axis: a panel per key, a colour per solver, dashed for its own estimate."""
+    figure = _figure(6.0 * len(panels), 4.6, layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    solvers = list(dict.fromkeys(curve.solver for curves in panels.values() for curve in curves))
+    colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(solvers)}
+    for axis, (name, curves) in zip(axes, panels.items(), strict=True):
+        for curve in curves:
+            colour = colours[curve.solver]
+            for values, style, label in (
+                (curve.true_error, "o-", curve.solver),
+                (curve.error_estimate, "--", "_"),
+            ):
+                iterations = range(1, len(values) + 1)
+                axis.semilogy(iterations, values, style, color=colour, label=label, markersize=3.5, linewidth=1.5)
+        if rtol:
+            axis.axhline(rtol, color="0.4", linestyle=":", linewidth=1.2, label=f"rtol {rtol:g}")
+        axis.plot([], [], "--", color="0.4", label="as the solver estimates it")
+        axis.set(title=name, xlabel="iterations (one batched model call each)")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("relative error, largest of the samples")
+    axes[-1].legend(fontsize=8, frameon=False)
+    if title:
+        figure.suptitle(title, weight="bold")
+    figure.savefig(path, dpi=150)
+
+
+def _figure(width: float, height: float, layout: Any = None) -> Figure:
+    """An empty figure, in inches, that no window system knows of."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install 'deqkern[demo]'") from error
+    figure = Figure(figsize=(width, height), layout=layout)
+    FigureCanvasAgg(figure)
+    return figure

@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from asserts import assert_close
+from test_models import save_tiny_model, save_tiny_profile
+from typer.testing import CliRunner
+
+from deqkern import plots
+from deqkern.cli import Preset, app, relative_error
+
+
+def run(*arguments: object, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+def plain(text: str) -> str:
+    """What rich printed, without its frames and line breaks."""
+    return " ".join("".join(c if c.isascii() else " " for c in text).split())
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_tiny_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_with_profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "measured"
+    save_tiny_model(folder, channels=3)
+    save_tiny_profile(folder, channels=3)
+    return folder
+
+
+def sample_json(model: Path, out: Path, *arguments: object) -> dict[str, Any]:
+    options = ("--model", model, "--steps", 10, "--batch", 3, "--out", out / "grid.png", "--json")
+    report: dict[str, Any] = json.loads(run("sample", *options, *arguments).stdout)
+    assert (out / "grid.png").read_bytes().startswith(b"\x89PNG")
+    return report
+
+
+def test_sample_prints_a_table_and_writes_a_picture(model: Path, tmp_path: Path) -> None:
+    result = run("sample", "--model", model, "--steps", 10, "--batch", 3, "--out", tmp_path / "grid.png")
+    assert "tiny: 3 samples, 10 steps, eta 0, rtol 0.01" in plain(result.stdout)
+    assert "error estimate" in result.stdout
+    assert "3/3" in result.stdout
+    assert f"written: {tmp_path / 'grid.png'}" in result.stdout.replace("\n", "")
+    assert (tmp_path / "grid.png").is_file()
+
+
+@pytest.mark.parametrize("eta", [0, 1])
+@pytest.mark.parametrize("solver", Preset)
+def test_every_solver_reaches_the_sequential_chain(
+    solver: Preset, eta: int, model_with_profile: Path, tmp_path: Path
+) -> None:
+    options = ("--solver", solver, "--eta", eta, "--rtol", 1e-4, "--compare")
+    report = sample_json(model_with_profile, tmp_path, *options)
+    solved, sequential = report["runs"]
+    assert (solved["solver"], sequential["solver"]) == (solver, "sequential")
+    assert solved["converged"] == [True] * 3
+    assert solved["true_error"]["max"] <= 1e-3
+    assert len(solved["true_error"]["per_sample"]) == 3
+    assert sequential["true_error"]["max"] == 0
+    assert (sequential["iterations"], sequential["nfe"]) == (10, [10] * 3)
+
+
+def test_json_is_strict_and_alone_on_stdout(model: Path, tmp_path: Path) -> None:
+    report = sample_json(model, tmp_path, "--max-iterations", 1, "--max-batch", 7, "--seed", 5)
+    (only,) = report.pop("runs")
+    assert report == {
+        "model": str(model),
+        "steps": 10,
+        "batch": 3,
+        "eta": 0.0,
+        "seed": 5,
+        "rtol": 0.01,
+        "out": str(tmp_path / "grid.png"),
+    }
+    assert (only["iterations"], only["nfe"], only["true_error"]) == (1, [10] * 3, None)
+
+
+def test_the_seed_chooses_the_noise(model: Path, tmp_path: Path) -> None:
+    pictures = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run("sample", "--model", model, "--steps", 4, "--batch", 2, "--seed", seed, "--out", tmp_path / f"{name}.png")
+        pictures.append((tmp_path / f"{name}.png").read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "option", "reason"),
+    [
+        (["--model", "digit"], "--model", "one of digits, photos or a folder, got 'digit'"),
+        (["--solver", "newton"], "--solver", "parataa"),
+        (["--solver", "profile"], "--solver", "comes without a profile.safetensors"),
+        (["--steps", "0"], "--steps", "got 0"),
+        (["--steps", "1001"], "--steps", "got 1001"),
+        (["--batch", "0"], "--batch", "Invalid value"),
+        (["--eta", "-1"], "--eta", "got -1"),
+        (["--eta", "nan"], "--eta", "got nan"),
+        (["--rtol", "-1"], "--rtol", "got -1"),
+        (["--rtol", "nan"], "--rtol", "got nan"),
+        (["--max-iterations", "0"], "--max-iterations", "got 0"),
+        (["--max-batch", "0"], "--max-batch", "got 0"),
+        (["--max-batch", "many"], "--max-batch", "Invalid value"),
+        (["--out", "grid.txt"], "--out", "must end in one of .png"),
+        (["--out", "nowhere/grid.png"], "--out", "no folder nowhere"),
+        (["--colour"], "--colour", "No such option"),
+    ],
+)
+def test_a_bad_option_is_named(
+    options: list[str], option: str, reason: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model_option = [] if "--model" in options else ["--model", str(model)]
+    result = run("sample", *model_option, *options, code=2)
+    assert option in plain(result.stderr)
+    assert reason in plain(result.stderr)
+    assert not result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_model_is_an_error_of_its_option(model: Path, tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    (tmp_path / "scheduler_config.json").unlink()
+    assert "--model" in run("sample", "--model", tmp_path, code=2).stderr
+
+
+def test_without_the_extra_the_message_names_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert "pip install 'deqkern[demo]'" in run("sample", "--model", model, code=1).stderr
+
+
+def test_demo_compares_the_solvers_and_draws_them(model: Path, model_with_profile: Path, tmp_path: Path) -> None:
+    options = ("--model", model, "--model", model_with_profile, "--steps", 8, "--batch", 2)
+    result = run("demo", *options, "--out", tmp_path / "new" / "out")
+    names = [f"{name}{end}.png" for name in ("tiny", "measured") for end in ("", "_convergence")]
+    assert sorted(path.name for path in (tmp_path / "new" / "out").iterdir()) == sorted([*names, "demo.json"])
+    report = json.loads((tmp_path / "new" / "out" / "demo.json").read_text())
+    found = {(entry["model"], entry["eta"], entry["solver"]) for entry in report["runs"]}
+    expected = {(name, eta, solver) for name in ("tiny", "measured") for eta in (0.0, 1.0) for solver in Preset}
+    assert found == expected - {("tiny", eta, "profile") for eta in (0.0, 1.0)}
+    assert all(all(entry["converged"]) for entry in report["runs"])
+    assert all(entry["true_error"]["max"] < 0.05 for entry in report["runs"])
+    for solver in Preset:
+        assert solver in result.stdout
+    assert "seconds: of this CPU" in result.stdout
+
+
+def test_doctor_says_what_runs_and_why_not() -> None:
+    report = json.loads(run("doctor", "--json").stdout)
+    assert report["torch"] == torch.__version__
+    assert report["threads"] == torch.get_num_threads()
+    assert set(report["backends"]) == {"reference", "cpu", "triton", "cuda"}
+    assert report["backends"]["reference"]["loaded"]
+    shown = plain(run("doctor").stdout)
+    for name in ("deqkern._C", "triton", "diffusers", "gpu", "backend cuda"):
+        assert name in shown
+
+
+def test_doctor_survives_a_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert json.loads(run("doctor", "--json").stdout)["diffusers"].startswith("no: ModuleNotFoundError")
+
+
+def test_version() -> None:
+    assert run("--version").stdout.strip()
+
+
+def test_relative_error_is_per_sample() -> None:
+    reference = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
+    value = torch.tensor([[3.0, 4.5], [1.0, 0.0]])
+    assert_close(relative_error(value, reference), torch.tensor([0.1, 0.0]))
+
+
+def test_grid_enlarges_every_pixel_to_a_square() -> None:
+    images = torch.stack([torch.full((1, 2, 2), -1.0), torch.full((1, 2, 2), 1.0), torch.zeros(1, 2, 2)])
+    images[0, 0, 0, 1] = 1.0
+    sheet = plots.grid(images, scale=8)
+    assert sheet.shape == (2 * 16 + 4, 2 * 16 + 4, 3)
+    assert (sheet[:8, :8] == 0).all()
+    assert (sheet[:8, 8:16] == 255).all()
+    assert (sheet[8:16, :16] == 0).all()
+    assert (sheet[:, 16:20] == 255).all()  # the gap
+    assert (sheet[20:, :16] == 128).all()
+    assert (sheet[20:, 20:] == 255).all()  # no fourth sample
+
+
+def test_grid_shows_colours_and_clips() -> None:
+    images = torch.tensor([3.0, -3.0, 0.0]).view(1, 3, 1, 1)
+    assert plots.grid(images, scale=1).tolist() == [[[255, 0, 128]]]
+    with pytest.raises(ValueError, match="images must have shape"):
+        plots.grid(torch.zeros(0, 3, 4, 4))
