@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import shlex
 import shutil
@@ -17,9 +19,13 @@ ROOT = Path(__file__).resolve().parent
 
 
 def _tool(name: str) -> str:
-    """The program of the wheel of that name if it is there, else the one on the path."""
-    beside = Path(sys.executable).parent / name
-    found = shutil.which(name) or (str(beside) if beside.exists() else None)
+    """The program in the wheel of that name if it is there, else the one on the path."""
+    with contextlib.suppress(ImportError):
+        wheel = importlib.import_module(name)
+        program = Path(getattr(wheel, "CMAKE_BIN_DIR" if name == "cmake" else "BIN_DIR", "")) / name
+        if program.is_file():
+            return str(program)
+    found = shutil.which(name)
     if found is None:
         raise RuntimeError(f"building deqkern needs {name}: pip install {name}")
     return found
