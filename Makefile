@@ -1,0 +1,77 @@
+# Needs only python3 >= 3.11, a C++ compiler and, the first time, the package index.
+#
+#   make demo                                   pictures, curves and a table of the shipped models, in out/
+#   make test, make lint, make types            what .ci/run runs
+#   make bench                                  benchmarks, to bench/results/
+#   make clean, make distclean                  remove what was built; and the environment .venv too
+#
+#   make demo PYTHON=python3.12                 another interpreter for a new .venv
+#   make demo TORCH_INDEX_URL=                  torch from pip's own index (Linux: with CUDA, several GB)
+#   make demo PIP_FLAGS='--index-url URL'       options for every pip install
+#   make test PYTEST_FLAGS='-k solve -x'         also BENCH_FLAGS, DEMO_FLAGS
+
+PYTHON ?= python3
+TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+BENCH_FLAGS ?=
+DEMO_FLAGS ?=
+BENCH_OUT ?= bench/results/latest.json
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
+TORCH_INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
+BUILD_REQUIRES = $$($(PY) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'])")
+RECIPES := pyproject.toml setup.py constraints.txt
+
+.PHONY: help demo test lint types bench native clean distclean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
+
+demo: $(VENV)/.installed-demo native
+	$(VENV)/bin/deqkern demo --out out $(DEMO_FLAGS)
+
+test: $(VENV)/.installed-dev native
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(PYTEST_FLAGS)
+
+lint: $(VENV)/.installed-dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(PY) -m mypy deqkern
+
+bench: $(VENV)/.installed-dev native
+	mkdir -p $(dir $(BENCH_OUT))
+	$(PY) -m pytest bench --benchmark-json=$(BENCH_OUT) $(BENCH_FLAGS)
+
+# deqkern._C, where the sources import it from; half a second when nothing has changed.
+native: | $(VENV)/.installed-demo
+	@mkdir -p build
+	@$(PY) setup.py --quiet build_ext --inplace > build/native.log 2>&1 || { cat build/native.log; exit 1; }
+
+$(VENV)/.installed-demo: EXTRAS := demo
+$(VENV)/.installed-dev: EXTRAS := demo,triton,test,dev
+$(VENV)/.installed-dev: $(VENV)/.installed-demo
+
+# What is installed already is left alone, and then pip asks no index.
+$(VENV)/.installed-%: $(RECIPES) | $(PY)
+	@echo "installing deqkern[$(EXTRAS)] into $(VENV), some minutes the first time"
+	$(PIP_INSTALL) $(TORCH_INDEX) torch
+	$(PIP_INSTALL) $(BUILD_REQUIRES)
+	$(PIP_INSTALL) --no-build-isolation --editable '.[$(EXTRAS)]'
+	@touch $@
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "deqkern needs Python >= 3.11; make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+clean:
+	rm -rf build dist out *.egg-info deqkern/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
