@@ -382,7 +382,7 @@ def _panels(runs: list[Run], where: str = "") -> dict[str, Tensor]:
 def _table(rows: list[tuple[tuple[str, ...], Run]], heads: tuple[str, ...], title: str) -> Table:
     """One line per run; `heads` are the columns before the common ones."""
     compared = any(run.true_error is not None for _, run in rows)
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for head in heads:
         table.add_column(head, no_wrap=True)
     for head in ("iterations", "nfe", "converged", "true error" if compared else "error estimate", "seconds"):
