@@ -1,7 +1,8 @@
 """The solver's work of one iteration on the library's ops and in plain torch, on one thread and on all.
 
-All take turns, iteration by iteration, with a copy between: noise meets them alike. Only iterations with a full history
-count. Each is checked against the sequential chain before it is timed.
+They take turns, so that noise meets all alike, in two ways. "warm": a whole solve each, as with a model that leaves the
+caches alone. "cold": one iteration each, so that the others have emptied the caches, as a large model would. Iterations
+without a full history do not count. Each way to do the work is checked against the sequential chain before it is timed.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from deqkern import ops, solvers
 
-ROUNDS = 24
+ROUNDS = 15
 ITERATIONS = 15  # of a round, as published
 CPU = torch.device("cpu")
 
@@ -57,26 +59,48 @@ def iterate(work: Work, k: int, model: Denoiser, timesteps: Tensor) -> float:
     return before + time.perf_counter() - start
 
 
-def compare(works: list[Work], noise: Tensor) -> tuple[dict[str, list[float]], Copy]:
-    """Seconds of one iteration of each, one median per round; and the copies made in between."""
+def compare(works: list[Work], noise: Tensor, caches: str) -> tuple[dict[str, list[float]], Copy]:
+    """Seconds of one iteration of each, one median per round; and copies that took their turns with them."""
     model, timesteps = Denoiser(), SCHEDULE.steps(SIZE.steps).timesteps
-    copy = Copy(Anderson().memory, CPU)
-    medians: dict[str, list[float]] = {}
+    copy, medians = Copy(Anderson().memory, CPU), defaultdict(list)
+    everyone: list[Work | Copy] = [*works, copy]
+    if caches == "warm":
+        turns = [(work, k) for work in everyone for k in range(ITERATIONS)]
+    else:
+        turns = [(work, k) for k in range(ITERATIONS) for work in everyone]
     for _ in range(ROUNDS):
-        found: dict[str, list[float]] = {work.name: [] for work in works}
-        for work in works:
-            work.start(noise)
-        for k in range(ITERATIONS):
-            for work in works:
-                spent = iterate(work, k, model, timesteps)
-                if k > HISTORY:
-                    found[work.name].append(spent)
-            copy.run()
-        for solver in (solvers.deq_ddim(), solvers.default()):
-            found[f"sample(solver={solver.name}())"] = solver_seconds(solver, noise, HISTORY, ITERATIONS)
+        found = defaultdict(list)
+        for work, k in turns:
+            if isinstance(work, Copy):
+                work.run()
+                continue
+            if k == 0:
+                work.start(noise)
+            spent = iterate(work, k, model, timesteps)
+            if k > HISTORY:
+                found[work.name].append(spent)
+        if caches == "warm":
+            for solver in (solvers.deq_ddim(), solvers.default()):
+                found[f"sample(solver={solver.name}())"] = solver_seconds(solver, noise, ITERATIONS)
         for name, times in found.items():
-            medians.setdefault(name, []).append(statistics.median(times))
+            medians[name].append(statistics.median(times))
     return medians, copy
+
+
+def rows_of(medians: dict[str, list[float]], copy: Copy, floors: dict[str, int | None]) -> report.Rows:
+    """What is reported of one comparison; ratios are formed round by round."""
+    rows = []
+    for name, times in medians.items():
+        plain, released = (
+            statistics.quantiles([base / own for base, own in zip(medians[other], times, strict=True)], n=4)
+            for other in ("plain torch", "plain torch, as released")
+        )
+        row = {"name": name, "ratio": plain[1], "ratio_quartiles": plain[::2], "ratio_released": released[1]}
+        if floor := floors[name]:
+            bandwidth = floor / statistics.median(times)
+            row |= {"floor_bytes": floor, "gb_per_s": bandwidth / 1e9, "share_of_copy": bandwidth / copy.bandwidth()}
+        rows.append(row)
+    return rows
 
 
 @pytest.mark.parametrize("threads", sorted({1, os.cpu_count() or 1}))
@@ -87,30 +111,16 @@ def bench_iteration(benchmark: Any, request: pytest.FixtureRequest, threads: int
     works: list[Work] = [Anderson(), Default(), plain, released]
     for work in works:
         check(work, noise)
-    medians, copy = compare(works, noise)
     floors = {work.name: work.floor for work in works}
     floors["sample(solver=deq_ddim())"], floors["sample(solver=default())"] = works[0].floor, works[1].floor
-    rows = []
-    for name, times in medians.items():
-        ratios = [base / own for base, own in zip(medians[plain.name], times, strict=True)]
-        quartiles = statistics.quantiles(ratios, n=4)
-        row: dict[str, Any] = {
-            "name": name,
-            "threads": threads,
-            "ratio": quartiles[1],
-            "ratio_quartiles": [quartiles[0], quartiles[2]],
-        }
-        row["ratio_released"] = statistics.median(
-            base / own for base, own in zip(medians[released.name], times, strict=True)
-        )
-        if floor := floors[name]:
-            row |= {"floor_bytes": floor, "gb_per_s": floor / statistics.median(times) / 1e9}
-            row |= {"share_of_copy": row["gb_per_s"] * 1e9 / copy.bandwidth()}
-        rows.append(row)
+    rows, copies = [], {}
+    for caches in ("warm", "cold"):
+        medians, copy = compare(works, noise, caches)
+        copies[caches] = copy.bandwidth() / 1e9
+        rows += [{"threads": threads, "caches": caches, **row} for row in rows_of(medians, copy, floors)]
     benchmark.group = f"iteration m{HISTORY} {SIZE}"
-    benchmark.extra_info.update(
-        threads=threads, isa=ops.backends()["cpu"].get("isa"), copy_gb_per_s=copy.bandwidth() / 1e9, rows=rows
-    )
+    isa = ops.backends()["cpu"].get("isa")
+    benchmark.extra_info.update(threads=threads, isa=isa, copy_gb_per_s=copies, rows=rows)
     request.config.stash[report.ITERATIONS].extend(rows)
     once(benchmark, works[0], noise)
 

@@ -214,20 +214,21 @@ class PlainTorch(Work):
         return self.history_x[:, self.place, None]
 
 
-def solver_seconds(solver: deqkern.solvers.Solver, noise: Tensor, skip: int, iterations: int) -> list[float]:
-    """What `deqkern.sample` itself takes from one model call to the next, after the first `skip` iterations.
+def solver_seconds(solver: deqkern.solvers.Solver, noise: Tensor, iterations: int) -> list[float]:
+    """What `deqkern.sample` itself takes from one model call to the next, once it has all of its history.
 
-    Scaled to S active steps: with each iteration one step more is exact and is left out.
+    Scaled to S active steps: with each iteration more steps are exact and left out. Once half of them are, no more is taken.
     """
-    denoise, clock, found = Denoiser(), [0.0, 0.0], []
+    denoise, rows, found = Denoiser(), SIZE.steps * SIZE.batch, []
+    calls, end = 0, 0.0
 
     def model(x: Tensor, t: Tensor) -> Tensor:
-        calls = int(clock[1])
-        if calls > skip:
-            rows = SIZE.steps * SIZE.batch
-            found.append((time.perf_counter() - clock[0]) * rows / len(x))
+        nonlocal calls, end
+        spent = time.perf_counter() - end
+        if calls > max(solver.history_size, 1) and 2 * len(x) >= rows:
+            found.append(spent * rows / len(x))
         output = denoise(x, t)
-        clock[:] = time.perf_counter(), calls + 1
+        calls, end = calls + 1, time.perf_counter()
         return output
 
     with warnings.catch_warnings():

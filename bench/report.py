@@ -39,12 +39,12 @@ def op_table(rows: Rows) -> list[list[str]]:
 
 def iteration_table(rows: Rows) -> list[list[str]]:
     """One line per way to do an iteration and number of threads."""
-    table = [["solver work", "threads", "vs plain torch", "quartiles", "vs released code", "share of copy"]]
+    table = [["solver work", "threads", "caches", "vs plain torch", "quartiles", "vs released code", "share of copy"]]
     for row in rows:
         quartiles = " .. ".join(f"{value:.1f}" for value in row["ratio_quartiles"])
         share = f"{row['share_of_copy']:.2f}" if "share_of_copy" in row else "-"
         ratios = [f"{row['ratio']:.1f}x", quartiles, f"{row['ratio_released']:.1f}x"]
-        table.append([row["name"], str(row["threads"]), *ratios, share])
+        table.append([row["name"], str(row["threads"]), row["caches"], *ratios, share])
     return table
 
 
