@@ -217,7 +217,7 @@ class PlainTorch(Work):
 def solver_seconds(solver: deqkern.solvers.Solver, noise: Tensor, iterations: int) -> list[float]:
     """What `deqkern.sample` itself takes from one model call to the next, once it has all of its history.
 
-    Scaled to S active steps: with each iteration more steps are exact and left out. Once half of them are, no more is taken.
+    Scaled to S active steps: with each iteration more of them are exact and left out. It ends when half of them are.
     """
     denoise, rows, found = Denoiser(), SIZE.steps * SIZE.batch, []
     calls, end = 0, 0.0
