@@ -97,6 +97,27 @@ def test_the_number_of_threads_changes_no_bit() -> None:
         assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("D", [1 << 20, (1 << 20) + 5])
+def test_arrays_too_large_for_the_cache(D: int, in_place: bool) -> None:
+    """They are written past it, where their rows are aligned."""
+    S, m = 3, 1
+    x, e, ring = torch.randn(S + 1, 1, D), torch.randn(S, 1, D), torch.randn(m + 1, S, 1, D)
+    a, b, slope, gamma = torch.rand(S), torch.rand(S), torch.rand(S, 1, 1), torch.rand(S, 1, m)
+    bands, window = torch.tensor([0, D]), torch.tensor([[0, S]])
+    f, g, norms = torch.empty_like(e), torch.empty_like(e), torch.zeros(S, 1, 3, dtype=torch.float64)
+    expected = [torch.empty_like(value) for value in (f, g, norms, f)]
+    reference.ddim_scan(x, e, None, a, b, b, slope, bands, window, 0.5, *expected[:3])
+    reference.anderson_mix(ring, 1, m, gamma, window, expected[3])
+    f = x[1:] if in_place else f
+    scan = [address(value) for value in (x, e, None, a, b, None, slope, bands, window, f, g, norms)]
+    _C.ddim_scan(*scan, S, 1, D, 1, 0.5, 2)
+    mixed = torch.empty_like(e)
+    _C.anderson_mix(*map(address, (ring, gamma, window, mixed)), S, 1, D, m, 1, m, 2)
+    for actual, value in zip((f, g, norms, mixed), expected, strict=True):
+        assert_close(actual, value)
+
+
 @pytest.mark.parametrize("width", [1, 3, 16, 33, 40])
 def test_the_transform_reads_and_writes_nothing_beyond_its_arrays(width: int) -> None:
     """Guards of NaN before and after; a matrix that is orthonormal and no DCT."""

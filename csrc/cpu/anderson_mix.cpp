@@ -13,10 +13,11 @@ constexpr int64_t kAhead = 512;  // floats
 constexpr int kUnroll = 4;  // vectors in flight, which hides the loads of gamma and of the pointers
 
 template <int kVectors, bool kWhole>
-DEQKERN_INLINE void mix(const float* const* ages, const float* gamma, int count, float* out, int64_t d, int lanes) {
+DEQKERN_INLINE void mix(const float* const* ages, const float* gamma, int count, float* out, bool streams, int64_t d,
+                        int lanes) {
   vec newer[kVectors], mixed[kVectors];
   for (int v = 0; v < kVectors; ++v) {
-    prefetch<true>(out + d + v * kLanes + kAhead);
+    if (!streams) prefetch<true>(out + d + v * kLanes + kAhead);
     prefetch<false>(ages[0] + d + v * kLanes + kAhead);
     newer[v] = mixed[v] = load_lanes<kWhole>(ages[0] + d + v * kLanes, lanes);
   }
@@ -29,14 +30,16 @@ DEQKERN_INLINE void mix(const float* const* ages, const float* gamma, int count,
       newer[v] = older;
     }
   }
-  for (int v = 0; v < kVectors; ++v) store_lanes<kWhole>(out + d + v * kLanes, mixed[v], lanes);
+  for (int v = 0; v < kVectors; ++v) put_lanes<kWhole>(out + d + v * kLanes, mixed[v], lanes, streams);
 }
 
-void mix_segment(const float* const* ages, const float* gamma, int count, float* out, int64_t length) {
+void mix_segment(const float* const* ages, const float* gamma, int count, float* out, bool streams, int64_t length) {
   int64_t d = 0;
-  for (; d + kUnroll * kLanes <= length; d += kUnroll * kLanes) mix<kUnroll, true>(ages, gamma, count, out, d, 0);
-  for (; d + kLanes <= length; d += kLanes) mix<1, true>(ages, gamma, count, out, d, 0);
-  if (d < length) mix<1, false>(ages, gamma, count, out, d, static_cast<int>(length - d));
+  for (; d + kUnroll * kLanes <= length; d += kUnroll * kLanes)
+    mix<kUnroll, true>(ages, gamma, count, out, streams, d, 0);
+  for (; d + kLanes <= length; d += kLanes) mix<1, true>(ages, gamma, count, out, streams, d, 0);
+  if (d < length) mix<1, false>(ages, gamma, count, out, streams, d, static_cast<int>(length - d));
+  finish_streams();
 }
 
 }  // namespace
@@ -53,7 +56,9 @@ void anderson_mix(const AndersonMix& op) {
     const float* ages[kMaxHistory + 1];
     for (int j = 0; j <= op.count; ++j)
       ages[j] = op.f_ring + ((op.head - j + size) % size * rows + row) * op.D + begin;
-    mix_segment(ages, op.gamma + row * op.m, op.count, op.out + row * op.D + begin, smaller(kSegment, op.D - begin));
+    float* out = op.out + row * op.D + begin;
+    mix_segment(ages, op.gamma + row * op.m, op.count, out, can_stream(out, rows * op.D),
+                smaller(kSegment, op.D - begin));
   }
 }
 

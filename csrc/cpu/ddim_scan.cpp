@@ -31,6 +31,7 @@ struct Buffers {
 struct Row {
   const float *e, *z, *x;  // x is the next state
   float *f, *g;
+  bool f_streams, g_streams;
   int64_t ahead;  // to the same place of the next row; it is prefetched, because rows of a chunk lie far apart
   vec a, b, n, beta;
 };
@@ -44,8 +45,8 @@ DEQKERN_INLINE void advance(const Row& row, Buffers& buffers, int64_t d, int cou
   prefetch<false>(row.x + row.ahead + d);
   prefetch<false>(row.e + row.ahead + d);
   if (kNoise) prefetch<false>(row.z + row.ahead + d);
-  prefetch<true>(row.f + row.ahead + d);
-  prefetch<true>(row.g + row.ahead + d);
+  if (!row.f_streams) prefetch<true>(row.f + row.ahead + d);
+  if (!row.g_streams) prefetch<true>(row.g + row.ahead + d);
   const vec state = load_lanes<kWhole>(row.x + d, count);
   vec plain = row.a * load(buffers.previous + d) + row.b * load_lanes<kWhole>(row.e + d, count);
   if (kNoise) plain += row.n * load_lanes<kWhole>(row.z + d, count);
@@ -54,8 +55,8 @@ DEQKERN_INLINE void advance(const Row& row, Buffers& buffers, int64_t d, int cou
   if (!kFirst) correction += load(buffers.factor + d) * load(buffers.correction + d);
   store(buffers.previous + d, state);
   store(buffers.correction + d, correction);
-  store_lanes<kWhole>(row.g + d, correction, count);
-  store_lanes<kWhole>(row.f + d, kFirst ? plain : state + row.beta * correction, count);
+  put_lanes<kWhole>(row.g + d, correction, count, row.g_streams);
+  put_lanes<kWhole>(row.f + d, kFirst ? plain : state + row.beta * correction, count, row.f_streams);
   sums.residual += residual * residual;
   sums.correction += correction * correction;
   sums.state += state * state;
@@ -88,11 +89,14 @@ void scan_chunk(const DdimScan& op, const Chunk& chunk, Window window, double* p
   Buffers buffers = {};
   const int64_t stride = op.B * op.D, offset = chunk.b * op.D + chunk.begin;
   const float* x = op.x + window.begin * stride + offset;
+  const bool in_place = op.f == op.x + stride;  // then f is in the cache already
   __builtin_memcpy(buffers.previous, x, static_cast<size_t>(chunk.length) * sizeof(float));
   for (int64_t i = window.begin; i < window.end; ++i) {
     const int64_t place = i * stride + offset;
     const Row row{op.e + place, kNoise ? op.z + place : nullptr, op.x + place + stride,
-                  op.f + place, op.g + place, i + 1 < window.end ? stride : 0,
+                  op.f + place, op.g + place,
+                  !in_place && can_stream(op.f + place, op.S * stride), can_stream(op.g + place, op.S * stride),
+                  i + 1 < window.end ? stride : 0,
                   splat(op.a[i]), splat(op.b[i]), splat(kNoise ? op.n[i] : 0.0f), splat(op.beta)};
     if (i == window.begin) {
       advance_row<true, kNoise>(row, buffers, chunk.length, partial + 3 * i);
@@ -101,6 +105,7 @@ void scan_chunk(const DdimScan& op, const Chunk& chunk, Window window, double* p
       advance_row<false, kNoise>(row, buffers, chunk.length, partial + 3 * i);
     }
   }
+  finish_streams();
 }
 
 // norms[i, b] = sum over chunks of partial[chunk, i], zero outside the window.

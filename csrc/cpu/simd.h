@@ -3,7 +3,7 @@
 // function would be emitted with the widest instruction set and could be linked into the narrower ones.
 #pragma once
 #include <cstdint>
-#if defined(__AVX2__)
+#if defined(__SSE__)
 #include <immintrin.h>
 #endif
 
@@ -70,6 +70,36 @@ DEQKERN_INLINE void store_lanes(float* p, vec v, int count) {
 template <bool kWrite>
 DEQKERN_INLINE void prefetch(const float* p) {
   __builtin_prefetch(reinterpret_cast<const char*>(p), kWrite);
+}
+
+// Stores that go past the cache, for arrays that leave it before they are read again: they save the read of what is
+// overwritten. The threshold was measured on a whole iteration; below it the next op finds its input in the cache.
+constexpr int64_t kStreamBytes = 8 << 20;
+
+DEQKERN_INLINE bool can_stream(const float* p, int64_t floats_in_all) {
+  return floats_in_all * 4 >= kStreamBytes && reinterpret_cast<uintptr_t>(p) % sizeof(vec) == 0;
+}
+#if defined(__AVX512F__)
+DEQKERN_INLINE void stream(float* p, vec v) { _mm512_stream_ps(p, v); }
+#elif defined(__AVX2__)
+DEQKERN_INLINE void stream(float* p, vec v) { _mm256_stream_ps(p, v); }
+#elif defined(__SSE__)
+DEQKERN_INLINE void stream(float* p, vec v) { _mm_stream_ps(p, v); }
+#else
+DEQKERN_INLINE void stream(float* p, vec v) { store(p, v); }
+#endif
+DEQKERN_INLINE void finish_streams() {  // before another thread reads
+#if defined(__SSE__)
+  _mm_sfence();
+#endif
+}
+
+template <bool kWhole>
+DEQKERN_INLINE void put_lanes(float* p, vec v, int count, bool streams) {
+  if (kWhole && streams)
+    stream(p, v);
+  else
+    store_lanes<kWhole>(p, v, count);
 }
 
 // The sum of all lanes, in double, in a fixed order.
