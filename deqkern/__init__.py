@@ -5,5 +5,6 @@ from . import solvers as solvers
 from .calibration import calibrate as calibrate
 from .sampling import sample as sample
 from .schedule import NoiseSchedule as NoiseSchedule
+from .slopes import SlopeProfile as SlopeProfile
 from .solve import ConvergenceWarning as ConvergenceWarning
 from .solve import Solution as Solution

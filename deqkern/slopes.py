@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from os import PathLike
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -81,7 +81,11 @@ class SlopeProfile:
     @classmethod
     def load(cls, path: str | PathLike[str]) -> SlopeProfile:
         """Read a file written by `save`. Raises ValueError if it is another kind of file."""
-        with safe_open(path, "pt") as file:
+        try:
+            opened = safe_open(path, "pt")
+        except SafetensorError as error:
+            raise ValueError(f"path {path} is not a SlopeProfile: {error}") from error
+        with opened as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != "deqkern.SlopeProfile.1":
                 raise ValueError(f"path {path} is not a SlopeProfile")
@@ -94,10 +98,11 @@ class Secant:
     """Slopes measured in the last iteration, <dx, de> / <dx, dx> per step, sample and band (Barzilai-Borwein).
 
     They are pulled to the previous guess by the relative weight `pull`. `start` gives the first guess: `Gaussian()`,
-    `Frozen()` or a `SlopeProfile` of the same model.
+    `Frozen()` or a `SlopeProfile` of the same model. With None the first evaluation measures it, with the states
+    themselves for dx and the outputs for de: the secant to zero, where a model of centred data gives about zero.
     """
 
-    start: Slope = Gaussian()
+    start: Slope | None = None
     pull: float = 1e-2
     adapts = True
 
@@ -106,7 +111,7 @@ class Secant:
             raise ValueError(f"pull must be finite and >= 0, got {self.pull}")
 
     def initial(self, table: StepTable, basis: Basis) -> Tensor:  # (S, K)
-        return self.start.initial(table, basis)
+        return (self.start or Gaussian()).initial(table, basis)
 
     def refine(self, slope: Tensor, moments: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """The next slope (S, B, K) from the last one and moments (S, B, K, 2); kept within low .. high (S, 1, 1)."""

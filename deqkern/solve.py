@@ -20,6 +20,8 @@ Callback = Callable[[int, Tensor, Tensor], None]
 SETTLED = float(__import__("os").environ.get("SETTLED", "1.0"))
 # The same in exact mode, relative to the state: the rounding level of fp32.
 SETTLED_EXACT = 2e-7
+# No contraction from one iteration to the next is believed to be better than this.
+CONTRACTION = 0.1
 # A last correction that is larger than this times the smallest one before it: the iteration diverges.
 GROWTH = 1e3
 
@@ -59,7 +61,7 @@ class _Workspace:
         x, bands = trajectory.x, trajectory.basis.bands
         steps, batch, size = trajectory.steps, trajectory.batch, trajectory.basis.size
         m = solver.history_size
-        self.e = x.new_empty(steps, batch, size)
+        self.e = x.new_zeros(steps, batch, size)  # becomes e_prev first
         self.e_prev = torch.empty_like(self.e) if solver.slope.adapts else self.e
         moves = x.new_zeros((m + 1) * steps + 1, batch, size)  # the first row stays zero: x[0] never moves
         self.dx = moves[:steps]  # (S, B, D), with m = 0 the last change of x[:-1]
@@ -93,8 +95,9 @@ class _Iteration:
         work, x, bands = self.work, self.trajectory.x, self.trajectory.basis.bands
         work.e, work.e_prev = work.e_prev, work.e
         self.trajectory.evaluate(rows, work.e)
-        if isinstance(self.solver.slope, Secant) and k:
-            ops.band_moments(work.dx, work.e, work.e_prev, bands, window, work.moments)
+        if isinstance(self.solver.slope, Secant) and (k or self.solver.slope.start is None):
+            dx = work.dx if k else x[:-1]  # with the first e_prev: the secant from zero to the first states
+            ops.band_moments(dx, work.e, work.e_prev, bands, window, work.moments)
             self.slope = self.solver.slope.refine(self.slope, work.moments, self.low, self.high)
         slope = torch.where(self.fallen_back[:, None], self.frozen[:, None], self.slope).to(x.dtype)
         head = k % (self.solver.history_size + 1)
@@ -137,8 +140,9 @@ class _Progress:
         self.steps, self.size, self.rtol = trajectory.steps, solver.window or trajectory.steps, rtol
         self.tolerance = SETTLED * rtol / self.steps if rtol else SETTLED_EXACT
         self.estimate = torch.full((batch,), torch.inf, dtype=torch.float64, device=device)
-        self.change, self.smallest = self.estimate, self.estimate
+        self.change, self.smallest = self.estimate, self.estimate  # the largest relative correction; |g[S]|
         self.converged = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.scale = trajectory.x[0].double().norm(dim=-1)  # (B,)
         self.index = torch.arange(self.steps, device=device)[:, None]
         self._open(torch.zeros(batch, dtype=torch.int64, device=device))
 
@@ -155,10 +159,11 @@ class _Progress:
         residual, correction, state = norms.sqrt().unbind(-1)
         begin, end = self.window.unbind(1)
         active, reaches_end = ~self.converged, end == self.steps
-        relative = correction / torch.where(state > 0, state, 1.0)  # (S, B)
-        change = torch.where(reaches_end, relative.amax(0), torch.inf)
-        # What is left after this correction: the last contraction once more (math: superlinear, so an upper guess).
-        left = change * torch.where(self.change.isfinite(), change / self.change, 1.0).clamp_max(1.0)
+        # A state that is larger than the noise is taken for an overshoot, not for the scale of the data.
+        scale = torch.minimum(torch.where(state > 0, state, torch.inf), self.scale)
+        change = torch.where(reaches_end, (correction / scale).nan_to_num(0.0, torch.inf).amax(0), torch.inf)
+        # What is left after this correction: the last contraction once more. An error above 1 tells nothing of it.
+        left = change * (change / self.change.clamp_max(1.0)).clamp(CONTRACTION, 1.0)
         diverged = active & (
             ~norms.isfinite().all(-1).all(0) | (reaches_end & (correction[-1] > GROWTH * self.smallest))
         )

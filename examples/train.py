@@ -7,6 +7,8 @@ The shipped weights were trained in two runs each, the second with `--resume`; `
 
 `digits`: the 1797 handwritten digits, enlarged to 16x16 (bilinear), one channel in [-1, 1].
 `photos`: 32x32 RGB patches of the two photographs, halved and quartered in size first, in [-1, 1].
+`digits` predicts epsilon. `photos` predicts v: at high noise an error in epsilon is 157 times larger in the clean
+image, and a model this small then gets the mean colour of a patch wrong.
 The folder written is an ordinary diffusers `UNet2DModel` folder with its scheduler's config beside it.
 """
 
@@ -24,6 +26,7 @@ import typer
 from diffusers import DDIMScheduler, UNet2DModel
 from sklearn.datasets import load_digits, load_sample_images
 
+PREDICTION = {"digits": "epsilon", "photos": "v_prediction"}
 CONFIGS = {
     "digits": dict(
         sample_size=16,
@@ -90,7 +93,7 @@ def main(
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    scheduler = DDIMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=False)
+    scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=False, prediction_type=PREDICTION[name])
     model = UNet2DModel.from_pretrained(resume) if resume else UNet2DModel(**CONFIGS[name])
     model.train().to(memory_format=torch.channels_last)
     history = json.loads((resume / "training.json").read_text()) if resume else []
@@ -106,7 +109,8 @@ def main(
         noise = torch.randn(clean.shape, generator=generator)
         timesteps = torch.randint(1000, (batch,), generator=generator)
         noisy = scheduler.add_noise(clean, noise, timesteps)
-        loss = F.mse_loss(model(noisy.to(memory_format=torch.channels_last), timesteps).sample, noise)
+        target = noise if PREDICTION[name] == "epsilon" else scheduler.get_velocity(clean, noise, timesteps)
+        loss = F.mse_loss(model(noisy.to(memory_format=torch.channels_last), timesteps).sample, target)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,0 +1,62 @@
+"""The shipped models with the default solver: iterations and true errors against their bars, 4 samples each.
+
+Run with -s to see the figures. The table with all solvers is made by bench/convergence.py.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+import torch
+
+import deqkern
+from deqkern import models, solvers
+
+pytest.importorskip("diffusers")
+SEEDS = 4
+# model, S, eta: median iterations to a true relative error of 1e-2 and 1e-3
+BARS = [
+    ("digits", 50, 0.0, 6, 8),
+    ("digits", 50, 1.0, 9, 10),
+    ("photos", 50, 0.0, 6, 7),
+    ("photos", 50, 1.0, 7, 9),
+]
+
+
+@pytest.mark.parametrize(("name", "steps", "eta", "coarse", "fine"), BARS)
+def test_the_default_meets_its_bars(name: str, steps: int, eta: float, coarse: int, fine: int) -> None:
+    loaded = models.load(name)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(SEEDS, *loaded.shape, generator=generator)
+    step_noise = torch.randn(steps, *noise.shape, generator=generator) if eta else None
+
+    def run(solver: solvers.Solver, rtol: float, callback: deqkern.solve.Callback | None = None) -> deqkern.Solution:
+        return deqkern.sample(
+            loaded.model,
+            noise,
+            loaded.schedule,
+            steps,
+            eta=eta,
+            step_noise=step_noise,
+            solver=solver,
+            rtol=rtol,
+            callback=callback,
+        )
+
+    def error(value: torch.Tensor) -> torch.Tensor:  # (B,)
+        return (value - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)
+
+    reference = run(solvers.sequential(), 0.0).value
+    track: list[torch.Tensor] = []
+    exact = run(solvers.default(), 0.0, lambda iteration, estimate, left: track.append(error(estimate)))
+    assert error(exact.value).max() <= 1e-5
+    for rtol, bar in ((1e-2, coarse), (1e-3, fine)):
+        below = torch.stack(track) <= rtol  # (iterations, B)
+        median = statistics.median(int(hit.int().argmax()) + 1 for hit in below.T)
+        solution = run(solvers.default(), rtol)
+        figures = f"{median:g} iterations to {rtol:g} (bar {bar}); stop: {solution.iterations} iterations, "
+        figures += f"nfe {solution.nfe.tolist()}, largest error {float(error(solution.value).max()):.1e}"
+        print(f"\n{name} S={steps} eta={eta:g}: {figures}")
+        assert median <= bar
+        assert solution.converged.all() and error(solution.value).max() <= 3 * rtol
