@@ -112,10 +112,9 @@ def number(values: list[int]) -> str:
 def row(case: Case) -> str:
     cells = [case.model, str(case.steps), f"{case.eta:g}", case.solver]
     cells.append(" / ".join(number(case.iterations_to[key]) for key in case.iterations_to))
-    for key in case.stop_error:
-        cells.append(
-            f"{number(case.stop_iterations[key])} its, {number(case.stop_nfe[key])} nfe, {max(case.stop_error[key]):.1e}"
-        )
+    for key, stop_error in case.stop_error.items():
+        counts = f"{number(case.stop_iterations[key])} its, {number(case.stop_nfe[key])} nfe"
+        cells.append(f"{counts}, {max(stop_error):.1e}")
     return "| " + " | ".join(cells) + " |"
 
 

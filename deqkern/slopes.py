@@ -53,7 +53,7 @@ class SlopeProfile:
     """Shrinkages of one model, measured over earlier solves: per noise level and band, for any number of steps.
 
     log_snr: (T,) float64, increasing. shrinkage: (T, K) float64 in [0, 1]. shape: the sample's shape.
-    Made by `deqkern.calibrate`; between two levels the shrinkage is interpolated linearly, outside it is constant.
+    Made by `deqkern.calibrate`; between two levels the logit of the shrinkage is linear in log_snr, outside it is constant.
     """
 
     log_snr: Tensor
@@ -71,7 +71,8 @@ class SlopeProfile:
         right = torch.searchsorted(self.log_snr, levels).clamp(1, len(self.log_snr) - 1)
         low, high = self.log_snr[right - 1], self.log_snr[right]
         part = ((levels - low) / (high - low)).clamp(0, 1)[:, None]
-        return torch.lerp(self.shrinkage[right - 1], self.shrinkage[right], part)
+        logit = torch.logit(self.shrinkage, eps=1e-6)  # of a Gaussian: linear in log_snr
+        return torch.sigmoid(torch.lerp(logit[right - 1], logit[right], part))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a safetensors file."""

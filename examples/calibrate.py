@@ -1,6 +1,6 @@
-"""Measure the slope profile of a model folder and write it beside the weights, where `deqkern.models.load` finds it.
+"""Measure the slope profile of a model folder and write it beside the weights, where `models.load` finds it.
 
-    python examples/calibrate.py deqkern/models/digits
+python examples/calibrate.py deqkern/models/digits
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     python examples/train.py digits --minutes 60 --out deqkern/models/digits
     python examples/train.py photos --minutes 60 --batch 40 --out deqkern/models/photos
 
-The shipped weights were trained in two runs each, the second with `--resume`; `training.json` beside them says how long.
+The shipped weights took several runs on a busy machine, each from the last with `--resume`; `training.json` beside
+them lists the runs. The first run of `photos` still predicted epsilon.
 
 `digits`: the 1797 handwritten digits, enlarged to 16x16 (bilinear), one channel in [-1, 1].
 `photos`: 32x32 RGB patches of the two photographs, halved and quartered in size first, in [-1, 1].

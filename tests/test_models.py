@@ -149,3 +149,14 @@ def test_a_model_that_was_not_installed_is_an_error(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(models, "_FOLDER", tmp_path)
     with pytest.raises(ValueError, match="name_or_path: this installation lacks the model 'digits'"):
         models.load("digits")
+
+
+@pytest.mark.parametrize("name", models.SHIPPED)
+def test_the_shipped_models_load_and_run(name: str) -> None:
+    pytest.importorskip("diffusers")
+    loaded = models.load(name)
+    assert loaded.name == name
+    with torch.no_grad():
+        out = loaded.model(torch.randn(2, *loaded.shape), torch.tensor([10, 900])).sample
+    assert out.shape == (2, *loaded.shape)
+    assert out.isfinite().all()

@@ -410,7 +410,7 @@ def test_a_model_that_returns_something_else_is_named() -> None:
         deqkern.sample(lambda x, t: torch.cat([x, x], 1), NOISE, SCHEDULE, 10)
     with pytest.raises(TypeError, match="model must return a tensor"):
         deqkern.sample(lambda x, t: "picture", NOISE, SCHEDULE, 10)
-    with pytest.raises(ValueError, match="model returned torch.int64"):
+    with pytest.raises(ValueError, match=r"model returned torch\.int64"):
         deqkern.sample(lambda x, t: x.long(), NOISE, SCHEDULE, 10)
 
 

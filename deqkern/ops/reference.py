@@ -149,7 +149,7 @@ def anderson_solve(
     ridge_absolute: float,
     gamma: Tensor,  # (S, B, m), written
 ) -> None:
-    """Batched least squares:  gamma = argmin |g - dG gamma|^2 + (ridge trace(A)/m + ridge_absolute) |gamma|^2.
+    """Batched least squares:  gamma = argmin |g - dG gamma|^2 + (ridge mean(diag A) + ridge_absolute) |gamma|^2.
 
     A and the right-hand side are the sums of gram and rhs over the scope of step i: `row` i alone, `causal` all steps
     up to i, `anticausal` all steps from i on, `joint` all steps. A row with an entry that is not finite is left out of

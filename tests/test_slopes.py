@@ -1,0 +1,158 @@
+"""Slopes and solvers: limits, ranges, profiles on disk and between step counts, and refused options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import problems
+import pytest
+import torch
+from test_sampling import by_hand, relative_error
+
+import deqkern
+from deqkern import NoiseSchedule, SlopeProfile, slopes, solvers
+from deqkern.spectral import Basis
+
+SCHEDULE = NoiseSchedule.linear()
+SHAPE = (1, 8, 8)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_slope_of_a_gaussian_is_its_derivative(kind: str) -> None:
+    """The output of a Gaussian's denoiser is linear in x, so its slope is known for every prediction type."""
+    table = NoiseSchedule.linear(prediction_type=kind).steps(20)
+    variance = 0.3
+    alpha, sigma = table.alpha, table.sigma
+    x0 = alpha * variance / (alpha**2 * variance + sigma**2)  # d x0 / dx
+    eps = (1 - alpha * x0) / sigma
+    expected = {"epsilon": eps, "sample": x0, "v_prediction": alpha * eps - sigma * x0}[kind]
+    shrinkage = slopes.Gaussian(variance).initial(table, Basis.spectral(SHAPE))
+    torch.testing.assert_close(slopes.slope_of(table, shrinkage)[:, 0], expected)
+
+
+def test_flow_slope_of_a_gaussian() -> None:
+    table = NoiseSchedule.flow().steps(20)
+    s, p = table.sigma, 0.3
+    expected = (s - (1 - s) * p) / (s**2 + (1 - s) ** 2 * p)
+    got = slopes.slope_of(table, slopes.Gaussian(p).initial(table, Basis.identity((3,))))[:, 0]
+    torch.testing.assert_close(got[1:], expected[1:])  # at s = 1 the slope is never used
+
+
+def test_secant_recovers_a_slope_keeps_what_was_not_measured_and_stays_in_range() -> None:
+    secant = slopes.Secant(pull=0.0)
+    low, high = torch.zeros(1, 1, 1, dtype=torch.float64), torch.ones(1, 1, 1, dtype=torch.float64)
+    moments = torch.tensor([[[0.3, 1.0], [0.0, 0.0], [-2.0, 1.0], [5.0, 1.0]]], dtype=torch.float64)[None]
+    before = torch.full((1, 1, 4), 0.7, dtype=torch.float64)
+    after = secant.refine(before, moments[0], low, high)
+    torch.testing.assert_close(after.flatten(), torch.tensor([0.3, 0.7, 0.0, 1.0], dtype=torch.float64))
+    pulled = slopes.Secant(pull=1.0).refine(before, moments[0], low, high)
+    torch.testing.assert_close(pulled[..., 0].item(), 0.5)
+
+
+def profile_of(variance: float, steps: int = 30) -> SlopeProfile:
+    table, basis = SCHEDULE.steps(steps), Basis.spectral(SHAPE)
+    shrinkage = slopes.Gaussian(variance).initial(table, basis)
+    order = table.log_snr.argsort()
+    return SlopeProfile(table.log_snr[order], shrinkage[order], SHAPE)
+
+
+def test_profile_round_trip_and_interpolation(tmp_path: Path) -> None:
+    profile = profile_of(0.3)
+    profile.save(tmp_path / "profile.safetensors")
+    loaded = SlopeProfile.load(tmp_path / "profile.safetensors")
+    assert loaded.shape == SHAPE
+    assert torch.equal(loaded.shrinkage, profile.shrinkage) and torch.equal(loaded.log_snr, profile.log_snr)
+    table, basis = SCHEDULE.steps(77), Basis.spectral(SHAPE)
+    exact = slopes.Gaussian(0.3).initial(table, basis)
+    assert (loaded.initial(table, basis) - exact).abs().max() < 1e-5
+    same = SCHEDULE.steps(30)
+    torch.testing.assert_close(loaded.initial(same, basis), slopes.Gaussian(0.3).initial(same, basis))
+
+
+def test_profile_refuses_other_files_and_other_shapes(tmp_path: Path) -> None:
+    (tmp_path / "other").write_bytes(b"not safetensors")
+    with pytest.raises(ValueError, match="is not a SlopeProfile"):
+        SlopeProfile.load(tmp_path / "other")
+    with pytest.raises(ValueError, match="profile was made for samples"):
+        solver = solvers.default(profile=profile_of(0.3))
+        deqkern.sample(problems.digits_density(SCHEDULE), torch.randn(1, 1, 4, 4), SCHEDULE, 10, solver=solver)
+
+
+def test_calibrate_finds_the_slopes_of_a_gaussian_and_saves_iterations() -> None:
+    model = problems.Gaussian(SCHEDULE, torch.zeros(64), torch.full((64,), 0.02))
+    generator = torch.Generator().manual_seed(0)
+    profile = deqkern.calibrate(model, SHAPE, SCHEDULE, 40, samples=1, generator=generator)
+    table, basis = SCHEDULE.steps(40), Basis.spectral(SHAPE)
+    exact = slopes.Gaussian(0.02).initial(table, basis)
+    assert (profile.initial(table, basis) - exact)[1:].abs().max() < 1e-2
+    noise = torch.randn(2, *SHAPE, generator=generator)
+    plain = solvers.Solver(slopes.Secant(start=slopes.Gaussian()))
+    before = deqkern.sample(model, noise, SCHEDULE, 50, solver=plain, rtol=1e-4)
+    after = deqkern.sample(model, noise, SCHEDULE, 50, solver=solvers.default(profile=profile), rtol=1e-4)
+    assert after.iterations < before.iterations
+    assert relative_error(after.value, by_hand(model, noise, SCHEDULE, 50)).max() <= 3e-4
+
+
+def test_calibrate_refuses_bad_counts() -> None:
+    model = problems.digits_density(SCHEDULE)
+    with pytest.raises(ValueError, match="samples"):
+        deqkern.calibrate(model, SHAPE, SCHEDULE, samples=0)
+    with pytest.raises(ValueError, match="etas"):
+        deqkern.calibrate(model, SHAPE, SCHEDULE, etas=())
+
+
+BAD: list[dict[str, Any]] = [
+    {"history_size": 17},
+    {"history_size": -1},
+    {"history_size": 2.0},
+    {"scope": "all"},
+    {"ridge": -1.0},
+    {"ridge": float("nan")},
+    {"ridge_absolute": float("inf")},
+    {"beta": 0.0},
+    {"beta": 1.5},
+    {"window": 0},
+    {"window": 3, "history_size": 2},
+    {"basis": "fourier"},
+    {"start": "zero"},
+    {"history_size": 3, "slope": slopes.Secant()},
+]
+
+
+@pytest.mark.parametrize("options", BAD, ids=[next(iter(options)) + str(i) for i, options in enumerate(BAD)])
+def test_bad_solver_options_are_named(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        solvers.Solver(**{"slope": slopes.Frozen(), **options})
+
+
+def test_an_unknown_solver_option_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="memory"):
+        solvers.Solver(slopes.Frozen(), memory=3)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("window", [1, 3, 10, 50])
+def test_windows_reach_the_same_answer_with_no_more_rows_than_asked(window: int) -> None:
+    model = problems.mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(3))
+    noise = torch.randn(2, *SHAPE)
+    solution = deqkern.sample(model, noise, SCHEDULE, 30, solver=solvers.picard(window=window), rtol=1e-4)
+    assert solution.converged.all() and max(model.calls) <= 2 * window
+    assert relative_error(solution.value, by_hand(model, noise, SCHEDULE, 30)).max() <= 3e-4
+
+
+@pytest.mark.parametrize("scope", ["row", "causal", "joint"])
+@pytest.mark.parametrize("history_size", [1, 2, 16])
+def test_mixing_of_every_scope_and_size_is_exact_when_asked(scope: str, history_size: int) -> None:
+    model = problems.mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(3))
+    noise = torch.randn(2, *SHAPE)
+    solver = solvers.Solver(slopes.Gaussian(), history_size=history_size, scope=scope, beta=0.9)
+    solution = deqkern.sample(model, noise, SCHEDULE, 20, solver=solver, rtol=0)
+    assert relative_error(solution.value, by_hand(model, noise, SCHEDULE, 20)).max() <= 1e-5
+
+
+def test_anderson_beats_plain_iteration() -> None:
+    model = problems.mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(3))
+    noise = torch.randn(4, *SHAPE)
+    plain = deqkern.sample(model, noise, SCHEDULE, 50, solver=solvers.picard(), rtol=1e-3)
+    mixed = deqkern.sample(model, noise, SCHEDULE, 50, solver=solvers.parataa(), rtol=1e-3)
+    assert mixed.iterations < plain.iterations
