@@ -53,7 +53,7 @@ class SlopeProfile:
     """Shrinkages of one model, measured over earlier solves: per noise level and band, for any number of steps.
 
     log_snr: (T,) float64, increasing. shrinkage: (T, K) float64 in [0, 1]. shape: the sample's shape.
-    Made by `deqkern.calibrate`; between two levels the logit of the shrinkage is linear in log_snr, outside it is constant.
+    Made by `deqkern.calibrate`. Between two levels the logit of the shrinkage is linear in log_snr, outside constant.
     """
 
     log_snr: Tensor
