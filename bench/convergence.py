@@ -11,6 +11,7 @@ per sample and the largest true error at the solver's own stop. Writes JSON with
 from __future__ import annotations
 
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -105,15 +106,15 @@ def chain(loaded: models.Pretrained, noise: Tensor, steps: int, options: dict[st
 
 
 def number(values: list[int]) -> str:
-    middle = statistics.median(values)
-    return "never" if middle >= NEVER else f"{middle:g}"
+    middle = statistics.median(math.inf if value == NEVER else value for value in values)
+    return "never" if math.isinf(middle) else f"{middle:g}"
 
 
 def row(case: Case) -> str:
     cells = [case.model, str(case.steps), f"{case.eta:g}", case.solver]
     cells.append(" / ".join(number(case.iterations_to[key]) for key in case.iterations_to))
     for key, stop_error in case.stop_error.items():
-        counts = f"{number(case.stop_iterations[key])} its, {number(case.stop_nfe[key])} nfe"
+        counts = f"{number(case.stop_iterations[key])} its, {statistics.median(case.stop_nfe[key]):g} nfe"
         cells.append(f"{counts}, {max(stop_error):.1e}")
     return "| " + " | ".join(cells) + " |"
 
