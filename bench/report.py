@@ -1,4 +1,4 @@
-"""The short tables of a run: printed at its end, or in Markdown from its JSON by `python bench/report.py FILE`."""
+"""The short tables of a run: printed at its end, or in Markdown from its JSON by `python bench/report.py FILE ..`."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def _markdown(table: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    benchmarks = [entry["extra_info"] for entry in json.loads(Path(sys.argv[1]).read_text())["benchmarks"]]
+    results = [json.loads(Path(name).read_text()) for name in sys.argv[1:]]
+    benchmarks = [entry["extra_info"] for result in results for entry in result["benchmarks"]]
     iterations = [row for info in benchmarks for row in info.get("rows", ())]
     kernels = [info for info in benchmarks if info.get("backend") == "kernel"]
     print(_markdown(iteration_table(iterations)), _markdown(op_table(kernels)), sep="\n\n")
