@@ -46,6 +46,7 @@ class Trajectory:
     def __post_init__(self) -> None:
         self.nfe = torch.zeros(self.batch, dtype=torch.int64)
         self._images: Tensor | None = None  # (rows, *shape) fp32
+        self._inputs: Tensor | None = None  # the same in the model's dtype, if that is another
         self._timesteps = self.table.timesteps.to(self.x.device)
 
     @property
@@ -72,11 +73,21 @@ class Trajectory:
         for part in rows.split(self.max_batch or max(len(rows), 1)):
             steps, samples = part // self.batch, part % self.batch
             image = self.images(part)
-            output = self._call(image.to(self.dtype), self._timesteps[steps], samples)
+            output = self._call(self._input(image), self._timesteps[steps], samples)
             if self.table.clips:
                 output = self.table.effective_output(image, output.float(), steps)
+            elif output.dtype != image.dtype or not output.is_contiguous():
+                output = image.copy_(output)  # the images are not needed any more
             self.basis.forward(output, out.flatten(0, 1), part)
         self.nfe += torch.bincount((rows % self.batch).cpu(), minlength=self.batch)
+
+    def _input(self, image: Tensor) -> Tensor:
+        """The images (N, *shape) in the model's dtype, in memory that the next call reuses."""
+        if image.dtype == self.dtype:
+            return image
+        if self._inputs is None or len(self._inputs) < len(image):
+            self._inputs = torch.empty_like(image, dtype=self.dtype)
+        return self._inputs[: len(image)].copy_(image)
 
     def _call(self, image: Tensor, timesteps: Tensor, samples: Tensor) -> Tensor:
         kwargs = {
