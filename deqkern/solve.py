@@ -16,9 +16,7 @@ from .trajectory import Trajectory
 
 Callback = Callable[[int, Tensor, Tensor], None]
 
-# A step whose one-step residual is below this part of rtol / S is settled: it is not evaluated again.
-SETTLED = float(__import__("os").environ.get("SETTLED", "1.0"))
-# The same in exact mode, relative to the state: the rounding level of fp32.
+# In exact mode a step is settled when its one-step residual, relative to the state, is at the rounding level of fp32.
 SETTLED_EXACT = 2e-7
 # No contraction from one iteration to the next is believed to be better than this.
 CONTRACTION = 0.1
@@ -138,7 +136,8 @@ class _Progress:
     def __init__(self, trajectory: Trajectory, solver: Solver, rtol: float) -> None:
         batch, device = trajectory.batch, trajectory.x.device
         self.steps, self.size, self.rtol = trajectory.steps, solver.window or trajectory.steps, rtol
-        self.tolerance = SETTLED * rtol / self.steps if rtol else SETTLED_EXACT
+        # A step whose one-step residual is below is settled: it is not evaluated again.
+        self.tolerance = rtol / self.steps if rtol else SETTLED_EXACT
         self.estimate = torch.full((batch,), torch.inf, dtype=torch.float64, device=device)
         self.change, self.smallest = self.estimate, self.estimate  # the largest relative correction; |g[S]|
         self.converged = torch.zeros(batch, dtype=torch.bool, device=device)
