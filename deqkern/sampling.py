@@ -92,13 +92,13 @@ def _start(
         for i in range(steps):
             drawn = _draw(noise, generator) if step_noise is None else step_noise[i]
             basis.forward(drawn, z[i], samples)
-    shrinkage = solver.slope.initial(table, basis)
-    factors = (table.a[:, None] + table.b[:, None] * slope_of(table, shrinkage)).to(device, torch.float32)  # (S, K)
-    widths = basis.bands.diff()
-    for i in range(steps):
-        if solver.start == "constant":
-            x[i + 1] = x[0]
-        else:
+    if solver.start == "constant":
+        x[1:] = x[0]
+    else:
+        slope = slope_of(table, solver.slope.initial(table, basis))
+        factors = (table.a[:, None] + table.b[:, None] * slope).to(device, torch.float32)  # (S, K)
+        widths = basis.bands.diff()
+        for i in range(steps):
             x[i + 1] = torch.repeat_interleave(factors[i], widths) * x[i]
             if z is not None:
                 x[i + 1] += float(table.n[i]) * z[i]

@@ -20,7 +20,7 @@ from .spectral import Basis
 
 
 def slope_of(table: StepTable, shrinkage: Tensor) -> Tensor:
-    """D output / dx (S, ...) of a shrinkage (S, ...)."""
+    """The slope d output / d x (S, ...) of a shrinkage (S, ...)."""
     shape = (-1, *[1] * (shrinkage.ndim - 1))
     low, high = table.slope_0.view(shape).to(shrinkage), table.slope_1.view(shape).to(shrinkage)
     return low + (high - low) * shrinkage

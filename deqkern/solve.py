@@ -53,7 +53,7 @@ class Solution:
 
 
 class _Workspace:
-    """The memory of a solve, allocated once: (2 m + 6) S B D floats with states, noise and the model's input."""
+    """The memory of a solve, allocated once: (2 m + 6) (S + 1) B D floats at most, with all that `Trajectory` holds."""
 
     def __init__(self, trajectory: Trajectory, solver: Solver) -> None:
         x, bands = trajectory.x, trajectory.basis.bands

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .ops.reference import SCOPES
+from .ops import MAX_HISTORY, SCOPES
 from .slopes import Frozen, Secant, Slope, SlopeProfile
-
-MAX_HISTORY = 16
 
 
 @dataclass(frozen=True)

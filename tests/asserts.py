@@ -32,3 +32,8 @@ def in_new_python(code: str, **environment: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> Tensor:  # (B,)
+    """The relative 2-norm of the error of each sample (B, *shape)."""
+    return (actual - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)

@@ -11,6 +11,7 @@ from typing import Any
 import problems
 import pytest
 import torch
+from asserts import relative_error
 from torch import Tensor
 
 import deqkern
@@ -65,10 +66,6 @@ def rounding_floor(
     expected = by_hand(model, noise, schedule, steps, **options)
     nudged = noise * (1 + torch.finfo(torch.float32).eps * torch.sign(torch.randn_like(noise)))
     return float(relative_error(by_hand(model, nudged, schedule, steps, **options), expected).max())
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> Tensor:  # (B,)
-    return (actual - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
 
 
 def configurations() -> list[Any]:

@@ -8,7 +8,8 @@ from typing import Any
 import problems
 import pytest
 import torch
-from test_sampling import by_hand, relative_error
+from asserts import relative_error
+from test_sampling import by_hand
 
 import deqkern
 from deqkern import NoiseSchedule, SlopeProfile, slopes, solvers

@@ -100,7 +100,7 @@ def _read_profile(path: Path) -> SlopeProfile | None:
         return None
     try:
         return SlopeProfile.load(path)
-    except (ValueError, SafetensorError) as error:
+    except ValueError as error:
         raise ValueError(f"name_or_path: {path} is not a SlopeProfile: {error}") from error
 
 
