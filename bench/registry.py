@@ -127,6 +127,7 @@ def _ddim_scan(size: Size, noise: bool) -> Callable[[torch.device], Arguments]:
             "bands": bands,
             "window": open_windows(size, device),
             "beta": 1.0,
+            "implicit": False,
             "f": _states(size, device),
             "g": _states(size, device),
             "norms": torch.zeros(size.steps, size.batch, 3, dtype=torch.float64, device=device),
@@ -194,6 +195,7 @@ def _anderson_solve(size: Size, m: int, scope: str) -> Callable[[torch.device], 
             "scope": scope,
             "ridge": 1e-4,
             "ridge_absolute": 0.0,
+            "implicit": False,
             "gamma": torch.zeros(size.steps, size.batch, m, device=device),
         }
 

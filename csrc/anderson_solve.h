@@ -5,8 +5,8 @@
 // A and its right-hand side are the sums of gram and rhs over the scope of step i: the row alone, all steps up to i,
 // all steps from i on, or all steps. Rows with an entry that is not finite are left out. The mean is over the non-zero
 // diagonal entries. A singular or indefinite system gives the minimum-norm answer of its well-determined part
-// (eigenvalues above 1e-12 of the largest). The first active step and rows outside the window get zero; so does
-// whatever would not be finite.
+// (eigenvalues above 1e-12 of the largest). Rows outside the window get zero; so does whatever would
+// not be finite, and the first active step unless the chain is implicit.
 #pragma once
 #include <cstdint>
 
@@ -23,6 +23,7 @@ struct AndersonSolve {
   int m;                  // 0 <= m <= 16
   Scope scope;
   double ridge, ridge_absolute;
+  bool implicit;
   int threads;
 };
 

@@ -64,7 +64,7 @@ void dct2(Address image, Address spectrum, Address rows, Address dct_h, Address 
 
 void ddim_scan(Address x, Address e, Address z, Address a, Address b, Address n, Address slope, Address bands,
                Address window, Address f, Address g, Address norms, int64_t S, int64_t B, int64_t D, int64_t K,
-               float beta, int threads) {
+               float beta, bool implicit, int threads) {
   require(S >= 0 && B >= 0 && D >= 0 && K >= 0, "sizes must not be negative");
   if (S == 0 || B == 0) return;
   const bool data = D > 0;
@@ -80,7 +80,7 @@ void ddim_scan(Address x, Address e, Address z, Address a, Address b, Address n,
               pointer<float>(f, data, "f"),
               pointer<float>(g, data, "g"),
               pointer<double>(norms, true, "norms"),
-              S, B, D, K, beta, threads};
+              S, B, D, K, beta, implicit, threads};
   check_bands(op.bands, K, D);
   kernels().ddim_scan(op);
 }
@@ -114,7 +114,7 @@ void anderson_gram(Address g_ring, Address window, Address gram, Address rhs, in
 }
 
 void anderson_solve(Address gram, Address rhs, Address window, Address gamma, int64_t S, int64_t B, int m, int scope,
-                    double ridge, double ridge_absolute, int threads) {
+                    double ridge, double ridge_absolute, bool implicit, int threads) {
   require(S >= 0 && B >= 0, "sizes must not be negative");
   check_history(m, 0, 0);
   require(scope >= 0 && scope <= 3, "scope must be 0 (row), 1 (causal), 2 (anticausal) or 3 (joint)");
@@ -123,7 +123,7 @@ void anderson_solve(Address gram, Address rhs, Address window, Address gamma, in
                             pointer<const double>(rhs, true, "rhs"),
                             pointer<const int64_t>(window, true, "window"),
                             pointer<float>(gamma, true, "gamma"),
-                            S, B, m, static_cast<Scope>(scope), ridge, ridge_absolute, threads});
+                            S, B, m, static_cast<Scope>(scope), ridge, ridge_absolute, implicit, threads});
 }
 
 void anderson_mix(Address f_ring, Address gamma, Address window, Address out, int64_t S, int64_t B, int64_t D, int m,
@@ -172,13 +172,14 @@ PYBIND11_MODULE(_C, module) {
              arg("threads"));
   module.def("ddim_scan", &ddim_scan, NoGil(), arg("x"), arg("e"), arg("z"), arg("a"), arg("b"), arg("n"),
              arg("slope"), arg("bands"), arg("window"), arg("f"), arg("g"), arg("norms"), arg("S"), arg("B"), arg("D"),
-             arg("K"), arg("beta"), arg("threads"));
+             arg("K"), arg("beta"), arg("implicit"), arg("threads"));
   module.def("band_moments", &band_moments, NoGil(), arg("dx"), arg("e"), arg("e_prev"), arg("bands"), arg("window"),
              arg("moments"), arg("S"), arg("B"), arg("D"), arg("K"), arg("threads"));
   module.def("anderson_gram", &anderson_gram, NoGil(), arg("g_ring"), arg("window"), arg("gram"), arg("rhs"), arg("S"),
              arg("B"), arg("D"), arg("m"), arg("head"), arg("count"), arg("threads"));
   module.def("anderson_solve", &anderson_solve, NoGil(), arg("gram"), arg("rhs"), arg("window"), arg("gamma"),
-             arg("S"), arg("B"), arg("m"), arg("scope"), arg("ridge"), arg("ridge_absolute"), arg("threads"));
+             arg("S"), arg("B"), arg("m"), arg("scope"), arg("ridge"), arg("ridge_absolute"), arg("implicit"),
+             arg("threads"));
   module.def("anderson_mix", &anderson_mix, NoGil(), arg("f_ring"), arg("gamma"), arg("window"), arg("out"), arg("S"),
              arg("B"), arg("D"), arg("m"), arg("head"), arg("count"), arg("threads"));
 

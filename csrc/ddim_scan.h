@@ -5,6 +5,10 @@
 //   f[i+1] = x[i+1] + beta g[i+1],                              f[begin+1] = p[begin]
 //   norms[i] = |r[i+1]|^2, |g[i+1]|^2, |x[i+1]|^2               (zero outside the window)
 //
+// implicit: e[i] is the model's output at x[i+1], so that
+//
+//   g[i+1] = (a[i] g[i] + r[i+1]) / (1 - b[i] slope[i]),        f[i+1] = x[i+1] + beta g[i+1] everywhere
+//
 // Index i of f, g and norms belongs to state i+1. Rows of f and g outside the window are not written.
 #pragma once
 #include <cstdint>
@@ -26,6 +30,7 @@ struct DdimScan {
   double* norms;          // (S, B, 3), written
   int64_t S, B, D, K;
   float beta;
+  bool implicit;
   int threads;
 };
 

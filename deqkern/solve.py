@@ -100,7 +100,7 @@ class _Iteration:
         slope = torch.where(self.fallen_back[:, None], self.frozen[:, None], self.slope).to(x.dtype)
         head = k % (self.solver.history_size + 1)
         f, g, z, beta = work.f_ring[head], work.g_ring[head], self.trajectory.z, self.solver.beta
-        ops.ddim_scan(x, work.e, z, self.a, self.b, self.n, slope, bands, window, beta, f, g, work.norms)
+        ops.ddim_scan(x, work.e, z, self.a, self.b, self.n, slope, bands, window, beta, False, f, g, work.norms)
         if self.solver.history_size:
             self._mix(k, head, window)
 
@@ -109,7 +109,7 @@ class _Iteration:
         if count:
             ops.anderson_gram(work.g_ring, head, count, window, work.gram, work.rhs)
             ops.anderson_solve(
-                work.gram, work.rhs, window, solver.scope, solver.ridge, solver.ridge_absolute, work.gamma
+                work.gram, work.rhs, window, solver.scope, solver.ridge, solver.ridge_absolute, False, work.gamma
             )
             work.gamma.masked_fill_(self.fallen_back[:, None], 0.0)
         ops.anderson_mix(work.f_ring, head, count, work.gamma, window, self.trajectory.x[1:])

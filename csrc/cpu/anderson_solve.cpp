@@ -182,16 +182,16 @@ void add_row(const AndersonSolve& op, int64_t row, double factor, double* matrix
 void solve_sample(const AndersonSolve& op, int64_t b) {
   const int m = op.m;
   const Window window = window_of(op.window, b, op.S);
+  const int64_t first = op.implicit ? window.begin : window.begin + 1;  // the first step that mixes
   for (int64_t i = 0; i < op.S; ++i)
-    if (i <= window.begin || i >= window.end)
+    if (i < first || i >= window.end)
       for (int j = 0; j < m; ++j) op.gamma[(i * op.B + b) * m + j] = 0.0f;
-  const int64_t steps = window.end - window.begin;
-  if (steps < 2) return;
+  if (first >= window.end) return;
   const Scale scale = scale_of(op, b, window);
   double matrix[kMaxHistory * kMaxHistory] = {}, right[kMaxHistory] = {};
   if (op.scope == Scope::joint)
     for (int64_t i = window.begin; i < window.end; ++i) add_row(op, i * op.B + b, scale.factor, matrix, right);
-  for (int64_t t = 0; t < steps; ++t) {
+  for (int64_t t = 0; t < window.end - window.begin; ++t) {
     const int64_t i = op.scope == Scope::anticausal ? window.end - 1 - t : window.begin + t;
     const int64_t row = i * op.B + b;
     if (op.scope == Scope::row) {
@@ -199,10 +199,10 @@ void solve_sample(const AndersonSolve& op, int64_t b) {
       for (double& entry : right) entry = 0.0;
     }
     if (op.scope != Scope::joint) add_row(op, row, scale.factor, matrix, right);
-    if (i == window.begin) continue;
+    if (i < first) continue;
     float* gamma = op.gamma + row * m;
-    if (op.scope == Scope::joint && i > window.begin + 1)
-      for (int j = 0; j < m; ++j) gamma[j] = op.gamma[((window.begin + 1) * op.B + b) * m + j];
+    if (op.scope == Scope::joint && i > first)
+      for (int j = 0; j < m; ++j) gamma[j] = op.gamma[(first * op.B + b) * m + j];
     else
       solve_system(matrix, right, m, op.ridge, scale.absolute, gamma);
   }

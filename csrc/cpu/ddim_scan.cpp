@@ -25,7 +25,8 @@ struct Chunk {
 struct Buffers {
   alignas(64) float previous[kLongestChunk + kLanes];  // x[i], which f may have overwritten
   alignas(64) float correction[kLongestChunk + kLanes];
-  alignas(64) float factor[kLongestChunk + 2 * kLanes];
+  alignas(64) float factor[kLongestChunk + 2 * kLanes];   // g[i+1] = factor g[i] + scale r[i+1]
+  alignas(64) float scale[kLongestChunk + 2 * kLanes];    // read by implicit chains only; 1 in the others
 };
 
 struct Row {
@@ -40,7 +41,8 @@ struct Sums {
   vec residual{}, correction{}, state{};
 };
 
-template <bool kFirst, bool kNoise, bool kWhole>
+// kPlain: the first step of an explicit chain. kImplicit: the others scale the residual.
+template <bool kPlain, bool kImplicit, bool kNoise, bool kWhole>
 DEQKERN_INLINE void advance(const Row& row, Buffers& buffers, int64_t d, int count, Sums& sums) {
   prefetch<false>(row.x + row.ahead + d);
   prefetch<false>(row.e + row.ahead + d);
@@ -51,40 +53,45 @@ DEQKERN_INLINE void advance(const Row& row, Buffers& buffers, int64_t d, int cou
   vec plain = row.a * load(buffers.previous + d) + row.b * load_lanes<kWhole>(row.e + d, count);
   if (kNoise) plain += row.n * load_lanes<kWhole>(row.z + d, count);
   const vec residual = plain - state;
-  vec correction = residual;
-  if (!kFirst) correction += load(buffers.factor + d) * load(buffers.correction + d);
+  vec correction = kImplicit ? load(buffers.scale + d) * residual : residual;
+  if (!kPlain) correction += load(buffers.factor + d) * load(buffers.correction + d);
   store(buffers.previous + d, state);
   store(buffers.correction + d, correction);
   put_lanes<kWhole>(row.g + d, correction, count, row.g_streams);
-  put_lanes<kWhole>(row.f + d, kFirst ? plain : state + row.beta * correction, count, row.f_streams);
+  put_lanes<kWhole>(row.f + d, kPlain ? plain : state + row.beta * correction, count, row.f_streams);
   sums.residual += residual * residual;
   sums.correction += correction * correction;
   sums.state += state * state;
 }
 
-template <bool kFirst, bool kNoise>
+template <bool kPlain, bool kImplicit, bool kNoise>
 void advance_row(const Row& row, Buffers& buffers, int64_t length, double* partial) {
   Sums sums;
   int64_t d = 0;
-  for (; d + kLanes <= length; d += kLanes) advance<kFirst, kNoise, true>(row, buffers, d, 0, sums);
-  if (d < length) advance<kFirst, kNoise, false>(row, buffers, d, static_cast<int>(length - d), sums);
+  for (; d + kLanes <= length; d += kLanes) advance<kPlain, kImplicit, kNoise, true>(row, buffers, d, 0, sums);
+  if (d < length) advance<kPlain, kImplicit, kNoise, false>(row, buffers, d, static_cast<int>(length - d), sums);
   partial[0] = lane_sum(sums.residual);
   partial[1] = lane_sum(sums.correction);
   partial[2] = lane_sum(sums.state);
 }
 
-// factor[d] = a + b slope[band of d]. Whole vectors are written; the next band overwrites what is too much.
-void fill_factors(const DdimScan& op, const Chunk& chunk, int64_t i, float* factor) {
+// The factors of step i, one value per band. Whole vectors are written; the next band overwrites what is too much.
+template <bool kImplicit>
+void fill_factors(const DdimScan& op, const Chunk& chunk, int64_t i, Buffers& buffers) {
   const float* slope = op.slope + (i * op.B + chunk.b) * op.K;
   const int64_t end = chunk.begin + chunk.length;
   for (int64_t k = chunk.band; k < op.K && op.bands[k] < end; ++k) {
-    const vec value = splat(op.a[i] + op.b[i] * slope[k]);
+    const float bend = op.b[i] * slope[k], scale = 1.0f / (1.0f - bend);
+    const vec factor = splat(kImplicit ? op.a[i] * scale : op.a[i] + bend);
     const int64_t to = smaller(op.bands[k + 1], end) - chunk.begin;
-    for (int64_t d = larger(op.bands[k], chunk.begin) - chunk.begin; d < to; d += kLanes) store(factor + d, value);
+    for (int64_t d = larger(op.bands[k], chunk.begin) - chunk.begin; d < to; d += kLanes) {
+      store(buffers.factor + d, factor);
+      if (kImplicit) store(buffers.scale + d, splat(scale));
+    }
   }
 }
 
-template <bool kNoise>
+template <bool kImplicit, bool kNoise>
 void scan_chunk(const DdimScan& op, const Chunk& chunk, Window window, double* partial) {
   Buffers buffers = {};
   const int64_t stride = op.B * op.D, offset = chunk.b * op.D + chunk.begin;
@@ -98,11 +105,11 @@ void scan_chunk(const DdimScan& op, const Chunk& chunk, Window window, double* p
                   !in_place && can_stream(op.f + place, op.S * stride), can_stream(op.g + place, op.S * stride),
                   i + 1 < window.end ? stride : 0,
                   splat(op.a[i]), splat(op.b[i]), splat(kNoise ? op.n[i] : 0.0f), splat(op.beta)};
-    if (i == window.begin) {
-      advance_row<true, kNoise>(row, buffers, chunk.length, partial + 3 * i);
+    if (!kImplicit && i == window.begin) {
+      advance_row<true, false, kNoise>(row, buffers, chunk.length, partial + 3 * i);
     } else {
-      fill_factors(op, chunk, i, buffers.factor);
-      advance_row<false, kNoise>(row, buffers, chunk.length, partial + 3 * i);
+      fill_factors<kImplicit>(op, chunk, i, buffers);
+      advance_row<false, kImplicit, kNoise>(row, buffers, chunk.length, partial + 3 * i);
     }
   }
   finish_streams();
@@ -132,10 +139,9 @@ void ddim_scan(const DdimScan& op) {
       while (op.bands[chunk.band + 1] <= chunk.begin) ++chunk.band;
       const Window window = window_of(op.window, chunk.b, op.S);
       if (window.begin >= window.end) continue;
-      if (op.z != nullptr)
-        scan_chunk<true>(op, chunk, window, partial + task * op.S * 3);
-      else
-        scan_chunk<false>(op, chunk, window, partial + task * op.S * 3);
+      const auto scan = op.implicit ? (op.z != nullptr ? scan_chunk<true, true> : scan_chunk<true, false>)
+                                    : (op.z != nullptr ? scan_chunk<false, true> : scan_chunk<false, false>);
+      scan(op, chunk, window, partial + task * op.S * 3);
     }
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < op.B; ++b)

@@ -81,6 +81,7 @@ def ddim_scan(
     bands: Tensor,
     window: Tensor,
     beta: float,
+    implicit: bool,
     f: Tensor,
     g: Tensor,
     norms: Tensor,
@@ -103,7 +104,7 @@ def ddim_scan(
     check.array("f", f, shape, dtype, device)
     check.array("g", g, shape, dtype, device)
     check.array("norms", norms, (steps, batch, 3), torch.float64, device)
-    _ddim_scan(x, e, z, a, b, n, slope, bands, window, beta, f, g, norms)
+    _ddim_scan(x, e, z, a, b, n, slope, bands, window, beta, implicit, f, g, norms)
 
 
 @_documented
@@ -139,6 +140,7 @@ def anderson_solve(
     scope: str,
     ridge: float,
     ridge_absolute: float,
+    implicit: bool,
     gamma: Tensor,
 ) -> None:
     shape = check.sizes("rhs", rhs, 3)
@@ -153,7 +155,7 @@ def anderson_solve(
     check.real("ridge", ridge, 0.0)
     check.real("ridge_absolute", ridge_absolute, 0.0)
     check.array("gamma", gamma, shape, check.state("gamma", gamma), device)
-    _anderson_solve(gram, rhs, window, scope, ridge, ridge_absolute, gamma)
+    _anderson_solve(gram, rhs, window, scope, ridge, ridge_absolute, implicit, gamma)
 
 
 @_documented

@@ -61,6 +61,7 @@ def ddim_scan(
     bands: Tensor,
     window: Tensor,
     beta: float,
+    implicit: bool,
     f: Tensor,
     g: Tensor,
     norms: Tensor,
@@ -82,6 +83,7 @@ def ddim_scan(
         *e.shape,
         slope.shape[2],
         beta,
+        implicit,
         get_num_threads(),
     )
 
@@ -125,6 +127,7 @@ def anderson_solve(
     scope: str,
     ridge: float,
     ridge_absolute: float,
+    implicit: bool,
     gamma: Tensor,
 ) -> None:
     _C.anderson_solve(
@@ -136,6 +139,7 @@ def anderson_solve(
         reference.SCOPES.index(scope),
         ridge,
         ridge_absolute,
+        implicit,
         get_num_threads(),
     )
 

@@ -48,7 +48,7 @@ def dct2(
 
 def ddim_scan(
     x: Tensor,  # (S+1, B, D)
-    e: Tensor,  # (S, B, D), the model's output at x[:-1]
+    e: Tensor,  # (S, B, D), the model's output at x[:-1], implicit: at x[1:]
     z: Tensor | None,  # (S, B, D), the noise of each step
     a: Tensor,  # (S,)
     b: Tensor,  # (S,)
@@ -57,6 +57,7 @@ def ddim_scan(
     bands: Tensor,  # (K+1,) int64, band k holds the elements bands[k] .. bands[k+1]-1
     window: Tensor,  # (B, 2) int64
     beta: float,
+    implicit: bool,
     f: Tensor,  # (S, B, D), written; may be x[1:]
     g: Tensor,  # (S, B, D), written
     norms: Tensor,  # (S, B, 3) float64, written
@@ -68,7 +69,13 @@ def ddim_scan(
         f[i+1] = x[i+1] + beta g[i+1],                           f[begin+1] = p[begin]
         norms[i] = |r[i+1]|^2, |g[i+1]|^2, |x[i+1]|^2
 
+    Implicit, where step i takes the model's output at its own end x[i+1]: the same but for
+
+        g[i+1] = (a[i] g[i] + r[i+1]) / (1 - b[i] slope[i]),     f[i+1] = x[i+1] + beta g[i+1] everywhere.
+
     Index i of f, g and norms holds the value that belongs to state i+1. All of x is read before f is written.
+    A chain that runs the other way is one of these two with its steps in the other order: inversion, which knows x[S], is
+    implicit with a' = 1/a, b' = -b/a, n' = -n/a; the transposed chain of a gradient is explicit with the same a and b.
     """
     steps = len(e)
     active = _active(window, steps)
@@ -81,10 +88,15 @@ def ddim_scan(
         if z is not None:
             plain = plain + n[i] * z[i]
         residual = plain - state[i + 1]
-        factor = torch.repeat_interleave(a[i] + b[i] * slope[i], widths, dim=-1)  # (B, D)
+        bend = torch.repeat_interleave(b[i] * slope[i], widths, dim=-1)  # (B, D)
         first = (window[:, 0] == i)[:, None]  # (B, 1)
-        correction = torch.where(first, residual, factor * correction + residual)
-        update = torch.where(first, plain, state[i + 1] + beta * correction)
+        correction = torch.where(first, 0.0, correction)
+        if implicit:
+            correction = (a[i] * correction + residual) / (1 - bend)
+            update = state[i + 1] + beta * correction
+        else:
+            correction = (a[i] + bend) * correction + residual
+            update = torch.where(first, plain, state[i + 1] + beta * correction)
         rows = active[i]
         g[i, rows] = correction[rows]
         f[i, rows] = update[rows]
@@ -147,6 +159,7 @@ def anderson_solve(
     scope: str,  # one of SCOPES
     ridge: float,  # relative to the mean of the diagonal
     ridge_absolute: float,
+    implicit: bool,
     gamma: Tensor,  # (S, B, m), written
 ) -> None:
     """Batched least squares:  gamma = argmin |g - dG gamma|^2 + (ridge mean(diag A) + ridge_absolute) |gamma|^2.
@@ -154,8 +167,8 @@ def anderson_solve(
     A and the right-hand side are the sums of gram and rhs over the scope of step i: `row` i alone, `causal` all steps
     up to i, `anticausal` all steps from i on, `joint` all steps. A row with an entry that is not finite is left out of
     every sum. A singular or indefinite system gives the minimum-norm answer of its well-determined part (eigenvalues
-    above 1e-12 of the largest); what is not finite becomes zero. The first active step gets zero: it takes the plain
-    step. The mean of the diagonal is taken over its non-zero entries.
+    above 1e-12 of the largest); what is not finite becomes zero. The first active step of a chain that is not `implicit`
+    gets zero: it takes the plain step, and is exact. The mean of the diagonal is taken over its non-zero entries.
     """
     steps = gram.shape[0]
     active = _active(window, steps)
@@ -182,7 +195,7 @@ def anderson_solve(
     weights = torch.where(kept, 1 / torch.where(kept, eigenvalues, 1.0), 0.0)
     answer = (vectors @ (weights[..., None] * (vectors.mT @ right[..., None])))[..., 0].to(gamma.dtype)
     index = torch.arange(steps, device=window.device)[:, None]
-    usable = active & (index > window[:, 0])
+    usable = active if implicit else active & (index > window[:, 0])
     gamma.copy_(torch.where(usable[..., None] & answer.isfinite(), answer, 0.0))
 
 

@@ -95,7 +95,7 @@ def inactive(window: Tensor, steps: int) -> Tensor:
     return (index < window[:, 0]) | (index >= window[:, 1])
 
 
-def ddim_scan(steps: int, batch: int, size: int, count: int, first: int = 0, noise: bool = True) -> Arguments:
+def ddim_scan(steps: int, batch: int, size: int, count: int, first: int = 0, noise: bool = True, implicit: bool = False) -> Arguments:
     window = windows(steps, batch, first)
     outside = inactive(window, steps)
     index = torch.arange(steps + 1)[:, None]
@@ -115,6 +115,7 @@ def ddim_scan(steps: int, batch: int, size: int, count: int, first: int = 0, noi
         "bands": bands(size, count),
         "window": window,
         "beta": 0.7,
+        "implicit": implicit,
         "f": torch.full_like(e, NAN),
         "g": torch.full_like(e, NAN),
         "norms": torch.full((steps, batch, 3), NAN, dtype=torch.float64),
@@ -163,7 +164,7 @@ def anderson_gram(steps: int, batch: int, size: int, history: int, head: int, co
     }
 
 
-def anderson_solve(steps: int, batch: int, history: int, first: int = 0, scope: str = "row") -> Arguments:
+def anderson_solve(steps: int, batch: int, history: int, first: int = 0, scope: str = "row", implicit: bool = False) -> Arguments:
     """Well-conditioned systems; rows outside the windows are NaN."""
     window = windows(steps, batch, first)
     factor = torch.randn(steps, batch, 2 * history + 3, history, dtype=torch.float64)
@@ -179,6 +180,7 @@ def anderson_solve(steps: int, batch: int, history: int, first: int = 0, scope: 
         "scope": scope,
         "ridge": 1e-6,
         "ridge_absolute": 0.0,
+        "implicit": implicit,
         "gamma": torch.full((steps, batch, history), NAN),
     }
 

@@ -29,7 +29,7 @@ def solve(
     window = torch.tensor([[0, steps]] * batch) if window is None else window
     gamma = torch.full(rhs.shape, torch.nan)
     with ops.use_backend(backend):
-        ops.anderson_solve(gram.contiguous(), rhs.contiguous(), window, scope, ridge, ridge_absolute, gamma)
+        ops.anderson_solve(gram.contiguous(), rhs.contiguous(), window, scope, ridge, ridge_absolute, False, gamma)
     return gamma
 
 
@@ -44,8 +44,11 @@ def least_squares(steps: int, batch: int, rows: int, history: int) -> tuple[Tens
 @SCOPES
 @HISTORIES
 @pytest.mark.parametrize(("steps", "batch"), [(1, 1), (2, 3), (7, 5), (50, 3)])
-def test_equals_the_reference(backend: str, scope: str, history: int, steps: int, batch: int) -> None:
-    inputs.check("anderson_solve", inputs.anderson_solve(steps, batch, history, steps % 5, scope), backend)
+@pytest.mark.parametrize("implicit", [False, True], ids=["explicit", "implicit"])
+def test_equals_the_reference(
+    backend: str, scope: str, history: int, steps: int, batch: int, implicit: bool
+) -> None:
+    inputs.check("anderson_solve", inputs.anderson_solve(steps, batch, history, steps % 5, scope, implicit), backend)
 
 
 @BACKENDS

@@ -9,19 +9,24 @@ from deqkern import ops
 from deqkern.ops import reference
 
 BACKENDS = pytest.mark.parametrize("backend", inputs.BACKENDS)
+IMPLICIT = pytest.mark.parametrize("implicit", [False, True], ids=["explicit", "implicit"])
 
 
 @BACKENDS
+@IMPLICIT
 @pytest.mark.parametrize("noise", [True, False])
 @pytest.mark.parametrize(("steps", "batch", "size", "count"), inputs.SIZES)
-def test_equals_the_reference(backend: str, steps: int, batch: int, size: int, count: int, noise: bool) -> None:
-    inputs.check("ddim_scan", inputs.ddim_scan(steps, batch, size, count, first=size % 5, noise=noise), backend)
+def test_equals_the_reference(
+    backend: str, steps: int, batch: int, size: int, count: int, noise: bool, implicit: bool
+) -> None:
+    inputs.check("ddim_scan", inputs.ddim_scan(steps, batch, size, count, size % 5, noise, implicit), backend)
 
 
 @BACKENDS
+@IMPLICIT
 @pytest.mark.parametrize("first", range(5))
-def test_every_kind_of_window(backend: str, first: int) -> None:
-    inputs.check("ddim_scan", inputs.ddim_scan(7, 1, 33, 3, first), backend)
+def test_every_kind_of_window(backend: str, first: int, implicit: bool) -> None:
+    inputs.check("ddim_scan", inputs.ddim_scan(7, 1, 33, 3, first, implicit=implicit), backend)
 
 
 @BACKENDS
@@ -33,9 +38,10 @@ def test_model_output_in_half_precision(backend: str, dtype: torch.dtype) -> Non
 
 
 @BACKENDS
+@IMPLICIT
 @pytest.mark.parametrize(("steps", "batch", "size"), [(1, 1, 1), (7, 3, 255), (50, 1, 3072)])
-def test_update_may_overwrite_the_states(backend: str, steps: int, batch: int, size: int) -> None:
-    arguments = inputs.ddim_scan(steps, batch, size, 3)
+def test_update_may_overwrite_the_states(backend: str, steps: int, batch: int, size: int, implicit: bool) -> None:
+    arguments = inputs.ddim_scan(steps, batch, size, 3, implicit=implicit)
     expected = inputs.wide(arguments)
     reference.ddim_scan(**expected)
     before = arguments["x"].clone()
@@ -69,8 +75,30 @@ def test_exact_slopes_solve_a_linear_chain(backend: str) -> None:
 
 
 @BACKENDS
-def test_a_sample_that_overflowed_stays_alone(backend: str) -> None:
-    arguments = inputs.ddim_scan(5, 3, 300, 3) | {"window": torch.tensor([[0, 5]] * 3)}
+def test_exact_slopes_invert_a_linear_chain(backend: str) -> None:
+    """From the end of x[i+1] = a x[i] + b s x[i], the implicit scan with the steps in the other order finds its start."""
+    steps, batch, size = 20, 2, 31
+    window = torch.tensor([[0, steps]] * batch)
+    arguments = inputs.ddim_scan(steps, batch, size, 1, noise=False, implicit=True) | {"beta": 1.0, "window": window}
+    slope = torch.randn(steps, batch, 1)
+    a, b = arguments["a"], arguments["b"]
+    chain = [torch.randn(batch, size)]
+    for i in range(steps):
+        chain.append((a[i] + b[i] * slope[i]) * chain[-1])
+    x = torch.randn(steps + 1, batch, size)
+    x[0] = chain[-1]
+    slope = slope.flip(0).contiguous()
+    arguments |= {"x": x, "slope": slope, "e": slope * x[1:], "a": 1 / a.flip(0), "b": -(b / a).flip(0)}
+    with ops.use_backend(backend):
+        ops.ddim_scan(**arguments)
+    for i in range(steps):
+        assert_close(arguments["f"][i], chain[steps - 1 - i], 1e-4)
+
+
+@BACKENDS
+@IMPLICIT
+def test_a_sample_that_overflowed_stays_alone(backend: str, implicit: bool) -> None:
+    arguments = inputs.ddim_scan(5, 3, 300, 3, implicit=implicit) | {"window": torch.tensor([[0, 5]] * 3)}
     for name in ("x", "e", "z", "slope"):
         arguments[name] = torch.randn_like(arguments[name])
     spoilt = inputs.clone(arguments)
