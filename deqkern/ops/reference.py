@@ -74,8 +74,8 @@ def ddim_scan(
         g[i+1] = (a[i] g[i] + r[i+1]) / (1 - b[i] slope[i]),     f[i+1] = x[i+1] + beta g[i+1] everywhere.
 
     Index i of f, g and norms holds the value that belongs to state i+1. All of x is read before f is written.
-    A chain that runs the other way is one of these two with its steps in the other order: inversion, which knows x[S], is
-    implicit with a' = 1/a, b' = -b/a, n' = -n/a; the transposed chain of a gradient is explicit with the same a and b.
+    A chain that runs the other way is one of these two with its steps in the other order: inversion, which knows the
+    end, is implicit with a' = 1/a, b' = -b/a, n' = -n/a; the transposed chain of a gradient is explicit, same a and b.
     """
     steps = len(e)
     active = _active(window, steps)
@@ -167,8 +167,8 @@ def anderson_solve(
     A and the right-hand side are the sums of gram and rhs over the scope of step i: `row` i alone, `causal` all steps
     up to i, `anticausal` all steps from i on, `joint` all steps. A row with an entry that is not finite is left out of
     every sum. A singular or indefinite system gives the minimum-norm answer of its well-determined part (eigenvalues
-    above 1e-12 of the largest); what is not finite becomes zero. The first active step of a chain that is not `implicit`
-    gets zero: it takes the plain step, and is exact. The mean of the diagonal is taken over its non-zero entries.
+    above 1e-12 of the largest); what is not finite becomes zero. The first active step gets zero unless the chain is
+    `implicit`: it takes the plain step, and is exact. The mean of the diagonal is taken over its non-zero entries.
     """
     steps = gram.shape[0]
     active = _active(window, steps)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from asserts import assert_close
 from torch import Tensor
@@ -24,7 +25,11 @@ WRITTEN = {
     "anderson_solve": ("gamma",),
     "anderson_mix": ("out",),
 }
-BACKENDS = ("reference", "cpu")
+HAS_CUDA = torch.cuda.is_available()
+# Triton runs in its interpreter where there is no GPU.
+DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": "cuda" if HAS_CUDA else "cpu", "cuda": "cuda"}
+# The backends of a GPU that have a kernel for the op.
+KERNELS: dict[str, tuple[str, ...]] = {}
 # (S, B, D, K): every awkward length beside several others; windows go round by sample
 SIZES = (
     (1, 1, 1, 1),
@@ -58,13 +63,43 @@ def clone(arguments: Arguments) -> Arguments:
     return {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
 
 
+def backends(op: str) -> pytest.MarkDecorator:
+    """Parametrizes a test by `backend`: those that have a kernel for the op, skipped where their device is missing."""
+    no_gpu = pytest.mark.skipif(not HAS_CUDA, reason="no GPU")
+    names = ["reference", "cpu", *KERNELS.get(op, ())]
+    marks = {name: [pytest.mark.gpu, no_gpu] if name == "cuda" else [] for name in names}
+    return pytest.mark.parametrize("backend", [pytest.param(name, marks=marks[name]) for name in names])
+
+
+def to(arguments: Arguments, device: str | torch.device) -> Arguments:
+    """The tensors on another device; those that share memory still do."""
+    memory: dict[int, Tensor] = {}
+
+    def move(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in memory:
+            memory[storage.data_ptr()] = torch.empty(0, dtype=value.dtype, device=value.device).set_(storage).to(device)
+        return memory[storage.data_ptr()].as_strided(value.shape, value.stride(), value.storage_offset())
+
+    return {name: move(value) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+
+def run(op: str, backend: str, arguments: Arguments) -> None:
+    """Run `op` in place, on the backend's device if that is another."""
+    moved = arguments if DEVICES[backend] == "cpu" else to(arguments, DEVICES[backend])
+    with ops.use_backend(backend):
+        getattr(ops, op)(**moved)
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and moved is not arguments:
+            value.copy_(moved[name])
+
+
 def check(op: str, arguments: Arguments, backend: str, rtol: float = 1e-5) -> None:
     """Run `op` on the backend and compare all that it writes with the reference in float64."""
     expected = wide(arguments)
     getattr(reference, op)(**expected)
     inputs = clone(arguments)
-    with ops.use_backend(backend):
-        getattr(ops, op)(**arguments)
+    run(op, backend, arguments)
     for name, value in arguments.items():
         if name in WRITTEN[op]:
             for part in range(3) if name == "norms" else [slice(None)]:
@@ -95,7 +130,9 @@ def inactive(window: Tensor, steps: int) -> Tensor:
     return (index < window[:, 0]) | (index >= window[:, 1])
 
 
-def ddim_scan(steps: int, batch: int, size: int, count: int, first: int = 0, noise: bool = True, implicit: bool = False) -> Arguments:
+def ddim_scan(
+    steps: int, batch: int, size: int, count: int, first: int = 0, noise: bool = True, implicit: bool = False
+) -> Arguments:
     window = windows(steps, batch, first)
     outside = inactive(window, steps)
     index = torch.arange(steps + 1)[:, None]
@@ -164,7 +201,9 @@ def anderson_gram(steps: int, batch: int, size: int, history: int, head: int, co
     }
 
 
-def anderson_solve(steps: int, batch: int, history: int, first: int = 0, scope: str = "row", implicit: bool = False) -> Arguments:
+def anderson_solve(
+    steps: int, batch: int, history: int, first: int = 0, scope: str = "row", implicit: bool = False
+) -> Arguments:
     """Well-conditioned systems; rows outside the windows are NaN."""
     window = windows(steps, batch, first)
     factor = torch.randn(steps, batch, 2 * history + 3, history, dtype=torch.float64)

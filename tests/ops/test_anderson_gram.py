@@ -8,9 +8,7 @@ import torch
 from asserts import assert_close
 from torch import Tensor
 
-from deqkern import ops
-
-BACKENDS = pytest.mark.parametrize("backend", inputs.BACKENDS)
+BACKENDS = inputs.backends("anderson_gram")
 
 
 @BACKENDS
@@ -41,17 +39,17 @@ def test_updates_add_up_to_the_gram_matrix(backend: str, fresh: Callable[..., Te
     rhs = fresh(steps, batch, history, dtype=torch.float64)
     ring = fresh(history + 1, steps, batch, size)
     corrections: list[Tensor] = []
-    with ops.use_backend(backend):
-        for turn in range(9):
-            head = turn % (history + 1)
-            ring[head] = torch.randn(steps, batch, size)
-            corrections.append(ring[head].double())
-            count = min(turn, history)
-            if count == 0:
-                continue
-            ops.anderson_gram(ring, head, count, window, gram, rhs)
-            new = [corrections[-1 - j] - corrections[-2 - j] for j in range(count)]
-            differences = torch.stack(new, -1)  # (S, B, D, count)
-            assert_close(gram[..., :count, :count], differences.mT @ differences, 1e-6)
-            assert_close(rhs[..., :count], (differences.mT @ corrections[-1][..., None])[..., 0], 1e-6)
-            assert not gram[..., count:, :].any() and not gram[..., :, count:].any() and not rhs[..., count:].any()
+    for turn in range(9):
+        head = turn % (history + 1)
+        ring[head] = torch.randn(steps, batch, size)
+        corrections.append(ring[head].double())
+        count = min(turn, history)
+        if count == 0:
+            continue
+        arguments = {"g_ring": ring, "head": head, "count": count, "window": window, "gram": gram, "rhs": rhs}
+        inputs.run("anderson_gram", backend, arguments)
+        new = [corrections[-1 - j] - corrections[-2 - j] for j in range(count)]
+        differences = torch.stack(new, -1)  # (S, B, D, count)
+        assert_close(gram[..., :count, :count], differences.mT @ differences, 1e-6)
+        assert_close(rhs[..., :count], (differences.mT @ corrections[-1][..., None])[..., 0], 1e-6)
+        assert not gram[..., count:, :].any() and not gram[..., :, count:].any() and not rhs[..., count:].any()

@@ -4,9 +4,7 @@ import inputs
 import pytest
 import torch
 
-from deqkern import ops
-
-BACKENDS = pytest.mark.parametrize("backend", inputs.BACKENDS)
+BACKENDS = inputs.backends("anderson_mix")
 
 
 @BACKENDS
@@ -32,6 +30,5 @@ def test_equals_the_reference(backend: str, steps: int, batch: int, size: int, _
 def test_no_mixing_takes_the_newest(backend: str) -> None:
     arguments = inputs.anderson_mix(3, 2, 33, 4, 2, 4) | {"window": torch.tensor([[0, 3], [0, 3]])}
     arguments["f_ring"], arguments["gamma"] = torch.randn(5, 3, 2, 33), torch.zeros(3, 2, 4)
-    with ops.use_backend(backend):
-        ops.anderson_mix(**arguments)
+    inputs.run("anderson_mix", backend, arguments)
     assert torch.equal(arguments["out"], arguments["f_ring"][2])

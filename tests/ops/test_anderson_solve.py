@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deqkern import ops
 
-BACKENDS = pytest.mark.parametrize("backend", inputs.BACKENDS)
+BACKENDS = inputs.backends("anderson_solve")
 SCOPES = pytest.mark.parametrize("scope", ops.SCOPES)
 HISTORIES = pytest.mark.parametrize("history", [1, 3, 5, 16])
 
@@ -28,8 +28,17 @@ def solve(
     steps, batch, _ = rhs.shape
     window = torch.tensor([[0, steps]] * batch) if window is None else window
     gamma = torch.full(rhs.shape, torch.nan)
-    with ops.use_backend(backend):
-        ops.anderson_solve(gram.contiguous(), rhs.contiguous(), window, scope, ridge, ridge_absolute, False, gamma)
+    arguments = {
+        "gram": gram.contiguous(),
+        "rhs": rhs.contiguous(),
+        "window": window,
+        "scope": scope,
+        "ridge": ridge,
+        "ridge_absolute": ridge_absolute,
+        "implicit": False,
+        "gamma": gamma,
+    }
+    inputs.run("anderson_solve", backend, arguments)
     return gamma
 
 
@@ -45,9 +54,7 @@ def least_squares(steps: int, batch: int, rows: int, history: int) -> tuple[Tens
 @HISTORIES
 @pytest.mark.parametrize(("steps", "batch"), [(1, 1), (2, 3), (7, 5), (50, 3)])
 @pytest.mark.parametrize("implicit", [False, True], ids=["explicit", "implicit"])
-def test_equals_the_reference(
-    backend: str, scope: str, history: int, steps: int, batch: int, implicit: bool
-) -> None:
+def test_equals_the_reference(backend: str, scope: str, history: int, steps: int, batch: int, implicit: bool) -> None:
     inputs.check("anderson_solve", inputs.anderson_solve(steps, batch, history, steps % 5, scope, implicit), backend)
 
 
@@ -108,8 +115,7 @@ def test_rows_that_are_not_finite_are_left_out(backend: str, scope: str) -> None
     finite = arguments["gram"].isfinite().all(-1).all(-1) & arguments["rhs"].isfinite().all(-1)
     zeroed["gram"] = torch.where(finite[..., None, None], arguments["gram"], 0.0)
     zeroed["rhs"] = torch.where(finite[..., None], arguments["rhs"], 0.0)
-    with ops.use_backend(backend):
-        ops.anderson_solve(**zeroed)
+    inputs.run("anderson_solve", backend, zeroed)
     assert torch.equal(arguments["gamma"], zeroed["gamma"])
     assert torch.equal(arguments["gamma"][:, 3] != 0, torch.arange(8)[:, None].expand(8, 3) > 0)
 
@@ -160,8 +166,7 @@ def test_an_indefinite_matrix_keeps_its_positive_part(backend: str) -> None:
 @pytest.mark.parametrize("first", range(5))
 def test_first_active_step_and_inactive_rows_get_zero(backend: str, scope: str, first: int) -> None:
     arguments = inputs.anderson_solve(6, 5, 3, first, scope)
-    with ops.use_backend(backend):
-        ops.anderson_solve(**arguments)
+    inputs.run("anderson_solve", backend, arguments)
     index = torch.arange(6)[:, None]
     free = (index > arguments["window"][:, 0]) & (index < arguments["window"][:, 1])
     assert torch.equal(arguments["gamma"].abs().amax(-1) > 0, free)

@@ -5,9 +5,7 @@ import pytest
 import torch
 from asserts import assert_close
 
-from deqkern import ops
-
-BACKENDS = pytest.mark.parametrize("backend", inputs.BACKENDS)
+BACKENDS = inputs.backends("band_moments")
 
 
 @BACKENDS
@@ -28,8 +26,7 @@ def test_bands_that_split_everywhere(backend: str) -> None:
     """One element per band: moments are the products themselves."""
     size = 37
     arguments = inputs.band_moments(2, 1, size, size) | {"bands": torch.arange(size + 1)}
-    with ops.use_backend(backend):
-        ops.band_moments(**arguments)
+    inputs.run("band_moments", backend, arguments)
     dx, de = arguments["dx"].double(), arguments["e"].double() - arguments["e_prev"].double()
     assert_close(arguments["moments"], torch.stack([dx * de, dx * dx], -1), 1e-6)
 
@@ -41,13 +38,12 @@ def test_a_linear_model_has_its_own_slope(backend: str) -> None:
     arguments["bands"] = torch.tensor([0, 7, 100, 300])
     slope = torch.tensor([0.5, -2.0, 3.0])
     arguments["e"] = torch.repeat_interleave(slope, arguments["bands"].diff()) * arguments["dx"]
-    with ops.use_backend(backend):
-        ops.band_moments(**arguments)
+    inputs.run("band_moments", backend, arguments)
     cross, square = arguments["moments"].unbind(-1)
     assert_close(cross / square, slope.double().expand(5, 2, 3), 1e-6)
 
 
-@pytest.mark.parametrize("backend", inputs.BACKENDS)
+@BACKENDS
 @pytest.mark.parametrize("spoilt", [False, True])
 def test_bands_do_not_reach_each_other(backend: str, spoilt: bool) -> None:
     """Neither a band 1e8 times larger nor one that is not finite changes the moments of a small band after it."""
@@ -59,7 +55,6 @@ def test_bands_do_not_reach_each_other(backend: str, spoilt: bool) -> None:
     arguments["dx"][..., :10] *= 1e8
     if spoilt:
         arguments["dx"][..., 3] = torch.nan
-    with ops.use_backend(backend):
-        ops.band_moments(**arguments)
-        ops.band_moments(**alone)
+    inputs.run("band_moments", backend, arguments)
+    inputs.run("band_moments", backend, alone)
     assert_close(arguments["moments"][..., 1:, :], alone["moments"][..., 1:, :], 1e-12)

@@ -5,9 +5,7 @@ import pytest
 import torch
 from asserts import assert_close
 
-from deqkern import ops
-
-BACKENDS = pytest.mark.parametrize("backend", inputs.BACKENDS)
+BACKENDS = inputs.backends("dct2")
 # (N, C, H, W)
 SHAPES = [(1, 1, 1, 1), (3, 1, 5, 7), (2, 3, 16, 16), (5, 3, 31, 17), (2, 4, 1, 9), (2, 5, 13, 2), (1, 3, 64, 64)]
 
@@ -24,12 +22,11 @@ def test_equals_the_reference(backend: str, shape: tuple[int, int, int, int], in
 def test_inverse_undoes_and_norms_stay(backend: str, shape: tuple[int, int, int, int]) -> None:
     forward = inputs.dct2(*shape, inverse=False)
     image = forward["image"].clone()
-    with ops.use_backend(backend):
-        ops.dct2(**forward)
-        spectrum = forward["spectrum"][forward["rows"]]
-        assert_close(spectrum.norm(dim=-1), image.flatten(1).norm(dim=-1))
-        forward["image"].fill_(torch.nan)
-        ops.dct2(**forward | {"inverse": True})
+    inputs.run("dct2", backend, forward)
+    spectrum = forward["spectrum"][forward["rows"]]
+    assert_close(spectrum.norm(dim=-1), image.flatten(1).norm(dim=-1))
+    forward["image"].fill_(torch.nan)
+    inputs.run("dct2", backend, forward | {"inverse": True})
     assert_close(forward["image"], image)
 
 
@@ -50,7 +47,6 @@ def test_all_rows_of_the_spectrum(backend: str) -> None:
 @BACKENDS
 def test_no_images(backend: str) -> None:
     arguments = inputs.dct2(0, 3, 4, 4, inverse=False)
-    with ops.use_backend(backend):
-        ops.dct2(**arguments)
-        ops.dct2(**arguments | {"inverse": True})
+    inputs.run("dct2", backend, arguments)
+    inputs.run("dct2", backend, arguments | {"inverse": True})
     assert arguments["spectrum"].isnan().all()

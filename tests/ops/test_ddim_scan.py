@@ -5,10 +5,9 @@ import pytest
 import torch
 from asserts import assert_close
 
-from deqkern import ops
 from deqkern.ops import reference
 
-BACKENDS = pytest.mark.parametrize("backend", inputs.BACKENDS)
+BACKENDS = inputs.backends("ddim_scan")
 IMPLICIT = pytest.mark.parametrize("implicit", [False, True], ids=["explicit", "implicit"])
 
 
@@ -46,8 +45,7 @@ def test_update_may_overwrite_the_states(backend: str, steps: int, batch: int, s
     reference.ddim_scan(**expected)
     before = arguments["x"].clone()
     arguments["f"] = arguments["x"][1:]
-    with ops.use_backend(backend):
-        ops.ddim_scan(**arguments)
+    inputs.run("ddim_scan", backend, arguments)
     written = ~inputs.inactive(arguments["window"], steps)
     assert_close(arguments["f"][written], expected["f"][written])
     assert torch.equal(arguments["f"][~written].nan_to_num(9.0), before[1:][~written].nan_to_num(9.0))
@@ -66,8 +64,7 @@ def test_exact_slopes_solve_a_linear_chain(backend: str) -> None:
     arguments["x"] = torch.randn(steps + 1, batch, size)
     slope = torch.randn(steps, batch, 1)
     arguments["slope"], arguments["e"] = slope, slope * arguments["x"][:-1]
-    with ops.use_backend(backend):
-        ops.ddim_scan(**arguments)
+    inputs.run("ddim_scan", backend, arguments)
     state = arguments["x"][0]
     for i in range(steps):
         state = (arguments["a"][i] + arguments["b"][i] * slope[i]) * state
@@ -89,8 +86,7 @@ def test_exact_slopes_invert_a_linear_chain(backend: str) -> None:
     x[0] = chain[-1]
     slope = slope.flip(0).contiguous()
     arguments |= {"x": x, "slope": slope, "e": slope * x[1:], "a": 1 / a.flip(0), "b": -(b / a).flip(0)}
-    with ops.use_backend(backend):
-        ops.ddim_scan(**arguments)
+    inputs.run("ddim_scan", backend, arguments)
     for i in range(steps):
         assert_close(arguments["f"][i], chain[steps - 1 - i], 1e-4)
 
@@ -103,9 +99,8 @@ def test_a_sample_that_overflowed_stays_alone(backend: str, implicit: bool) -> N
         arguments[name] = torch.randn_like(arguments[name])
     spoilt = inputs.clone(arguments)
     spoilt["e"][2, 1, 7], spoilt["e"][2, 1, 70] = torch.nan, torch.inf
-    with ops.use_backend(backend):
-        ops.ddim_scan(**arguments)
-        ops.ddim_scan(**spoilt)
+    inputs.run("ddim_scan", backend, arguments)
+    inputs.run("ddim_scan", backend, spoilt)
     for name in ("f", "g", "norms"):
         assert torch.equal(spoilt[name][:, [0, 2]], arguments[name][:, [0, 2]])
     others = [d for d in range(300) if d not in (7, 70)]
