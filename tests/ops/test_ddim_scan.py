@@ -73,7 +73,7 @@ def test_exact_slopes_solve_a_linear_chain(backend: str) -> None:
 
 @BACKENDS
 def test_exact_slopes_invert_a_linear_chain(backend: str) -> None:
-    """From the end of x[i+1] = a x[i] + b s x[i], the implicit scan with the steps in the other order finds its start."""
+    """From the end of x[i+1] = (a + b s) x[i], the implicit scan with the steps in the other order finds its start."""
     steps, batch, size = 20, 2, 31
     window = torch.tensor([[0, steps]] * batch)
     arguments = inputs.ddim_scan(steps, batch, size, 1, noise=False, implicit=True) | {"beta": 1.0, "window": window}
