@@ -101,6 +101,17 @@ void band_moments(Address dx, Address e, Address e_prev, Address bands, Address 
   kernels().band_moments(op);
 }
 
+void secant_slope(Address moments, Address low, Address high, Address slope, int64_t S, int64_t B, int64_t K,
+                  double pull) {
+  require(S >= 0 && B >= 0 && K >= 0, "sizes must not be negative");
+  if (S == 0 || B == 0 || K == 0) return;
+  kernels().secant_slope({pointer<const double>(moments, true, "moments"),
+                          pointer<const double>(low, true, "low"),
+                          pointer<const double>(high, true, "high"),
+                          pointer<float>(slope, true, "slope"),
+                          S, B, K, pull});
+}
+
 void anderson_gram(Address g_ring, Address window, Address gram, Address rhs, int64_t S, int64_t B, int64_t D, int m,
                    int head, int count, int threads) {
   require(S >= 0 && B >= 0 && D >= 0, "sizes must not be negative");
@@ -136,6 +147,18 @@ void anderson_mix(Address f_ring, Address gamma, Address window, Address out, in
                           pointer<const int64_t>(window, true, "window"),
                           pointer<float>(out, true, "out"),
                           S, B, D, m, head, count, threads});
+}
+
+void progress(Address norms, Address scale, Address errors, Address window, Address diverged, int64_t S, int64_t B,
+              double rtol, double tolerance, double contraction, double growth, int64_t size, bool implicit) {
+  require(S >= 0 && B >= 0, "sizes must not be negative");
+  if (S == 0 || B == 0) return;
+  kernels().progress({pointer<const double>(norms, true, "norms"),
+                      pointer<const double>(scale, true, "scale"),
+                      pointer<double>(errors, true, "errors"),
+                      pointer<int64_t>(window, true, "window"),
+                      pointer<int64_t>(diverged, true, "diverged"),
+                      S, B, rtol, tolerance, contraction, growth, size, implicit});
 }
 
 #ifdef DEQKERN_CUDA
@@ -175,6 +198,11 @@ PYBIND11_MODULE(_C, module) {
              arg("K"), arg("beta"), arg("implicit"), arg("threads"));
   module.def("band_moments", &band_moments, NoGil(), arg("dx"), arg("e"), arg("e_prev"), arg("bands"), arg("window"),
              arg("moments"), arg("S"), arg("B"), arg("D"), arg("K"), arg("threads"));
+  module.def("secant_slope", &secant_slope, NoGil(), arg("moments"), arg("low"), arg("high"), arg("slope"), arg("S"),
+             arg("B"), arg("K"), arg("pull"));
+  module.def("progress", &progress, NoGil(), arg("norms"), arg("scale"), arg("errors"), arg("window"), arg("diverged"),
+             arg("S"), arg("B"), arg("rtol"), arg("tolerance"), arg("contraction"), arg("growth"), arg("size"),
+             arg("implicit"));
   module.def("anderson_gram", &anderson_gram, NoGil(), arg("g_ring"), arg("window"), arg("gram"), arg("rhs"), arg("S"),
              arg("B"), arg("D"), arg("m"), arg("head"), arg("count"), arg("threads"));
   module.def("anderson_solve", &anderson_solve, NoGil(), arg("gram"), arg("rhs"), arg("window"), arg("gamma"),

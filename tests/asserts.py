@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def assert_close(actual: Tensor, expected: Tensor, rtol: float = 1e-5, name: str = "result") -> None:
-    """Equal shapes, NaN (not written) in the same places, and max |actual - expected| <= rtol max |expected|.
+    """Equal shapes, NaN (not written) and infinities in the same places, and an error of at most rtol max |expected|.
 
     The error is measured against the largest entry, because entries that cancel have no relative accuracy of their own.
     """
@@ -19,6 +19,9 @@ def assert_close(actual: Tensor, expected: Tensor, rtol: float = 1e-5, name: str
     written = ~expected.isnan()
     wrong = int((actual.isnan() == written).sum())
     assert not wrong, f"{name}: {wrong} of {written.numel()} entries are NaN (or written) where they must not be"
+    written &= expected.isfinite()
+    infinite = expected.isinf()
+    assert bool((actual[infinite] == expected[infinite]).all()), f"{name}: infinities differ"
     if not written.any():
         return
     actual, expected = actual[written], expected[written]

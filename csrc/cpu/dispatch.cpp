@@ -11,17 +11,21 @@ namespace deqkern {
   void dct2(const Dct2&);                      \
   void ddim_scan(const DdimScan&);             \
   void band_moments(const BandMoments&);       \
+  void secant_slope(const SecantSlope&);       \
   void anderson_gram(const AndersonGram&);     \
   void anderson_solve(const AndersonSolve&);   \
   void anderson_mix(const AndersonMix&);       \
+  void progress(const Progress&);              \
   }                                            \
   static const Kernels ISA##_kernels = {#ISA,                \
                                         ISA::dct2,           \
                                         ISA::ddim_scan,      \
                                         ISA::band_moments,   \
+                                        ISA::secant_slope,   \
                                         ISA::anderson_gram,  \
                                         ISA::anderson_solve, \
-                                        ISA::anderson_mix};
+                                        ISA::anderson_mix,   \
+                                        ISA::progress};
 
 DEQKERN_DECLARE(baseline)
 #ifdef DEQKERN_X86

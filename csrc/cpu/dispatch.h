@@ -6,6 +6,8 @@
 #include "../band_moments.h"
 #include "../dct2.h"
 #include "../ddim_scan.h"
+#include "../progress.h"
+#include "../secant_slope.h"
 
 namespace deqkern {
 
@@ -14,9 +16,11 @@ struct Kernels {
   void (*dct2)(const Dct2&);
   void (*ddim_scan)(const DdimScan&);
   void (*band_moments)(const BandMoments&);
+  void (*secant_slope)(const SecantSlope&);
   void (*anderson_gram)(const AndersonGram&);
   void (*anderson_solve)(const AndersonSolve&);
   void (*anderson_mix)(const AndersonMix&);
+  void (*progress)(const Progress&);
 };
 
 const Kernels& kernels();              // throws std::runtime_error when DEQKERN_ISA names one that is not available

@@ -28,6 +28,8 @@ __all__ = [
     "band_moments",
     "dct2",
     "ddim_scan",
+    "progress",
+    "secant_slope",
     "use_backend",
 ]
 
@@ -123,6 +125,18 @@ def band_moments(dx: Tensor, e: Tensor, e_prev: Tensor, bands: Tensor, window: T
 
 
 @_documented
+def secant_slope(moments: Tensor, low: Tensor, high: Tensor, pull: float, slope: Tensor) -> None:
+    shape = check.sizes("slope", slope, 3)
+    device = slope.device
+    check.array("moments", moments, (*shape, 2), torch.float64, device)
+    check.array("low", low, shape[:1], torch.float64, device)
+    check.array("high", high, shape[:1], torch.float64, device)
+    check.real("pull", pull, 0.0)
+    check.array("slope", slope, shape, check.state("slope", slope), device)
+    _secant_slope(moments, low, high, pull, slope)
+
+
+@_documented
 def anderson_gram(g_ring: Tensor, head: int, count: int, window: Tensor, gram: Tensor, rhs: Tensor) -> None:
     dtype, device = check.state("g_ring", g_ring), g_ring.device
     size, steps, batch = _ring("g_ring", g_ring, dtype, device, head, count, 1)
@@ -168,6 +182,35 @@ def anderson_mix(f_ring: Tensor, head: int, count: int, gamma: Tensor, window: T
     _anderson_mix(f_ring, head, count, gamma, window, out)
 
 
+@_documented
+def progress(
+    norms: Tensor,
+    scale: Tensor,
+    rtol: float,
+    tolerance: float,
+    contraction: float,
+    growth: float,
+    size: int,
+    implicit: bool,
+    errors: Tensor,
+    window: Tensor,
+    diverged: Tensor,
+) -> None:
+    steps, batch, _ = check.sizes("norms", norms, 3)
+    device = norms.device
+    check.array("norms", norms, (steps, batch, 3), torch.float64, device)
+    check.array("scale", scale, (batch,), torch.float64, device)
+    check.real("rtol", rtol, 0.0)
+    check.real("tolerance", tolerance, 0.0)
+    check.real("contraction", contraction, 0.0)
+    check.real("growth", growth, 0.0)
+    check.integer("size", size, 1, steps)
+    check.array("errors", errors, (batch, 4), torch.float64, device)
+    check.array("window", window, (batch, 2), torch.int64, device)
+    check.array("diverged", diverged, (batch,), torch.int64, device)
+    _progress(norms, scale, rtol, tolerance, contraction, growth, size, implicit, errors, window, diverged)
+
+
 def _ring(
     name: str, ring: Tensor, dtype: torch.dtype, device: torch.device, head: int, count: int, least: int
 ) -> tuple[int, int, int]:
@@ -185,6 +228,8 @@ _dct2_forward = torch.ops.deqkern.dct2.forward
 _dct2_inverse = torch.ops.deqkern.dct2.inverse
 _ddim_scan = torch.ops.deqkern.ddim_scan.default
 _band_moments = torch.ops.deqkern.band_moments.default
+_secant_slope = torch.ops.deqkern.secant_slope.default
+_progress = torch.ops.deqkern.progress.default
 _anderson_gram = torch.ops.deqkern.anderson_gram.default
 _anderson_solve = torch.ops.deqkern.anderson_solve.default
 _anderson_mix = torch.ops.deqkern.anderson_mix.default

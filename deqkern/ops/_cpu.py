@@ -103,6 +103,10 @@ def band_moments(dx: Tensor, e: Tensor, e_prev: Tensor, bands: Tensor, window: T
     )
 
 
+def secant_slope(moments: Tensor, low: Tensor, high: Tensor, pull: float, slope: Tensor) -> None:
+    _C.secant_slope(moments.data_ptr(), low.data_ptr(), high.data_ptr(), slope.data_ptr(), *slope.shape, pull)
+
+
 def anderson_gram(g_ring: Tensor, head: int, count: int, window: Tensor, gram: Tensor, rhs: Tensor) -> None:
     ring, steps, batch, size = g_ring.shape
     _C.anderson_gram(
@@ -158,4 +162,33 @@ def anderson_mix(f_ring: Tensor, head: int, count: int, gamma: Tensor, window: T
         head,
         count,
         get_num_threads(),
+    )
+
+
+def progress(
+    norms: Tensor,
+    scale: Tensor,
+    rtol: float,
+    tolerance: float,
+    contraction: float,
+    growth: float,
+    size: int,
+    implicit: bool,
+    errors: Tensor,
+    window: Tensor,
+    diverged: Tensor,
+) -> None:
+    _C.progress(
+        norms.data_ptr(),
+        scale.data_ptr(),
+        errors.data_ptr(),
+        window.data_ptr(),
+        diverged.data_ptr(),
+        *norms.shape[:2],
+        rtol,
+        tolerance,
+        contraction,
+        growth,
+        size,
+        implicit,
     )

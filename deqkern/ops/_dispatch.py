@@ -26,10 +26,16 @@ OPS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "dct2": ("spectrum", {".forward": ("spectrum",), ".inverse": ("image",)}),
     "ddim_scan": ("x", {"": ("f", "g", "norms")}),
     "band_moments": ("dx", {"": ("moments",)}),
+    "secant_slope": ("slope", {"": ("slope",)}),
     "anderson_gram": ("g_ring", {"": ("gram", "rhs")}),
     "anderson_solve": ("gamma", {"": ("gamma",)}),
     "anderson_mix": ("f_ring", {"": ("out",)}),
+    "progress": ("norms", {"": ("errors", "window", "diverged")}),
 }
+
+
+# What kernels are written for: the dtype of the state, and that of norms, which is float64 beside any state.
+DTYPES = dict.fromkeys(OPS, torch.float32) | {"progress": torch.float64}
 
 
 def _find_reference(op: str, device: str, dtype: torch.dtype) -> Kernel | str:
@@ -41,16 +47,16 @@ def _find_cpu(op: str, device: str, dtype: torch.dtype) -> Kernel | str:
         return _cpu.unavailable
     if device != "cpu":
         return f"its kernels read host memory, not {device}"
-    if dtype is not torch.float32:
-        return f"its kernels are written for torch.float32, not {dtype}"
+    if dtype is not DTYPES[op]:
+        return f"its kernels are written for {DTYPES[op]}, not {dtype}"
     return getattr(_cpu, op)
 
 
 def _find_triton(op: str, device: str, dtype: torch.dtype) -> Kernel | str:
     if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"Triton does not run on {device}"
-    if dtype is not torch.float32:
-        return f"its kernels are written for torch.float32, not {dtype}"
+    if dtype is not DTYPES[op]:
+        return f"its kernels are written for {DTYPES[op]}, not {dtype}"
     try:
         kernel = getattr(importlib.import_module(f"deqkern.kernels.{op}"), op)
     except ImportError as error:
@@ -120,7 +126,7 @@ def backends() -> dict[str, dict[str, Any]]:
     report: dict[str, dict[str, Any]] = {}
     for name, find in _FIND.items():
         device = "cuda" if name in ("triton", "cuda") else "cpu"
-        found = {op: find(op, device, torch.float32) for op in OPS}
+        found = {op: find(op, device, DTYPES[op]) for op in OPS}
         ops = [op for op, kernel in found.items() if not isinstance(kernel, str)]
         reasons = [reason for reason in found.values() if isinstance(reason, str)]
         if device == "cuda" and not torch.cuda.is_available():

@@ -122,6 +122,23 @@ def band_moments(
         moments[..., j][active] = sums[active]
 
 
+def secant_slope(
+    moments: Tensor,  # (S, B, K, 2) float64, of band_moments
+    low: Tensor,  # (S,) float64
+    high: Tensor,  # (S,) float64
+    pull: float,
+    slope: Tensor,  # (S, B, K), updated
+) -> None:
+    """The next secant slopes: (<dx, de> / <dx, dx> + pull slope) / (1 + pull), held within low .. high.
+
+    Where dx is zero, or the quotient not finite, the slope stays what it was, held within low .. high.
+    """
+    cross, square = moments.unbind(-1)
+    measured = (cross / square + pull * slope) / (1 + pull)
+    kept = torch.where((square > 0) & measured.isfinite(), measured, slope.double())
+    slope.copy_(torch.minimum(torch.maximum(kept, low[:, None, None]), high[:, None, None]))
+
+
 def anderson_gram(
     g_ring: Tensor,  # (m+1, S, B, D), the last corrections
     head: int,  # the newest is g_ring[head], the one before it g_ring[head-1], and so on around the ring
@@ -219,3 +236,52 @@ def anderson_mix(
         difference = f_ring[(head - j) % size] - f_ring[(head - j - 1) % size]
         mixed -= gamma[..., j, None].to(mixed.dtype) * difference
     out[active] = mixed[active]
+
+
+def progress(
+    norms: Tensor,  # (S, B, 3) float64, of ddim_scan: |r|^2, |g|^2, |x|^2
+    scale: Tensor,  # (B,) float64, |x[0]|
+    rtol: float,
+    tolerance: float,  # a step whose residual is below it, relative to the state, is settled
+    contraction: float,  # no contraction from one iteration to the next is believed to be better
+    growth: float,  # a last correction larger than this times the smallest one before it diverges
+    size: int,  # steps in a window
+    implicit: bool,
+    errors: Tensor,  # (B, 4) float64, updated: the error that is left, the change, its ratio, the smallest |g[S]|
+    window: Tensor,  # (B, 2) int64, updated; begin = S is a sample that has converged
+    diverged: Tensor,  # (B,) int64, written
+) -> None:
+    """What an iteration reached: the error that is left in each sample, and the steps that are still open.
+
+        change = max_i |g[i+1]| / min(|x[i+1]|, |x[0]|)             inf while the window does not reach the end
+        ratio = change / min(last change, 1), held within contraction .. 1
+        left = change sqrt(ratio last_ratio)
+
+    The new window begins at the first step that is not settled, |r[i+1]| > tolerance |x[i+1]|, but past the first
+    active step of an explicit chain, which took the plain step and is exact. A sample has converged when its window is
+    empty, or left <= rtol, rtol > 0. It diverged if a norm is not finite, or by `growth`, and keeps what is exact.
+    Samples that had converged before keep everything.
+    """
+    steps = norms.shape[0]
+    residual, correction, state = norms.sqrt().unbind(-1)  # (S, B) each
+    _, change_before, ratio_before, smallest = errors.unbind(1)
+    begin, end = window.unbind(1)
+    active, whole = begin < steps, end == steps
+    index = torch.arange(steps, device=norms.device)[:, None]
+    relative = correction / torch.minimum(torch.where(state > 0, state, torch.inf), scale)
+    change = torch.where(whole, relative.nan_to_num(0.0, torch.inf).amax(0), torch.inf)
+    ratio = (change / change_before.clamp(1e-300, 1.0)).clamp(contraction, 1.0)
+    left = change * (ratio * ratio_before).sqrt()
+    failed = active & (~norms.isfinite().all(-1).all(0) | (whole & (correction[-1] > growth * smallest)))
+    exact = begin if implicit else torch.minimum(begin + 1, end)
+    settled = (index < begin) | ((index < end) & (residual <= tolerance * state))
+    frontier = torch.maximum(settled.long().cumprod(0).sum(0), exact)
+    frontier = torch.where(failed, exact, frontier)
+    left = torch.where(frontier >= steps, left.clamp_max(tolerance), left)
+    converged = (frontier >= steps) | (~failed & (rtol > 0) & (left <= rtol))
+    opened = torch.where(converged, steps, frontier)
+    smallest_now = torch.where(whole, torch.fmin(smallest, correction[-1]), smallest)
+    now = torch.stack([left, change, ratio, smallest_now], 1)
+    diverged.copy_(failed)
+    errors.copy_(torch.where(active[:, None], now, errors))
+    window.copy_(torch.where(active[:, None], torch.stack([opened, (opened + size).clamp_max(steps)], 1), window))

@@ -24,6 +24,8 @@ WRITTEN = {
     "anderson_gram": ("gram", "rhs"),
     "anderson_solve": ("gamma",),
     "anderson_mix": ("out",),
+    "secant_slope": ("slope",),
+    "progress": ("errors", "window", "diverged"),
 }
 HAS_CUDA = torch.cuda.is_available()
 # Triton runs in its interpreter where there is no GPU.
@@ -175,6 +177,24 @@ def band_moments(steps: int, batch: int, size: int, count: int, first: int = 0) 
     }
 
 
+def secant_slope(steps: int, batch: int, count: int) -> Arguments:
+    """Every kind of quotient: within its bounds, beyond them, no change of x, moments that are not finite."""
+    moments = torch.randn(steps, batch, count, 2, dtype=torch.float64)
+    moments[..., 1] = moments[..., 1].square()
+    kind = torch.randint(0, 8, (steps, batch, count))
+    moments[kind == 0] = 0
+    moments[kind == 1] = NAN
+    moments[..., 0][kind == 2] = torch.inf
+    ends = torch.randn(2, steps, dtype=torch.float64).sort(0).values
+    return {
+        "moments": moments,
+        "low": ends[0].clone(),
+        "high": ends[1].clone(),
+        "pull": 0.3,
+        "slope": torch.randn(steps, batch, count),
+    }
+
+
 def _ring(steps: int, batch: int, size: int, history: int, head: int, count: int, window: Tensor) -> Tensor:
     """(m+1, S, B, D), with NaN where nothing may be read: outside the windows and beyond the age `count`."""
     ring = torch.randn(history + 1, steps, batch, size)
@@ -239,6 +259,33 @@ def anderson_mix(steps: int, batch: int, size: int, history: int, head: int, cou
     }
 
 
+def progress(steps: int, batch: int, first: int = 0, implicit: bool = False, rtol: float = 1e-2) -> Arguments:
+    """Some steps at the start are settled; now and then a norm is zero or not finite, or a correction large."""
+    window = windows(steps, batch, first)
+    norms = torch.rand(steps, batch, 3, dtype=torch.float64) + 0.1
+    norms[..., 1] *= 10.0 ** -torch.randint(0, 9, (batch,))
+    norms[: torch.randint(0, steps + 1, ()), :, 0] = 1e-12
+    norms[inactive(window, steps)] = 0.0
+    if steps > 2:
+        norms[-2, batch // 2] = 0.0
+        norms[-1, : batch // 5, 1] = torch.tensor([NAN, torch.inf, 1e12])[torch.randint(0, 3, ())]
+    errors = torch.rand(batch, 4, dtype=torch.float64) * 10.0 ** -torch.randint(0, 4, (batch, 1))
+    errors[0] = torch.tensor([torch.inf, torch.inf, 1.0, torch.inf])
+    return {
+        "norms": norms,
+        "scale": torch.rand(batch, dtype=torch.float64) + 0.5,
+        "rtol": rtol,
+        "tolerance": 1e-4,
+        "contraction": 0.1,
+        "growth": 1e3,
+        "size": max(steps // 2, 1),
+        "implicit": implicit,
+        "errors": errors,
+        "window": window,
+        "diverged": torch.full((batch,), 9),
+    }
+
+
 def dct2(count: int, channels: int, height: int, width: int, inverse: bool, rows: int | None = None) -> Arguments:
     """Random rotations in place of cosines; the `rows` of the spectrum are more than the images and in no order."""
     total = rows or count + 3
@@ -270,6 +317,10 @@ def large(op: str) -> Arguments:
         return globals()[op](50, 3, 3072, 24)
     if op == "anderson_solve":
         return anderson_solve(20, 10, 16)
+    if op == "secant_slope":
+        return secant_slope(50, 8, 24)
+    if op == "progress":
+        return progress(50, 8)
     return globals()[op](20, 5, 3072, 3, 1, 2)
 
 
@@ -281,6 +332,10 @@ def example(op: str) -> Arguments:
         arguments = globals()[op](4, 1, 10, 3)
     elif op == "anderson_solve":
         arguments = anderson_solve(4, 1, 3)
+    elif op == "secant_slope":
+        arguments = secant_slope(4, 1, 3)
+    elif op == "progress":
+        arguments = progress(4, 1)
     else:
         arguments = globals()[op](4, 1, 10, 3, 1, 2)
     return {name: value.nan_to_num() if isinstance(value, Tensor) else value for name, value in arguments.items()}

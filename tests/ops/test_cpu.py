@@ -105,7 +105,7 @@ def test_rows_and_order_that_lead_out_of_bounds(name: str, wrong: int) -> None:
         ops.dct2(**arguments)
 
 
-@pytest.mark.parametrize("op", [op for op in inputs.WRITTEN if op != "dct2"])
+@pytest.mark.parametrize("op", [op for op in inputs.WRITTEN if op not in ("dct2", "secant_slope")])
 def test_windows_that_lead_out_of_bounds_are_cut(op: str) -> None:
     """No error: they live on the device, and nothing waits to look at them."""
     arguments = inputs.example(op) | {"window": torch.tensor([[0, 1000]])}

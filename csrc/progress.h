@@ -1,0 +1,28 @@
+// What an iteration reached: the error that is left in each sample, and the steps that are still open.
+//
+//   change = max_i |g[i+1]| / min(|x[i+1]|, |x[0]|)             inf while the window does not reach the end
+//   ratio = change / min(last change, 1), held within contraction .. 1
+//   left = change sqrt(ratio last_ratio)
+//
+// The new window begins at the first step that is not settled, |r[i+1]| > tolerance |x[i+1]|, but past the first active
+// step of an explicit chain, which is exact. A sample has converged when its window is empty, or left <= rtol, rtol > 0.
+// It diverged if a norm is not finite, or |g[S]| > growth times the smallest one before; it then keeps what is exact.
+// Samples that had converged keep everything.
+#pragma once
+#include <cstdint>
+
+namespace deqkern {
+
+struct Progress {
+  const double* norms;  // (S, B, 3): |r|^2, |g|^2, |x|^2
+  const double* scale;  // (B,): |x[0]|
+  double* errors;       // (B, 4), updated: left, change, ratio, smallest |g[S]|
+  int64_t* window;      // (B, 2), updated
+  int64_t* diverged;    // (B,), written
+  int64_t S, B;
+  double rtol, tolerance, contraction, growth;
+  int64_t size;  // steps in a window
+  bool implicit;
+};
+
+}  // namespace deqkern

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+from typing import Any
+
+import inputs
+import pytest
+import torch
+from asserts import assert_close
+from torch import Tensor
+
+BACKENDS = inputs.backends("progress")
+INF = float("inf")
+
+
+@BACKENDS
+@pytest.mark.parametrize("implicit", [False, True], ids=["explicit", "implicit"])
+@pytest.mark.parametrize("rtol", [0.0, 1e-2])
+@pytest.mark.parametrize(("steps", "batch"), [(1, 1), (1, 7), (2, 5), (7, 5), (50, 9), (1000, 3)])
+def test_equals_the_reference(backend: str, steps: int, batch: int, implicit: bool, rtol: float) -> None:
+    for first in range(5):
+        inputs.check("progress", inputs.progress(steps, batch, first, implicit, rtol), backend)
+
+
+def sample(
+    residual: list[float],
+    correction: list[float],
+    state: list[float],
+    *,
+    errors: tuple[float, float, float, float] = (INF, INF, 1.0, INF),
+    window: tuple[int, int] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """One sample from the norms themselves, not squared."""
+    norms = torch.tensor([residual, correction, state], dtype=torch.float64).square().T[:, None].contiguous()
+    steps = len(residual)
+    return {
+        "norms": norms,
+        "scale": torch.ones(1, dtype=torch.float64),
+        "rtol": 1e-2,
+        "tolerance": 1e-3,
+        "contraction": 0.1,
+        "growth": 1e3,
+        "size": steps,
+        "implicit": False,
+        "errors": torch.tensor([errors], dtype=torch.float64),
+        "window": torch.tensor([window or (0, steps)]),
+        "diverged": torch.tensor([9]),
+    } | options
+
+
+def reached(backend: str, arguments: dict[str, Any]) -> tuple[Tensor, list[int], bool]:
+    """The errors (4,), the window and whether it diverged."""
+    inputs.run("progress", backend, arguments)
+    return arguments["errors"][0], arguments["window"][0].tolist(), bool(arguments["diverged"])
+
+
+@BACKENDS
+def test_what_is_left_is_the_change_times_the_mean_contraction(backend: str) -> None:
+    arguments = sample([1.0] * 3, [0.1, 0.2, 0.08], [1.0, 2.0, 0.4], errors=(0.5, 0.8, 0.64, 1.0))
+    errors, window, diverged = reached(backend, arguments)
+    change, ratio = 0.2, 0.2 / 0.8  # the second state is larger than the noise, so the noise is its scale
+    assert_close(errors, torch.tensor([change * (ratio * 0.64) ** 0.5, change, ratio, 0.08], dtype=torch.float64))
+    assert window == [1, 3] and not diverged
+
+
+@BACKENDS
+def test_no_contraction_is_believed_to_be_better_than_the_best(backend: str) -> None:
+    errors, window, _ = reached(backend, sample([1.0] * 2, [1e-9, 0.05], [1.0, 1.0], errors=(1.0, 1.0, 0.1, 1.0)))
+    assert_close(errors[:3], torch.tensor([0.05 * 0.1, 0.05, 0.1], dtype=torch.float64))
+    assert window == [2, 2]
+
+
+@BACKENDS
+def test_settled_steps_leave_the_window_up_to_the_first_other(backend: str) -> None:
+    arguments = sample([1e-4, 1e-4, 1.0, 1e-4, 1.0], [1.0] * 5, [1.0] * 5)
+    assert reached(backend, arguments)[1] == [2, 5]
+    assert reached(backend, arguments | {"window": torch.tensor([[1, 3]]), "size": 2})[1] == [2, 4]
+
+
+@BACKENDS
+@pytest.mark.parametrize(("implicit", "begin"), [(False, 1), (True, 0)])
+def test_the_plain_step_of_an_explicit_chain_is_exact(backend: str, implicit: bool, begin: int) -> None:
+    assert reached(backend, sample([1.0] * 3, [1.0] * 3, [1.0] * 3, implicit=implicit))[1] == [begin, 3]
+
+
+@BACKENDS
+def test_exact_mode_ends_with_the_last_step_only(backend: str) -> None:
+    arguments = sample([1e-4, 1e-4, 1.0], [1e-9] * 3, [1.0] * 3, errors=(1e-9, 1e-9, 0.1, 1.0), rtol=0.0)
+    assert reached(backend, arguments)[1] == [2, 3]
+    errors, window, _ = reached(backend, arguments)  # the last step is the first active one now
+    assert window == [3, 3] and errors[0] <= 1e-3
+
+
+@BACKENDS
+def test_nothing_is_known_before_the_window_reaches_the_end(backend: str) -> None:
+    errors, window, diverged = reached(backend, sample([1.0] * 4, [1e9] * 4, [1.0] * 4, window=(0, 2), size=2))
+    assert errors[:2].tolist() == [INF, INF] and errors[3] == INF and window == [1, 3] and not diverged
+
+
+@BACKENDS
+@pytest.mark.parametrize("value", [float("nan"), INF])
+@pytest.mark.parametrize("part", range(3))
+def test_a_norm_that_is_not_finite_diverges(backend: str, value: float, part: int) -> None:
+    arguments = sample([1e-5] * 4, [1e-5] * 4, [1.0] * 4)
+    arguments["norms"][2, 0, part] = value
+    _, window, diverged = reached(backend, arguments)
+    assert diverged and window == [1, 4]
+
+
+@BACKENDS
+def test_growth_diverges(backend: str) -> None:
+    for last, expected in ((999.0, False), (1001.0, True)):
+        arguments = sample([1.0] * 2, [1.0, last], [1.0] * 2, errors=(1.0, 1.0, 1.0, 1.0))
+        assert reached(backend, arguments)[2] == expected
+
+
+@BACKENDS
+def test_a_sample_that_has_converged_keeps_everything(backend: str) -> None:
+    arguments = sample([float("nan")] * 2, [1.0] * 2, [1.0] * 2, errors=(1e-3, 2e-3, 0.3, 4e-3), window=(2, 2))
+    errors, window, diverged = reached(backend, arguments)
+    assert_close(errors, torch.tensor([1e-3, 2e-3, 0.3, 4e-3], dtype=torch.float64))
+    assert window == [2, 2] and not diverged
