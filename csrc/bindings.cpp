@@ -9,6 +9,7 @@
 #include "build_info.h"
 #include "cpu/dispatch.h"
 #ifdef DEQKERN_CUDA
+#include "cuda/anderson_solve.h"
 #include "cuda/device.h"
 #endif
 
@@ -124,17 +125,24 @@ void anderson_gram(Address g_ring, Address window, Address gram, Address rhs, in
                            S, B, D, m, head, count, threads});
 }
 
-void anderson_solve(Address gram, Address rhs, Address window, Address gamma, int64_t S, int64_t B, int m, int scope,
-                    double ridge, double ridge_absolute, bool implicit, int threads) {
+AndersonSolve anderson_solve_op(Address gram, Address rhs, Address window, Address gamma, int64_t S, int64_t B, int m,
+                                int scope, double ridge, double ridge_absolute, bool implicit, int threads) {
   require(S >= 0 && B >= 0, "sizes must not be negative");
   check_history(m, 0, 0);
   require(scope >= 0 && scope <= 3, "scope must be 0 (row), 1 (causal), 2 (anticausal) or 3 (joint)");
-  if (S == 0 || B == 0 || m == 0) return;
-  kernels().anderson_solve({pointer<const double>(gram, true, "gram"),
-                            pointer<const double>(rhs, true, "rhs"),
-                            pointer<const int64_t>(window, true, "window"),
-                            pointer<float>(gamma, true, "gamma"),
-                            S, B, m, static_cast<Scope>(scope), ridge, ridge_absolute, implicit, threads});
+  const bool data = S > 0 && B > 0 && m > 0;
+  return {pointer<const double>(gram, data, "gram"),
+          pointer<const double>(rhs, data, "rhs"),
+          pointer<const int64_t>(window, data, "window"),
+          pointer<float>(gamma, data, "gamma"),
+          S, B, m, static_cast<Scope>(scope), ridge, ridge_absolute, implicit, threads};
+}
+
+void anderson_solve(Address gram, Address rhs, Address window, Address gamma, int64_t S, int64_t B, int m, int scope,
+                    double ridge, double ridge_absolute, bool implicit, int threads) {
+  const AndersonSolve op = anderson_solve_op(gram, rhs, window, gamma, S, B, m, scope, ridge, ridge_absolute, implicit,
+                                             threads);
+  if (S > 0 && B > 0 && m > 0) kernels().anderson_solve(op);
 }
 
 void anderson_mix(Address f_ring, Address gamma, Address window, Address out, int64_t S, int64_t B, int64_t D, int m,
@@ -164,6 +172,13 @@ void progress(Address norms, Address scale, Address errors, Address window, Addr
 #ifdef DEQKERN_CUDA
 constexpr bool kCudaCompiled = true;
 int cuda_device_count() { return cuda::device_count(); }
+
+void cuda_anderson_solve(Address gram, Address rhs, Address window, Address gamma, int64_t S, int64_t B, int m,
+                         int scope, double ridge, double ridge_absolute, bool implicit, int device, Address stream) {
+  const AndersonSolve op = anderson_solve_op(gram, rhs, window, gamma, S, B, m, scope, ridge, ridge_absolute, implicit,
+                                             0);
+  if (S > 0 && B > 0 && m > 0) cuda::anderson_solve(op, device, reinterpret_cast<void*>(stream));
+}
 #else
 constexpr bool kCudaCompiled = false;
 int cuda_device_count() { throw std::runtime_error("deqkern was built without CUDA: " DEQKERN_CUDA_REASON); }
@@ -215,5 +230,10 @@ PYBIND11_MODULE(_C, module) {
   module.def("isas", &isas, "The instruction sets that this build and this machine both have, best first.");
   module.def("cuda_compiled", [] { return kCudaCompiled; });
   module.def("cuda_device_count", &cuda_device_count, NoGil(), "Raises RuntimeError with CUDA's own words.");
+#ifdef DEQKERN_CUDA
+  module.def("cuda_anderson_solve", &cuda_anderson_solve, NoGil(), arg("gram"), arg("rhs"), arg("window"),
+             arg("gamma"), arg("S"), arg("B"), arg("m"), arg("scope"), arg("ridge"), arg("ridge_absolute"),
+             arg("implicit"), arg("device"), arg("stream"));
+#endif
   module.def("build_info", &build_info, "Compiler, CUDA version (empty without CUDA, then cuda_reason says why).");
 }

@@ -1,7 +1,7 @@
 """The torch side of every op: schema, fake, and the backend that runs a call.
 
-A backend is a module that holds functions with the reference's signatures: `reference`, `_cpu` (deqkern._C), and
-`deqkern.kernels.<op>` (Triton). They are looked up once per (op, device, dtype), when first called for.
+A backend is a module that holds functions with the reference's signatures: `reference`, `_cpu` and `_cuda`
+(deqkern._C), and `deqkern.kernels.<op>` (Triton). They are looked up once per (op, device, dtype), when first called.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import _cpu, reference
+from . import _cpu, _cuda, reference
 
 Kernel = Callable[..., None]
 
@@ -69,7 +69,14 @@ def _find_cuda(op: str, device: str, dtype: torch.dtype) -> Kernel | str:
         return _cpu.unavailable
     if not _cpu._C.cuda_compiled():
         return f"deqkern._C was compiled without CUDA: {_cpu._C.build_info()['cuda_reason']}"
-    return f"deqkern._C has no CUDA kernel for {op}"
+    kernel = getattr(_cuda, op, None)
+    if kernel is None:
+        return f"deqkern._C has no CUDA kernel for {op}"
+    if device != "cuda":
+        return f"its kernels read the memory of a GPU, not {device}"
+    if dtype is not torch.float32:
+        return f"its kernels are written for torch.float32, not {dtype}"
+    return kernel
 
 
 def _on_its_device(kernel: Kernel) -> Kernel:

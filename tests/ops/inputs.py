@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import lanes
 import pytest
 import torch
 from asserts import assert_close
@@ -29,9 +30,9 @@ WRITTEN = {
 }
 HAS_CUDA = torch.cuda.is_available()
 # Triton runs in its interpreter where there is no GPU.
-DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": "cuda" if HAS_CUDA else "cpu", "cuda": "cuda"}
-# The backends of a GPU that have a kernel for the op.
-KERNELS: dict[str, tuple[str, ...]] = {}
+DEVICES = {"reference": "cpu", "cpu": "cpu", "lanes": "cpu", "triton": "cuda" if HAS_CUDA else "cpu", "cuda": "cuda"}
+# The backends of a GPU that have a kernel for the op; "lanes" is the CUDA kernel without one.
+KERNELS: dict[str, tuple[str, ...]] = {"anderson_solve": ("cuda", "lanes")}
 # (S, B, D, K): every awkward length beside several others; windows go round by sample
 SIZES = (
     (1, 1, 1, 1),
@@ -69,8 +70,9 @@ def backends(op: str) -> pytest.MarkDecorator:
     """Parametrizes a test by `backend`: those that have a kernel for the op, skipped where their device is missing."""
     no_gpu = pytest.mark.skipif(not HAS_CUDA, reason="no GPU")
     names = ["reference", "cpu", *KERNELS.get(op, ())]
-    marks = {name: [pytest.mark.gpu, no_gpu] if name == "cuda" else [] for name in names}
-    return pytest.mark.parametrize("backend", [pytest.param(name, marks=marks[name]) for name in names])
+    no_lanes = pytest.mark.skipif(bool(lanes.missing), reason=lanes.missing)
+    marks = {"cuda": [pytest.mark.gpu, no_gpu], "lanes": [no_lanes]}
+    return pytest.mark.parametrize("backend", [pytest.param(name, marks=marks.get(name, [])) for name in names])
 
 
 def to(arguments: Arguments, device: str | torch.device) -> Arguments:
@@ -88,6 +90,9 @@ def to(arguments: Arguments, device: str | torch.device) -> Arguments:
 
 def run(op: str, backend: str, arguments: Arguments) -> None:
     """Run `op` in place, on the backend's device if that is another."""
+    if backend == "lanes":
+        getattr(lanes, op)(**arguments)
+        return
     moved = arguments if DEVICES[backend] == "cpu" else to(arguments, DEVICES[backend])
     with ops.use_backend(backend):
         getattr(ops, op)(**moved)

@@ -60,6 +60,58 @@ def test_equals_the_reference(backend: str, scope: str, history: int, steps: int
 
 @BACKENDS
 @SCOPES
+@pytest.mark.parametrize("history", range(1, 17))
+def test_every_length_of_the_history(backend: str, scope: str, history: int) -> None:
+    inputs.check("anderson_solve", inputs.anderson_solve(3, 2, history, scope=scope, implicit=True), backend)
+
+
+@BACKENDS
+@SCOPES
+@pytest.mark.parametrize(("steps", "history"), [(31, 3), (32, 8), (33, 2), (48, 16), (300, 5), (300, 11)])
+def test_long_chains(backend: str, scope: str, steps: int, history: int) -> None:
+    """Longer than a block, some by one step; a few rows are not finite."""
+    arguments = inputs.anderson_solve(steps, 3, history, steps % 5, scope)
+    arguments["gram"][steps // 2, :, 0, 0] = torch.inf
+    arguments["rhs"][steps - 2] = torch.nan
+    inputs.check("anderson_solve", arguments, backend)
+
+
+@BACKENDS
+@SCOPES
+@pytest.mark.parametrize("history", [1, 3, 5, 10, 16])
+def test_nothing_beyond_the_arrays_is_read_or_written(backend: str, scope: str, history: int) -> None:
+    """NaN before and after: a row that reads one would be left out."""
+    arguments = inputs.anderson_solve(34, 3, history, scope=scope)
+    expected = inputs.clone(arguments)
+    inputs.run("anderson_solve", backend, expected)
+    names = ("gram", "rhs", "gamma")
+    held = {
+        name: torch.full((arguments[name].numel() + 512,), torch.nan, dtype=arguments[name].dtype) for name in names
+    }
+    for name, memory in held.items():
+        arguments[name] = memory[256:-256].view_as(arguments[name]).copy_(arguments[name])
+    inputs.run("anderson_solve", backend, arguments)
+    assert torch.equal(arguments["gamma"], expected["gamma"])
+    for memory in held.values():
+        assert memory[:256].isnan().all() and memory[-256:].isnan().all()
+
+
+@BACKENDS
+@SCOPES
+def test_windows_that_reach_beyond_the_chain(backend: str, scope: str) -> None:
+    if backend == "reference":
+        pytest.skip("takes a first step that is not there for no first step")
+    arguments = inputs.anderson_solve(6, 3, 3, scope=scope, implicit=True)
+    *_, arguments["gram"], arguments["rhs"] = least_squares(6, 3, 9, 3)
+    inside = inputs.clone(arguments) | {"window": torch.tensor([[0, 6], [2, 6], [6, 6]])}
+    arguments["window"] = torch.tensor([[-4, 9], [2, 2**62], [2**62, 2**62]])
+    for one in (arguments, inside):
+        inputs.run("anderson_solve", backend, one)
+    assert torch.equal(arguments["gamma"], inside["gamma"])
+
+
+@BACKENDS
+@SCOPES
 @pytest.mark.parametrize(("ridge", "absolute"), [(0.0, 0.0), (1e-2, 0.0), (0.0, 3.0), (0.5, 0.5), (0.0, 1e30)])
 def test_ridges(backend: str, scope: str, ridge: float, absolute: float) -> None:
     arguments = inputs.anderson_solve(7, 5, 4, scope=scope) | {"ridge": ridge, "ridge_absolute": absolute}
