@@ -2,7 +2,7 @@
 //
 //   change = max_i |g[i+1]| / min(|x[i+1]|, |x[0]|)             inf while the window does not reach the end
 //   ratio = change / min(last change, 1), held within contraction .. 1
-//   left = change sqrt(ratio last_ratio)
+//   rho = sqrt(ratio last_ratio),        left = change rho / max(1 - rho^2, 0.1)
 //
 // The new window begins at the first step that is not settled, |r[i+1]| > tolerance |x[i+1]|, but past the first active
 // step of an explicit chain, which is exact. A sample has converged when its window is empty, or left <= rtol, rtol > 0.

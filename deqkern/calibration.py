@@ -22,10 +22,10 @@ class _Recorder(Secant):
 
     sums: list[Tensor] = field(default_factory=list)  # one (S, K, 2) per iteration
 
-    def refine(self, slope: Tensor, moments: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    def refine(self, slope: Tensor, moments: Tensor, low: Tensor, high: Tensor) -> None:
         total = moments[..., 1].sum(-1)[..., None, None]  # (S, B, 1, 1)
         self.sums.append(torch.where(total > 0, moments / total, 0.0).sum(1))
-        return super().refine(slope, moments, low, high)
+        super().refine(slope, moments, low, high)
 
 
 def calibrate(

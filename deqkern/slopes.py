@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from . import ops
 from .schedule import StepTable
 from .spectral import Basis
 
@@ -114,12 +115,9 @@ class Secant:
     def initial(self, table: StepTable, basis: Basis) -> Tensor:  # (S, K)
         return (self.start or Gaussian()).initial(table, basis)
 
-    def refine(self, slope: Tensor, moments: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """The next slope (S, B, K) from the last one and moments (S, B, K, 2); kept within low .. high (S, 1, 1)."""
-        cross, square = moments.unbind(-1)
-        square = square + torch.finfo(square.dtype).tiny
-        measured = (cross / square + self.pull * slope) / (1 + self.pull)
-        return torch.where(moments[..., 1] > 0, measured, slope).clamp(low, high)
+    def refine(self, slope: Tensor, moments: Tensor, low: Tensor, high: Tensor) -> None:
+        """Make `slope` (S, B, K) the next one, from moments (S, B, K, 2) and within low .. high (S,)."""
+        ops.secant_slope(moments, low, high, self.pull, slope)
 
 
 Slope = Frozen | Gaussian | SlopeProfile | Secant

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .capture import CapturedIterations
 from .slopes import Secant, slope_of
 from .solvers import Solver
 from .trajectory import Trajectory
@@ -55,71 +56,97 @@ class Solution:
 class _Workspace:
     """The memory of a solve, allocated once: (2 m + 6) (S + 1) B D floats at most, with all that `Trajectory` holds."""
 
-    def __init__(self, trajectory: Trajectory, solver: Solver) -> None:
+    def __init__(self, trajectory: Trajectory, solver: Solver, size: int) -> None:
         x, bands = trajectory.x, trajectory.basis.bands
-        steps, batch, size = trajectory.steps, trajectory.batch, trajectory.basis.size
+        steps, batch, elements = trajectory.steps, trajectory.batch, trajectory.basis.size
         m = solver.history_size
-        self.e = x.new_zeros(steps, batch, size)  # becomes e_prev first
-        self.e_prev = torch.empty_like(self.e) if solver.slope.adapts else self.e
-        moves = x.new_zeros((m + 1) * steps + 1, batch, size)  # the first row stays zero: x[0] never moves
+        self.e = [x.new_zeros(steps, batch, elements) for _ in range(2 if solver.slope.adapts else 1)]
+        moves = x.new_zeros((m + 1) * steps + 1, batch, elements)  # the first row stays zero: x[0] never moves
         self.dx = moves[:steps]  # (S, B, D), with m = 0 the last change of x[:-1]
-        self.g_ring = moves[1:].view(m + 1, steps, batch, size)
-        self.f_ring = x.new_zeros(m + 1, steps, batch, size) if m else x[None, 1:]
+        self.g_ring = moves[1:].view(m + 1, steps, batch, elements)
+        self.f_ring = x.new_zeros(m + 1, steps, batch, elements) if m else x[None, 1:]
         wide = x.new_zeros(0, dtype=torch.float64)
         self.gram = wide.new_zeros(steps, batch, m, m)
         self.rhs = wide.new_zeros(steps, batch, m)
         self.gamma = x.new_zeros(steps, batch, m)
         self.norms = wide.new_zeros(steps, batch, 3)
         self.moments = wide.new_zeros(steps, batch, len(bands) - 1, 2)
+        self.errors = wide.new_tensor([torch.inf, torch.inf, 1.0, torch.inf]).repeat(batch, 1)
+        self.status = wide.new_zeros(3 * batch, dtype=torch.int64)  # one piece, so that one copy tells the host
+        self.window, self.diverged = self.status[: 2 * batch].view(batch, 2), self.status[2 * batch :]
+        self.window[:, 1] = size
 
 
 class _Iteration:
-    """One iteration of a solver on a trajectory: correction, mixing, update of x in place."""
+    """One iteration of a solver on a trajectory: correction, mixing, update of x in place, and what it reached.
 
-    def __init__(self, trajectory: Trajectory, solver: Solver) -> None:
-        table, device = trajectory.table, trajectory.x.device
-        self.trajectory, self.solver, self.work = trajectory, solver, _Workspace(trajectory, solver)
+    Nothing in it waits for the device or depends on what it computed, so that it can be captured in a CUDA graph.
+    """
+
+    def __init__(self, trajectory: Trajectory, solver: Solver, rtol: float) -> None:
+        table, device, steps = trajectory.table, trajectory.x.device, trajectory.steps
+        self.size = min(solver.window or steps, steps)
+        self.trajectory, self.solver, self.work = trajectory, solver, _Workspace(trajectory, solver, self.size)
+        # A step whose one-step residual is below is settled: it is not evaluated again.
+        self.rtol, self.tolerance = rtol, rtol / steps if rtol else SETTLED_EXACT
         self.a, self.b, self.n = (v.to(device, torch.float32) for v in (table.a, table.b, table.n))
         ends = torch.stack([table.slope_0, table.slope_1]).to(device)
-        self.low, self.high = ends.amin(0)[:, None, None], ends.amax(0)[:, None, None]  # (S, 1, 1)
+        self.low, self.high = ends.amin(0), ends.amax(0)  # (S,) float64
         shrinkage = solver.slope.initial(table, trajectory.basis).to(device)
-        slope = slope_of(table, shrinkage)[:, None]  # (S, 1, K)
-        self.slope = slope.expand(-1, trajectory.batch, -1).contiguous()  # (S, B, K) float64
-        self.frozen = table.slope_0.to(device)[:, None]
-        self.fallen_back = torch.zeros(trajectory.batch, dtype=torch.bool, device=device)
+        slope = slope_of(table, shrinkage)[:, None].float()  # (S, 1, K)
+        self.slope = slope.expand(-1, trajectory.batch, -1).contiguous()  # (S, B, K)
+        self.frozen = table.slope_0.to(device, torch.float32)[:, None, None]
+        self.scale = trajectory.x[0].double().norm(dim=-1)  # (B,)
+        self.fallen_back: Tensor | None = None  # (B,) bool, once a sample has
 
-    def advance(self, k: int, rows: Tensor, window: Tensor) -> None:
-        """Iteration k = 0, 1, .. over the active steps `window` (B, 2), whose flat indices are `rows`."""
-        work, x, bands = self.work, self.trajectory.x, self.trajectory.basis.bands
-        work.e, work.e_prev = work.e_prev, work.e
-        self.trajectory.evaluate(rows, work.e)
-        if isinstance(self.solver.slope, Secant) and (k or self.solver.slope.start is None):
+    def phase(self, k: int) -> tuple[int, ...]:
+        """Iterations of one phase run the same kernels on the same memory."""
+        m = self.solver.history_size
+        return (k == 0, k % len(self.work.e), k % (m + 1), min(k, m), self.fallen_back is not None)
+
+    def run(self, k: int) -> None:
+        """Iteration k = 0, 1, .. over the rows that the trajectory has selected."""
+        work, solver, trajectory, bands = self.work, self.solver, self.trajectory, self.trajectory.basis.bands
+        x, window, m = trajectory.x, work.window, solver.history_size
+        e, e_prev = work.e[k % len(work.e)], work.e[(k + 1) % len(work.e)]
+        trajectory.evaluate(e)
+        if isinstance(solver.slope, Secant) and (k or solver.slope.start is None):
             dx = work.dx if k else x[:-1]  # with the first e_prev: the secant from zero to the first states
-            ops.band_moments(dx, work.e, work.e_prev, bands, window, work.moments)
-            self.slope = self.solver.slope.refine(self.slope, work.moments, self.low, self.high)
-        slope = torch.where(self.fallen_back[:, None], self.frozen[:, None], self.slope).to(x.dtype)
-        head = k % (self.solver.history_size + 1)
-        f, g, z, beta = work.f_ring[head], work.g_ring[head], self.trajectory.z, self.solver.beta
-        ops.ddim_scan(x, work.e, z, self.a, self.b, self.n, slope, bands, window, beta, False, f, g, work.norms)
-        if self.solver.history_size:
-            self._mix(k, head, window)
+            ops.band_moments(dx, e, e_prev, bands, window, work.moments)
+            solver.slope.refine(self.slope, work.moments, self.low, self.high)
+        if self.fallen_back is not None:
+            self.slope.copy_(torch.where(self.fallen_back[:, None], self.frozen, self.slope))
+        head = k % (m + 1)
+        f, g = work.f_ring[head], work.g_ring[head]
+        ops.ddim_scan(
+            *(x, e, trajectory.z, self.a, self.b, self.n, self.slope, bands, window),
+            *(solver.beta, False, f, g, work.norms),
+        )
+        if m:
+            self._mix(head, min(k, m))
+        ops.progress(
+            *(work.norms, self.scale, self.rtol, self.tolerance, CONTRACTION, GROWTH, self.size, False),
+            *(work.errors, window, work.diverged),
+        )
 
-    def _mix(self, k: int, head: int, window: Tensor) -> None:
-        work, solver, count = self.work, self.solver, min(k, self.solver.history_size)
+    def _mix(self, head: int, count: int) -> None:
+        work, solver, window = self.work, self.solver, self.work.window
         if count:
             ops.anderson_gram(work.g_ring, head, count, window, work.gram, work.rhs)
             ops.anderson_solve(
-                work.gram, work.rhs, window, solver.scope, solver.ridge, solver.ridge_absolute, False, work.gamma
+                *(work.gram, work.rhs, window, solver.scope, solver.ridge, solver.ridge_absolute, False, work.gamma)
             )
-            work.gamma.masked_fill_(self.fallen_back[:, None], 0.0)
+            if self.fallen_back is not None:
+                work.gamma.masked_fill_(self.fallen_back[:, None], 0.0)
         ops.anderson_mix(work.f_ring, head, count, work.gamma, window, self.trajectory.x[1:])
 
     def fall_back(self, diverged: Tensor, window: Tensor, k: int) -> None:
         """Go on with plain iteration for the samples `diverged` (B,), from the first state that is exact.
 
-        Raises ValueError if it was the model that gave NaN or infinity.
+        window: (B, 2), what was active in iteration k. Both are on the CPU. Raises ValueError if it was the model
+        that gave NaN or infinity.
         """
-        x, e, timesteps = self.trajectory.x, self.work.e, self.trajectory.table.timesteps
+        x, e, timesteps = self.trajectory.x, self.work.e[k % len(self.work.e)], self.trajectory.table.timesteps
         for b in diverged.nonzero().flatten().tolist():
             begin, end = window[b].tolist()
             bad = ~e[begin:end, b].isfinite().all(-1).cpu()
@@ -127,58 +154,38 @@ class _Iteration:
                 where = timesteps[begin:end][bad].tolist()
                 raise ValueError(f"model returned NaN or infinity at iteration {k + 1}, timesteps {where} (sample {b})")
             x[begin + 2 :, b] = x[begin + 1, b]
-        self.fallen_back |= diverged
+        fallen_back = (diverged != 0).to(x.device)
+        self.fallen_back = fallen_back if self.fallen_back is None else self.fallen_back | fallen_back
 
 
-class _Progress:
-    """What is settled, what error is left, and which rows come next. All per sample."""
+class _Mailbox:
+    """The status of the iterations, as the host sees it: one small copy, and the one wait, between two iterations.
 
-    def __init__(self, trajectory: Trajectory, solver: Solver, rtol: float) -> None:
-        batch, device = trajectory.batch, trajectory.x.device
-        self.steps, self.size, self.rtol = trajectory.steps, solver.window or trajectory.steps, rtol
-        # A step whose one-step residual is below is settled: it is not evaluated again.
-        self.tolerance = rtol / self.steps if rtol else SETTLED_EXACT
-        self.estimate = torch.full((batch,), torch.inf, dtype=torch.float64, device=device)
-        self.change, self.smallest = self.estimate, self.estimate  # the largest relative correction; |g[S]|
-        self.converged = torch.zeros(batch, dtype=torch.bool, device=device)
-        self.scale = trajectory.x[0].double().norm(dim=-1)  # (B,)
-        self.index = torch.arange(self.steps, device=device)[:, None]
-        self._open(torch.zeros(batch, dtype=torch.int64, device=device))
+    The alternative, to read it an iteration late, costs a whole iteration of model evaluations after the last one.
+    """
 
-    def _open(self, begin: Tensor) -> None:
-        self.window = torch.stack([begin, (begin + self.size).clamp_max(self.steps)], 1)
+    def __init__(self, status: Tensor) -> None:
+        self.status, self.on_gpu = status, status.is_cuda
+        if self.on_gpu:
+            self.host, self.arrived = torch.empty_like(status, device="cpu", pin_memory=True), torch.cuda.Event()
 
-    def rows(self) -> Tensor:
-        """Flat indices i * B + b of the active (step, sample) pairs, in the order of the steps."""
-        active = (self.index >= self.window[:, 0]) & (self.index < self.window[:, 1])
-        return active.flatten().nonzero().flatten()
+    def read(self) -> tuple[Tensor, Tensor]:
+        """The windows (B, 2) and the samples that diverged (B,), on the CPU."""
+        if self.on_gpu:
+            self.host.copy_(self.status, non_blocking=True)
+            self.arrived.record(torch.cuda.current_stream(self.status.device))
+            self.arrived.synchronize()
+            status = self.host.clone()
+        else:
+            status = self.status.clone()
+        batch = len(status) // 3
+        return status[: 2 * batch].view(batch, 2), status[2 * batch :]
 
-    def update(self, norms: Tensor) -> Tensor:
-        """Take in the squared norms (S, B, 3) of one iteration; returns the samples (B,) that diverged."""
-        residual, correction, state = norms.sqrt().unbind(-1)
-        begin, end = self.window.unbind(1)
-        active, reaches_end = ~self.converged, end == self.steps
-        # A state that is larger than the noise is taken for an overshoot, not for the scale of the data.
-        scale = torch.minimum(torch.where(state > 0, state, torch.inf), self.scale)
-        change = torch.where(reaches_end, (correction / scale).nan_to_num(0.0, torch.inf).amax(0), torch.inf)
-        # What is left after this correction: the last contraction once more. An error above 1 tells nothing of it.
-        left = change * (change / self.change.clamp_max(1.0)).clamp(CONTRACTION, 1.0)
-        diverged = active & (
-            ~norms.isfinite().all(-1).all(0) | (reaches_end & (correction[-1] > GROWTH * self.smallest))
-        )
-        # The first active step took the plain step, so its end is exact. Settled steps follow up to the first other.
-        exact = torch.minimum(begin + 1, end)
-        settled = (self.index < begin) | ((self.index < end) & (residual <= self.tolerance * state))
-        frontier = torch.maximum(settled.long().cumprod(0).sum(0), exact)
-        frontier = torch.where(diverged, exact, frontier)
-        finished = frontier >= self.steps
-        left = torch.where(finished, left.clamp_max(self.tolerance), left)
-        self.estimate = torch.where(active, left, self.estimate)
-        self.smallest = torch.where(reaches_end, torch.fmin(self.smallest, correction[-1]), self.smallest)
-        self.change = change
-        self.converged = self.converged | finished | (active & ~diverged & (self.rtol > 0) & (left <= self.rtol))
-        self._open(torch.where(self.converged, self.steps, frontier))
-        return diverged
+
+def open_rows(window: Tensor, steps: int) -> Tensor:
+    """Flat indices i * B + b of the active (step, sample) pairs of window (B, 2), in the order of the steps."""
+    index = torch.arange(steps)[:, None]
+    return ((index >= window[:, 0]) & (index < window[:, 1])).flatten().nonzero().flatten()
 
 
 def solve(
@@ -189,31 +196,44 @@ def solve(
     max_iterations: int | None = None,
     callback: Callback | None = None,
     dtype: torch.dtype = torch.float32,
+    cuda_graph: bool = False,
 ) -> Solution:
     """Iterate `solver` on `trajectory` in place until every sample's estimated remaining error is at most rtol.
 
-    rtol = 0 goes on until every step is exact. Raises ValueError if the model returns NaN.
+    rtol = 0 goes on until every step is exact. cuda_graph: launch iterations as graphs; no solver.window then. Raises
+    ValueError if the model returns NaN.
     """
     steps, batch, shape = trajectory.steps, trajectory.batch, trajectory.basis.shape
-    iteration, progress = _Iteration(trajectory, solver), _Progress(trajectory, solver, rtol)
+    iteration = _Iteration(trajectory, solver, rtol)
+    work, mailbox = iteration.work, _Mailbox(iteration.work.status)
+    run: _Iteration | CapturedIterations = iteration
     history: list[Tensor] = []
     last = torch.arange(steps * batch, (steps + 1) * batch, device=trajectory.x.device)
     limit = steps if max_iterations is None else min(max_iterations, steps)
-    while len(history) < limit and not bool(progress.converged.all()):
-        window, k = progress.window, len(history)
-        iteration.advance(k, progress.rows(), window)
-        diverged = progress.update(iteration.work.norms)
+    window, diverged = mailbox.read()
+    while len(history) < limit and bool((window[:, 0] < steps).any()):
+        k = len(history)
+        rows = open_rows(window, steps)
+        if not cuda_graph or 2 * len(rows) <= trajectory.selected or not k:
+            trajectory.select(rows)
+            if cuda_graph:  # a graph goes on evaluating the rows it was captured with
+                run = CapturedIterations(iteration, trajectory.x.device)
+        run.run(k)
+        trajectory.count()
+        before, (window, diverged) = window, mailbox.read()
         if bool(diverged.any()):
-            iteration.fall_back(diverged, window, k)
-        history.append(progress.estimate)
+            iteration.fall_back(diverged, before, k)
+        history.append(work.errors[:, 0].clone())
         if callback is not None:
-            callback(k + 1, trajectory.images(last).to(dtype, copy=True), progress.estimate.clone())
-    fallen_back = int(iteration.fallen_back.sum())
-    del iteration  # its memory makes room for the states
+            callback(k + 1, trajectory.images(last).to(dtype, copy=True), history[-1].clone())
+    converged = (window[:, 0] >= steps).to(trajectory.x.device)
+    estimate = work.errors[:, 0].clone()
+    fallen_back = 0 if iteration.fallen_back is None else int(iteration.fallen_back.sum())
+    del iteration, work, run  # their memory makes room for the states
     states = trajectory.x.new_empty(steps + 1, batch, *shape)
     rows = torch.arange((steps + 1) * batch, device=states.device)
     trajectory.basis.inverse(trajectory.x.flatten(0, 1), states.flatten(0, 1), rows)
-    missed = int((~progress.converged).sum())
+    missed = int((~converged).sum())
     message = f"{batch - missed} of {batch} samples converged in {len(history)} iterations (rtol {rtol:g})"
     if fallen_back:
         message += f"; {fallen_back} diverged and went on with plain iteration"
@@ -222,8 +242,8 @@ def solve(
     return Solution(
         value=states[-1].to(dtype, copy=True),
         trajectory=states,
-        converged=progress.converged,
-        error_estimate=progress.estimate,
+        converged=converged,
+        error_estimate=estimate,
         iterations=len(history),
         nfe=trajectory.nfe,
         history=torch.stack(history) if history else torch.zeros(0, batch, dtype=torch.float64),

@@ -26,9 +26,9 @@ def model_dtype(model: Model, default: torch.dtype) -> torch.dtype:
 
 @dataclass
 class Trajectory:
-    """States x[0] .. x[S] of B chains; `evaluate` calls the model at any set of their rows in one batch.
+    """States x[0] .. x[S] of B chains; `evaluate` calls the model at the rows that `select` chose, in one batch.
 
-    `rows` are flat indices i * B + b of (step, sample). The model sees `(N, *shape)` in its own dtype, timesteps
+    Rows are flat indices i * B + b of (step, sample). The model sees `(N, *shape)` in its own dtype, timesteps
     `(N,)`, and those tensors of `model_kwargs` whose first dimension is B, repeated per row. Its output, in fp32 and
     after clipping where the schedule clips, is written in the solver's basis.
     """
@@ -48,6 +48,8 @@ class Trajectory:
         self._images: Tensor | None = None  # (rows, *shape) fp32
         self._inputs: Tensor | None = None  # the same in the model's dtype, if that is another
         self._timesteps = self.table.timesteps.to(self.x.device)
+        self._rows = torch.empty(0, dtype=torch.int64)  # on the device
+        self._counts = torch.zeros_like(self.nfe)
 
     @property
     def steps(self) -> int:
@@ -68,9 +70,25 @@ class Trajectory:
         self.basis.inverse(self.x.flatten(0, 1), image, rows)
         return image
 
-    def evaluate(self, rows: Tensor, out: Tensor) -> None:
-        """Call the model at the states `rows` (N,) int64; its output goes to `out` (S, B, D) fp32, in the basis."""
-        for part in rows.split(self.max_batch or max(len(rows), 1)):
+    @property
+    def selected(self) -> int:
+        """The number of selected rows."""
+        return len(self._rows)
+
+    def select(self, rows: Tensor) -> None:
+        """Choose the states `rows` (N,) int64, on the CPU, that `evaluate` calls the model at."""
+        self._counts = torch.bincount(rows % self.batch, minlength=self.batch)
+        if self.x.is_cuda:
+            rows = rows.pin_memory().to(self.x.device, non_blocking=True)
+        self._rows = rows
+
+    def count(self) -> None:
+        """Add the selected rows to `nfe`: once per evaluation, also where a captured one is replayed."""
+        self.nfe += self._counts
+
+    def evaluate(self, out: Tensor) -> None:
+        """Call the model at the selected states; its output goes to `out` (S, B, D) fp32, in the basis."""
+        for part in self._rows.split(self.max_batch or max(self.selected, 1)):
             steps, samples = part // self.batch, part % self.batch
             image = self.images(part)
             output = self._call(self._input(image), self._timesteps[steps], samples)
@@ -79,7 +97,6 @@ class Trajectory:
             elif output.dtype != image.dtype or not output.is_contiguous():
                 output = image.copy_(output)  # the images are not needed any more
             self.basis.forward(output, out.flatten(0, 1), part)
-        self.nfe += torch.bincount((rows % self.batch).cpu(), minlength=self.batch)
 
     def _input(self, image: Tensor) -> Tensor:
         """The images (N, *shape) in the model's dtype, in memory that the next call reuses."""

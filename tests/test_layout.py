@@ -19,6 +19,7 @@ LAYERS = [
     ["deqkern.spectral"],
     ["deqkern.slopes"],
     ["deqkern.solvers", "deqkern.trajectory"],
+    ["deqkern.capture"],
     ["deqkern.solve"],
     ["deqkern.sampling"],
     ["deqkern.calibration"],

@@ -41,14 +41,14 @@ def test_flow_slope_of_a_gaussian() -> None:
 
 
 def test_secant_recovers_a_slope_keeps_what_was_not_measured_and_stays_in_range() -> None:
-    secant = slopes.Secant(pull=0.0)
-    low, high = torch.zeros(1, 1, 1, dtype=torch.float64), torch.ones(1, 1, 1, dtype=torch.float64)
-    moments = torch.tensor([[[0.3, 1.0], [0.0, 0.0], [-2.0, 1.0], [5.0, 1.0]]], dtype=torch.float64)[None]
-    before = torch.full((1, 1, 4), 0.7, dtype=torch.float64)
-    after = secant.refine(before, moments[0], low, high)
-    torch.testing.assert_close(after.flatten(), torch.tensor([0.3, 0.7, 0.0, 1.0], dtype=torch.float64))
-    pulled = slopes.Secant(pull=1.0).refine(before, moments[0], low, high)
-    torch.testing.assert_close(pulled[..., 0].item(), 0.5)
+    low, high = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    moments = torch.tensor([[[[0.3, 1.0], [0.0, 0.0], [-2.0, 1.0], [5.0, 1.0]]]], dtype=torch.float64)
+    slope = torch.full((1, 1, 4), 0.7)
+    slopes.Secant(pull=0.0).refine(slope, moments, low, high)
+    torch.testing.assert_close(slope.flatten(), torch.tensor([0.3, 0.7, 0.0, 1.0]))
+    slope = torch.full((1, 1, 4), 0.7)
+    slopes.Secant(pull=1.0).refine(slope, moments, low, high)
+    assert slope[0, 0, 0].item() == pytest.approx(0.5)
 
 
 def profile_of(variance: float, steps: int = 30) -> SlopeProfile:

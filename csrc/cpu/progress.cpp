@@ -44,7 +44,8 @@ void advance(const Progress& op, int64_t b, Window window) {
   const double before = errors[1] < 1e-300 ? 1e-300 : errors[1] > 1.0 ? 1.0 : errors[1];
   double ratio = change / before;
   ratio = ratio < op.contraction ? op.contraction : ratio > 1.0 ? 1.0 : ratio;
-  double left = change * root(ratio * errors[2]);
+  const double square = ratio * errors[2];  // rho^2
+  double left = change * root(square) / (square < 0.9 ? 1.0 - square : 0.1);
   const bool diverged = !chain.is_finite || (whole && chain.last > op.growth * errors[3]);
   const int64_t exact = op.implicit ? window.begin : smaller(window.begin + 1, window.end);
   const int64_t frontier = diverged ? exact : larger(chain.frontier, exact);

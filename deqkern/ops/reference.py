@@ -255,12 +255,13 @@ def progress(
 
         change = max_i |g[i+1]| / min(|x[i+1]|, |x[0]|)             inf while the window does not reach the end
         ratio = change / min(last change, 1), held within contraction .. 1
-        left = change sqrt(ratio last_ratio)
+        rho = sqrt(ratio last_ratio),        left = change rho / max(1 - rho^2, 0.1)
 
-    The new window begins at the first step that is not settled, |r[i+1]| > tolerance |x[i+1]|, but past the first
-    active step of an explicit chain, which took the plain step and is exact. A sample has converged when its window is
-    empty, or left <= rtol, rtol > 0. It diverged if a norm is not finite, or by `growth`, and keeps what is exact.
-    Samples that had converged before keep everything.
+    `left` is what a contraction by rho, rho^2, rho^2, .. from now on would still bring: between a linear and a
+    superlinear end. The new window begins at the first step that is not settled, |r[i+1]| > tolerance |x[i+1]|, but
+    past the first active step of an explicit chain, which took the plain step and is exact. A sample has converged when
+    its window is empty, or left <= rtol, rtol > 0. It diverged if a norm is not finite, or by `growth`, and keeps what
+    is exact. Samples that had converged before keep everything.
     """
     steps = norms.shape[0]
     residual, correction, state = norms.sqrt().unbind(-1)  # (S, B) each
@@ -271,7 +272,8 @@ def progress(
     relative = correction / torch.minimum(torch.where(state > 0, state, torch.inf), scale)
     change = torch.where(whole, relative.nan_to_num(0.0, torch.inf).amax(0), torch.inf)
     ratio = (change / change_before.clamp(1e-300, 1.0)).clamp(contraction, 1.0)
-    left = change * (ratio * ratio_before).sqrt()
+    rho = (ratio * ratio_before).sqrt()
+    left = change * rho / (1 - rho.square()).clamp_min(0.1)
     failed = active & (~norms.isfinite().all(-1).all(0) | (whole & (correction[-1] > growth * smallest)))
     exact = begin if implicit else torch.minimum(begin + 1, end)
     settled = (index < begin) | ((index < end) & (residual <= tolerance * state))

@@ -55,18 +55,19 @@ def reached(backend: str, arguments: dict[str, Any]) -> tuple[Tensor, list[int],
 
 
 @BACKENDS
-def test_what_is_left_is_the_change_times_the_mean_contraction(backend: str) -> None:
+def test_what_is_left_follows_from_the_mean_contraction(backend: str) -> None:
     arguments = sample([1.0] * 3, [0.1, 0.2, 0.08], [1.0, 2.0, 0.4], errors=(0.5, 0.8, 0.64, 1.0))
     errors, window, diverged = reached(backend, arguments)
     change, ratio = 0.2, 0.2 / 0.8  # the second state is larger than the noise, so the noise is its scale
-    assert_close(errors, torch.tensor([change * (ratio * 0.64) ** 0.5, change, ratio, 0.08], dtype=torch.float64))
+    left = change * 0.4 / (1 - 0.4**2)
+    assert_close(errors, torch.tensor([left, change, ratio, 0.08], dtype=torch.float64))
     assert window == [1, 3] and not diverged
 
 
 @BACKENDS
 def test_no_contraction_is_believed_to_be_better_than_the_best(backend: str) -> None:
     errors, window, _ = reached(backend, sample([1.0] * 2, [1e-9, 0.05], [1.0, 1.0], errors=(1.0, 1.0, 0.1, 1.0)))
-    assert_close(errors[:3], torch.tensor([0.05 * 0.1, 0.05, 0.1], dtype=torch.float64))
+    assert_close(errors[:3], torch.tensor([0.05 * 0.1 / 0.99, 0.05, 0.1], dtype=torch.float64))
     assert window == [2, 2]
 
 

@@ -1,0 +1,61 @@
+"""Iterations as CUDA graphs: launched once by the host instead of kernel by kernel."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Protocol
+
+import torch
+
+
+class Iteration(Protocol):
+    """What can be captured: `run(k)` launches the same kernels on the same memory for all k of one phase."""
+
+    def phase(self, k: int) -> tuple[int, ...]:
+        """The phase of iteration k."""
+
+    def run(self, k: int) -> None:
+        """Launch iteration k on the current stream."""
+
+
+class CapturedIterations:
+    """Runs the first iteration as it is, which warms the model up, then captures each phase when it first comes.
+
+    The graphs share one memory pool, since one runs at a time. A model that waits for the device, or moves memory
+    between it and the host, cannot be captured: RuntimeError.
+    """
+
+    def __init__(self, iteration: Iteration, device: torch.device) -> None:
+        self.iteration, self.device = iteration, device
+        self.graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
+        self.warm = False
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
+
+    def run(self, k: int) -> None:
+        """Iteration k on the current stream."""
+        if not self.warm:
+            self.iteration.run(k)
+            self.warm = True
+            return
+        phase = self.iteration.phase(k)
+        if phase not in self.graphs:
+            self.graphs[phase] = self._capture(k)
+        with torch.cuda.device(self.device):
+            self.graphs[phase].replay()
+
+    def _capture(self, k: int) -> torch.cuda.CUDAGraph:
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            # relaxed: a kernel that is compiled now loads its module
+            graph.capture_begin(pool=self.pool, capture_error_mode="relaxed")
+            try:
+                self.iteration.run(k)
+                graph.capture_end()
+            except RuntimeError as error:
+                with contextlib.suppress(RuntimeError):
+                    graph.capture_end()  # the stream goes on
+                raise RuntimeError(f"the model cannot be captured, use cuda_graph=False: {error}") from error
+        current.wait_stream(self.stream)
+        return graph
