@@ -32,7 +32,11 @@ HAS_CUDA = torch.cuda.is_available()
 # Triton runs in its interpreter where there is no GPU.
 DEVICES = {"reference": "cpu", "cpu": "cpu", "lanes": "cpu", "triton": "cuda" if HAS_CUDA else "cpu", "cuda": "cuda"}
 # The backends of a GPU that have a kernel for the op; "lanes" is the CUDA kernel without one.
-KERNELS: dict[str, tuple[str, ...]] = {"anderson_solve": ("cuda", "lanes")}
+KERNELS: dict[str, tuple[str, ...]] = {
+    "anderson_solve": ("cuda", "lanes"),
+    "secant_slope": ("triton",),
+    "progress": ("triton",),
+}
 # (S, B, D, K): every awkward length beside several others; windows go round by sample
 SIZES = (
     (1, 1, 1, 1),

@@ -1,0 +1,103 @@
+"""What an iteration reached: one program per sample."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def progress_kernel(
+    norms,
+    scale,
+    rtol,
+    tolerance,
+    contraction,
+    growth,
+    held,  # steps in a window
+    errors,
+    window,
+    diverged,
+    steps,
+    batch,
+    IMPLICIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """change = max_i |g[i+1]| / min(|x[i+1]|, |x[0]|),  ratio = change / min(last change, 1) within contraction .. 1,
+    rho = sqrt(ratio last_ratio),  left = change rho / max(1 - rho^2, 0.1);  and the next window.
+
+    norms (S, B, 3), scale (B,), errors (B, 4) float64; window (B, 2), diverged (B,) int64. Grid (B,): a program walks
+    its steps BLOCK at a time. In float64.
+    """
+    sample = tl.program_id(0)
+    begin = tl.maximum(tl.load(window + 2 * sample), 0)
+    end = tl.minimum(tl.load(window + 2 * sample + 1), steps)
+    if begin >= steps:
+        tl.store(diverged + sample, 0)
+        return
+    largest = tl.load(scale + sample)
+    change = tl.zeros([BLOCK], tl.float64)
+    finite = tl.full([BLOCK], 1, tl.int32)
+    first = tl.zeros([BLOCK], tl.int64) + steps  # the first step that is not settled
+    for start in range(0, steps, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        inside = i < steps
+        row = norms + (i.to(tl.int64) * batch + sample) * 3
+        residual = tl.load(row, mask=inside, other=0.0)
+        correction = tl.load(row + 1, mask=inside, other=0.0)
+        state = tl.load(row + 2, mask=inside, other=0.0)
+        good = (tl.abs(residual) < float("inf")) & (tl.abs(correction) < float("inf")) & (tl.abs(state) < float("inf"))
+        finite = tl.where(good, finite, 0)
+        residual, correction, state = tl.sqrt(residual), tl.sqrt(correction), tl.sqrt(state)
+        # a state that is larger than the noise is taken for an overshoot, not for the scale of the data
+        relative = correction / tl.where((state > 0) & (state < largest), state, largest)
+        change = tl.where(relative > change, relative, change)
+        settled = (i < begin) | ((i < end) & (residual <= tolerance * state)) | (i >= steps)
+        first = tl.where(settled, first, tl.minimum(first, i))
+    last = tl.sqrt(tl.load(norms + ((steps - 1) * batch + sample) * 3 + 1))
+    whole = end == steps
+    smallest = tl.load(errors + 4 * sample + 3)
+    failed = (tl.min(finite, 0) == 0) | (whole & (last > growth * smallest))
+    reached = tl.where(whole, tl.max(change, 0), float("inf"))
+    before = tl.load(errors + 4 * sample + 1)
+    before = tl.where(before < 1e-300, 1e-300, tl.where(before > 1.0, 1.0, before))
+    ratio = reached / before
+    ratio = tl.where(ratio < contraction, contraction, tl.where(ratio > 1.0, 1.0, ratio))
+    square = ratio * tl.load(errors + 4 * sample + 2)
+    left = reached * tl.sqrt(square) / tl.where(square < 0.9, 1.0 - square, 0.1)
+    exact = begin
+    if not IMPLICIT:
+        exact = tl.minimum(begin + 1, end)
+    frontier = tl.where(failed, exact, tl.maximum(tl.min(first, 0), exact))
+    left = tl.where((frontier >= steps) & (left > tolerance), tolerance, left)
+    converged = (frontier >= steps) | ((failed == 0) & (rtol > 0) & (left <= rtol))
+    opened = tl.where(converged, steps, frontier)
+    tl.store(errors + 4 * sample, left)
+    tl.store(errors + 4 * sample + 1, reached)
+    tl.store(errors + 4 * sample + 2, ratio)
+    tl.store(errors + 4 * sample + 3, tl.where(whole & (last < smallest), last, smallest))
+    tl.store(window + 2 * sample, opened)
+    tl.store(window + 2 * sample + 1, tl.minimum(opened + held, steps))
+    tl.store(diverged + sample, failed.to(tl.int64))
+
+
+def progress(
+    norms: torch.Tensor,  # (S, B, 3) float64
+    scale: torch.Tensor,  # (B,) float64
+    rtol: float,
+    tolerance: float,
+    contraction: float,
+    growth: float,
+    size: int,
+    implicit: bool,
+    errors: torch.Tensor,  # (B, 4) float64, updated
+    window: torch.Tensor,  # (B, 2) int64, updated
+    diverged: torch.Tensor,  # (B,) int64, written
+) -> None:
+    steps, batch, _ = norms.shape
+    block = min(triton.next_power_of_2(steps), 256)
+    progress_kernel[(batch,)](
+        norms, scale, rtol, tolerance, contraction, growth, size, errors, window, diverged, steps, batch,
+        implicit, block, num_warps=1,
+    )  # fmt: skip
