@@ -72,10 +72,20 @@ class _Kernels(Work):
         self.x = torch.zeros(steps + 1, batch, basis.size)
         self.window = open_windows(SIZE, self.x.device)
         self.norms = torch.zeros(steps, batch, 3, dtype=torch.float64)
+        self.scale = torch.ones(batch, dtype=torch.float64)
+        self.diverged = torch.zeros(batch, dtype=torch.int64)
 
     def _scan(self, e: Tensor, slope: Tensor, f: Tensor, g: Tensor) -> None:
         ops.ddim_scan(
             self.x, e, None, self.a, self.b, self.n, slope, self.basis.bands, self.window, 1.0, False, f, g, self.norms
+        )
+
+    def _progress(self) -> None:
+        """On a window of its own, since every step stays active here."""
+        window = self.window.clone()
+        errors = torch.ones(len(window), 4, dtype=torch.float64)
+        ops.progress(
+            *(self.norms, self.scale, 0.0, 0.0, 0.1, 1e3, SIZE.steps, False, errors, window, self.diverged),
         )
 
 
@@ -105,8 +115,9 @@ class Anderson(_Kernels):
         self._scan(output.view(SIZE.steps, SIZE.batch, -1), self.slope, self.f_ring[head], self.g_ring[head])
         if count:
             ops.anderson_gram(self.g_ring, head, count, self.window, self.gram, self.rhs)
-            ops.anderson_solve(self.gram, self.rhs, self.window, "row", 0.0, RIDGE, self.gamma)
+            ops.anderson_solve(self.gram, self.rhs, self.window, "row", 0.0, RIDGE, False, self.gamma)
         ops.anderson_mix(self.f_ring, head, count, self.gamma, self.window, self.x[1:])
+        self._progress()
 
     def states(self) -> Tensor:
         return self.x[1:]
@@ -122,8 +133,9 @@ class Default(_Kernels):
         rows = (SIZE.steps, SIZE.batch)
         self.secant = Secant()
         ends = torch.stack([self.table.slope_0, self.table.slope_1])
-        self.low, self.high = ends.amin(0)[:, None, None], ends.amax(0)[:, None, None]
-        self.first = slope_of(self.table, Gaussian().initial(self.table, self.basis))[:, None].contiguous()
+        self.low, self.high = ends.amin(0), ends.amax(0)
+        self.first = slope_of(self.table, Gaussian().initial(self.table, self.basis))[:, None].float().contiguous()
+        self.slope = self.first.clone()
         self.image = torch.zeros(SIZE.steps * SIZE.batch, *SIZE.shape)
         self.e, self.e_prev = torch.zeros(2, *rows, self.basis.size).unbind()
         self.g = torch.zeros_like(self.x)
@@ -134,7 +146,7 @@ class Default(_Kernels):
     def start(self, noise: Tensor) -> None:
         self.basis.forward(noise, self.x[0], torch.arange(SIZE.batch))
         self.x[1:] = self.x[0]
-        self.slope = self.first
+        self.slope.copy_(self.first)
 
     def before(self) -> Tensor:
         self.basis.inverse(self.x.flatten(0, 1), self.image, self.rows)
@@ -145,8 +157,9 @@ class Default(_Kernels):
         self.basis.forward(output, self.e.flatten(0, 1), self.rows)
         if k:
             ops.band_moments(self.g[:-1], self.e, self.e_prev, self.basis.bands, self.window, self.moments)
-            self.slope = self.secant.refine(self.slope, self.moments, self.low, self.high)
-        self._scan(self.e, self.slope.float(), self.x[1:], self.g[1:])
+            self.secant.refine(self.slope, self.moments, self.low, self.high)
+        self._scan(self.e, self.slope, self.x[1:], self.g[1:])
+        self._progress()
 
     def states(self) -> Tensor:
         image = torch.empty(SIZE.steps * SIZE.batch, *SIZE.shape)

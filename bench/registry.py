@@ -8,6 +8,8 @@ A byte floor counts each array once for every time that the op has to read or wr
     anderson_gram   m + 1 corrections read                              m + 1
     anderson_mix    m + 1 updates read, the state written               m + 2
     anderson_solve  no unit: the Gram matrices and right sides read, gamma written
+    secant_slope    no unit: the moments read, the slopes read and written
+    progress        no unit: the norms read
 
 All windows are open and all of the history is there. Without history (m = 0) an iteration has no gram, solve and mix.
 """
@@ -81,17 +83,20 @@ def cases(full: bool) -> list[Case]:
 
 
 def _cases_of(size: Size, histories: tuple[int, ...]) -> Iterator[Case]:
-    n, unit = size.elements, 4 * size.elements
+    n, unit, flat = size.elements, 4 * size.elements, Size(size.steps, size.batch, ())
     for noise in (False, True):
         yield Case("ddim_scan", "eta>0" if noise else "", size, _ddim_scan(size, noise), (4 + noise) * unit, 4 * n)
     yield Case("band_moments", "", size, _band_moments(size), 3 * unit, 40 * n)
+    if len(size.shape) == 3:
+        slopes = flat.elements * (len(basis_of(size.shape, torch.device("cpu")).bands) - 1)
+        yield Case("secant_slope", "", size, _secant_slope(size), 24 * slopes, 40 * slopes)
+    yield Case("progress", "", flat, _progress(flat), 24 * flat.elements, 400 * flat.elements)
     if len(size.shape) == 3:
         for inverse in (False, True):
             yield Case("dct2", "inverse" if inverse else "forward", size, _dct2(size, inverse), 2 * unit, 16 * n)
     for m in histories:
         yield Case("anderson_gram", f"m{m}", size, _anderson_gram(size, m), (m + 1) * unit, (16 * m + 8) * n)
         yield Case("anderson_mix", f"m{m}", size, _anderson_mix(size, m), (m + 2) * unit, 16 * n)
-        flat = Size(size.steps, size.batch, ())
         systems = flat.elements * (8 * m * m + 8 * m + 4 * m)
         for scope in ("row", "causal"):
             make = _anderson_solve(flat, m, scope)
@@ -164,6 +169,42 @@ def _dct2(size: Size, inverse: bool) -> Callable[[torch.device], Arguments]:
             "colour": basis.colour,
             "order": basis.order,
             "inverse": inverse,
+        }
+
+    return make
+
+
+def _secant_slope(size: Size) -> Callable[[torch.device], Arguments]:
+    def make(device: torch.device) -> Arguments:
+        rows = (size.steps, size.batch, len(basis_of(size.shape, torch.device("cpu")).bands) - 1)
+        double: Any = {"dtype": torch.float64, "device": device}
+        return {
+            "moments": torch.rand(*rows, 2, **double),
+            "low": torch.zeros(size.steps, **double),
+            "high": torch.ones(size.steps, **double),
+            "pull": 1e-2,
+            "slope": torch.rand(rows, device=device),
+        }
+
+    return make
+
+
+def _progress(size: Size) -> Callable[[torch.device], Arguments]:
+    def make(device: torch.device) -> Arguments:
+        double: Any = {"dtype": torch.float64, "device": device}
+        norms = torch.rand(size.steps, size.batch, 3, **double)
+        return {
+            "norms": norms,
+            "scale": torch.ones(size.batch, **double),
+            "rtol": 0.0,
+            "tolerance": 0.0,
+            "contraction": 0.1,
+            "growth": 1e3,
+            "size": size.steps,
+            "implicit": True,  # so that every step stays active
+            "errors": torch.ones(size.batch, 4, **double),
+            "window": open_windows(size, device),
+            "diverged": torch.zeros(size.batch, dtype=torch.int64, device=device),
         }
 
     return make
