@@ -97,12 +97,13 @@ class _Iteration:
         self.slope = slope.expand(-1, trajectory.batch, -1).contiguous()  # (S, B, K)
         self.frozen = table.slope_0.to(device, torch.float32)[:, None, None]
         self.scale = trajectory.x[0].double().norm(dim=-1)  # (B,)
-        self.fallen_back: Tensor | None = None  # (B,) bool, once a sample has
+        self.fallen_back = torch.zeros(trajectory.batch, dtype=torch.bool, device=device)
+        self.any_fallen = False
 
     def phase(self, k: int) -> tuple[int, ...]:
-        """Iterations of one phase run the same kernels on the same memory."""
+        """Iterations of one phase launch the same kernels on the same memory."""
         m = self.solver.history_size
-        return (k == 0, k % len(self.work.e), k % (m + 1), min(k, m), self.fallen_back is not None)
+        return (k == 0, k % len(self.work.e), k % (m + 1), min(k, m), self.any_fallen)
 
     def run(self, k: int) -> None:
         """Iteration k = 0, 1, .. over the rows that the trajectory has selected."""
@@ -114,7 +115,7 @@ class _Iteration:
             dx = work.dx if k else x[:-1]  # with the first e_prev: the secant from zero to the first states
             ops.band_moments(dx, e, e_prev, bands, window, work.moments)
             solver.slope.refine(self.slope, work.moments, self.low, self.high)
-        if self.fallen_back is not None:
+        if self.any_fallen:
             self.slope.copy_(torch.where(self.fallen_back[:, None], self.frozen, self.slope))
         head = k % (m + 1)
         f, g = work.f_ring[head], work.g_ring[head]
@@ -136,7 +137,7 @@ class _Iteration:
             ops.anderson_solve(
                 *(work.gram, work.rhs, window, solver.scope, solver.ridge, solver.ridge_absolute, False, work.gamma)
             )
-            if self.fallen_back is not None:
+            if self.any_fallen:
                 work.gamma.masked_fill_(self.fallen_back[:, None], 0.0)
         ops.anderson_mix(work.f_ring, head, count, work.gamma, window, self.trajectory.x[1:])
 
@@ -154,8 +155,8 @@ class _Iteration:
                 where = timesteps[begin:end][bad].tolist()
                 raise ValueError(f"model returned NaN or infinity at iteration {k + 1}, timesteps {where} (sample {b})")
             x[begin + 2 :, b] = x[begin + 1, b]
-        fallen_back = (diverged != 0).to(x.device)
-        self.fallen_back = fallen_back if self.fallen_back is None else self.fallen_back | fallen_back
+        self.fallen_back |= (diverged != 0).to(x.device)
+        self.any_fallen = True
 
 
 class _Mailbox:
@@ -228,7 +229,7 @@ def solve(
             callback(k + 1, trajectory.images(last).to(dtype, copy=True), history[-1].clone())
     converged = (window[:, 0] >= steps).to(trajectory.x.device)
     estimate = work.errors[:, 0].clone()
-    fallen_back = 0 if iteration.fallen_back is None else int(iteration.fallen_back.sum())
+    fallen_back = int(iteration.fallen_back.sum())
     del iteration, work, run  # their memory makes room for the states
     states = trajectory.x.new_empty(steps + 1, batch, *shape)
     rows = torch.arange((steps + 1) * batch, device=states.device)
