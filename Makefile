@@ -3,6 +3,8 @@
 #   make demo                                   pictures, curves and a table of the shipped models, in out/
 #   make test, make lint, make types            what .ci/run runs
 #   make bench                                  benchmarks, to bench/results/
+#   make gpu                                    on a GPU: build, tests marked gpu, measurements to bench/results/gpu.json;
+#                                               GPU_PYTHON=python3 takes an environment that has torch and triton
 #   make clean, make distclean                  remove what was built; and the environment .venv too
 #
 #   make demo PYTHON=python3.12                 another interpreter for a new .venv
@@ -16,6 +18,8 @@ PIP_FLAGS ?=
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
 DEMO_FLAGS ?=
+GPU_PYTHON ?= $(PY)
+GPU_OUT ?= bench/results/gpu.json
 BENCH_OUT ?= bench/results/latest.json
 
 VENV := .venv
@@ -25,7 +29,7 @@ TORCH_INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 BUILD_REQUIRES = $$($(PY) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'])")
 RECIPES := pyproject.toml setup.py constraints.txt
 
-.PHONY: help demo test lint types bench native clean distclean
+.PHONY: help demo test lint types bench gpu native clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -47,6 +51,12 @@ types: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev native
 	mkdir -p $(dir $(BENCH_OUT))
 	$(PY) -m pytest bench --benchmark-json=$(BENCH_OUT) $(BENCH_FLAGS)
+
+# About 9 minutes at most. It installs nothing.
+gpu:
+	DEQKERN_CUDA=ON $(GPU_PYTHON) setup.py --quiet build_ext --inplace
+	$(GPU_PYTHON) -m pytest -q -m gpu $(PYTEST_FLAGS)
+	$(GPU_PYTHON) bench/gpu.py --out $(GPU_OUT)
 
 # deqkern._C, where the sources import it from; half a second when nothing has changed.
 native: | $(VENV)/.installed-demo

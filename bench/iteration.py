@@ -6,6 +6,7 @@ job in plain torch, arranged as in the code of arXiv 2210.12867 (DEQ-DDIM).
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -176,18 +177,20 @@ class PlainTorch(Work):
     takes the residual's norm twice. Its logging is left out.
     """
 
-    def __init__(self, released: bool) -> None:
-        steps, size = SIZE.steps, SIZE.elements // SIZE.steps  # one sample: a row is a state
-        self.released, self.name = released, "plain torch, as released" if released else "plain torch"
+    def __init__(self, released: bool, size: Size = SIZE, device: torch.device | str = "cpu") -> None:
+        steps, elements = size.steps, math.prod(size.shape)  # one sample: a row is a state
+        self.size, self.released = size, released
+        self.name = "plain torch, as released" if released else "plain torch"
         table = SCHEDULE.steps(steps)
         scale = table.a.cumprod(0)
-        self.et_coeff, self.sum_coeff = (table.b / scale).float()[:, None], scale.float()[:, None]  # (S, 1)
-        self.history_x, self.history_f = torch.zeros(steps, HISTORY, size), torch.zeros(steps, HISTORY, size)
-        self.chain = torch.zeros(steps + 1, size)
-        self.matrix = torch.zeros(steps, HISTORY + 1, HISTORY + 1)
-        self.right = torch.zeros(steps, HISTORY + 1, 1)
+        self.et_coeff = (table.b / scale).float()[:, None].to(device)  # (S, 1)
+        self.sum_coeff = scale.float()[:, None].to(device)  # (S, 1)
+        self.history_x, self.history_f = torch.zeros(2, steps, HISTORY, elements, device=device).unbind()
+        self.chain = torch.zeros(steps + 1, elements, device=device)
+        self.matrix = torch.zeros(steps, HISTORY + 1, HISTORY + 1, device=device)
+        self.right = torch.zeros(steps, HISTORY + 1, 1, device=device)
         self.matrix[:, 0, 1:] = self.matrix[:, 1:, 0] = self.right[:, 0] = 1
-        self.index = torch.arange(steps)
+        self.index = torch.arange(steps, device=device)
         self.memory = self.history_x.nbytes + self.history_f.nbytes
 
     def start(self, noise: Tensor) -> None:
@@ -199,11 +202,11 @@ class PlainTorch(Work):
 
     def before(self) -> Tensor:
         if not self.released:
-            return self.chain[:-1].view(-1, *SIZE.shape)
+            return self.chain[:-1].view(-1, *self.size.shape)
         states, image = self.history_x[:, self.place], torch.zeros_like(self.chain[1:])
         image[self.index[:1]] = self.noise
         image[self.index[1:]] = states[self.index[:-1]]
-        return image.view(-1, *SIZE.shape)
+        return image.view(-1, *self.size.shape)
 
     def after(self, k: int, output: Tensor) -> None:
         place, count = self.place, min(k + 1, HISTORY)
@@ -213,7 +216,8 @@ class PlainTorch(Work):
             residual = (f[:, place] - x[:, place]).norm().item()
         self.residual = residual / (1e-5 + f[:, place].norm().item())
         g = f - x
-        self.matrix[:, 1 : count + 1, 1 : count + 1] = torch.bmm(g, g.mT) + RIDGE * torch.eye(count)
+        ridge = RIDGE * torch.eye(count, device=g.device)
+        self.matrix[:, 1 : count + 1, 1 : count + 1] = torch.bmm(g, g.mT) + ridge
         system = self.matrix[:, : count + 1, : count + 1]
         weights = torch.linalg.solve(system, self.right[:, : count + 1])[:, None, 1:, 0]  # (S, 1, count)
         self.place = (k + 1) % HISTORY

@@ -1,0 +1,336 @@
+"""Everything that is measured on a GPU, in one run: `make gpu`, or `python bench/gpu.py --out bench/results/gpu.json`.
+
+    copy         the bandwidth of a copy, per size: what every share is a share of
+    ops          microseconds and GB/s of each op, its reference, and its reference through torch.compile
+    solve        the batched least squares against torch.linalg.solve on the same systems
+    iteration    all solver work of one iteration, launched and as a CUDA graph, against DEQ-DDIM's way in plain torch
+    latency      t(N) of each network for a batch of N rows: eager, compiled, as a graph
+    end to end   the sequential chain and the joint solve, wall clock, with the model's share
+
+Networks with random weights converge at once, so they give the time of an iteration only. `--small` is a rehearsal at
+toy sizes, on a CPU too: its times mean nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import platform
+import statistics
+import subprocess
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import networks
+import registry
+import torch
+import typer
+from iteration import HISTORY, SCHEDULE, PlainTorch
+from registry import Size
+from torch import Tensor
+
+import deqkern
+from deqkern import models, ops, sampling, solvers
+from deqkern.ops import reference
+from deqkern.solve import _Iteration
+
+Row = dict[str, Any]
+Network = networks.UNet | networks.DiT
+Call = Callable[[], object]
+COMPILED = ("anderson_mix", "anderson_gram", "band_moments", "secant_slope", "ddim_scan")
+# Iterations to 1e-2 of the default solver on trained weights at S = 50, eta 0: docs/convergence.md, both models.
+TRAINED_ITERATIONS = 6.5
+
+
+class Clock:
+    """Medians of repeated calls, by CUDA events with the cache emptied before each, or by the host's clock."""
+
+    def __init__(self, device: torch.device, budget: float) -> None:
+        self.device, self.budget = device, budget
+        self.flush = torch.empty(2**28 if device.type == "cuda" else 1, dtype=torch.int8, device=device)
+
+    def __call__(self, call: Call) -> float:
+        """Seconds of one call on the device."""
+        for _ in range(3):
+            call()
+        once = self.wall(call, 1)
+        repeats = int(min(max(self.budget / max(once, 1e-6), 5), 200))
+        if self.device.type != "cuda":
+            return statistics.median(self.wall(call, 1) for _ in range(repeats))
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        for start, end in events:
+            self.flush.zero_()
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize(self.device)
+        return statistics.median(start.elapsed_time(end) * 1e-3 for start, end in events)
+
+    def wall(self, call: Call, repeats: int) -> float:
+        """Seconds of one of so many calls in a row, by the host's clock, until the device has finished."""
+        self.wait()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        self.wait()
+        return (time.perf_counter() - start) / repeats
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def graphed(calls: list[Call], device: torch.device) -> Call:
+    """One call that replays all of `calls`, captured as one graph; on a CPU it makes them."""
+    if device.type != "cuda":
+        return lambda: [call() for call in calls]
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph.replay
+
+
+def machine(device: torch.device) -> Row:
+    def printed(*command: str) -> str:
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return ""
+
+    found: Row = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": printed("git", "rev-parse", "HEAD"),
+        "backends": {name: state["ops"] for name, state in ops.backends().items()},
+    }
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+        found["cuda"] = torch.version.cuda
+        found["driver"] = printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        found["triton"] = __import__("triton").__version__
+    return found
+
+
+def copies(clock: Clock, sizes: list[int]) -> dict[int, float]:
+    """Bytes per second, read and written, of a copy that moves so many bytes in all."""
+    found = {}
+    for size in sizes:
+        source, target = torch.ones(2, max(size // 8, 1), device=clock.device).unbind()
+        found[size] = 8 * len(source) / clock(lambda s=source, t=target: t.copy_(s))
+    return found
+
+
+def measure_ops(clock: Clock, sizes: list[Size], compile_at: Size) -> list[Row]:
+    rows = []
+    for case in [case for size in sizes for case in registry._cases_of(size, (5,))]:
+        arguments, op = case.make(clock.device), getattr(ops, case.op)
+        row: Row = {"op": case.op, "variant": case.variant, "size": str(case.size), "bytes": case.floor}
+        moved = copies(clock, [case.floor])[case.floor]
+        spent = clock(lambda o=op, a=arguments: o(**a))
+        row |= {"us": 1e6 * spent, "gb_per_s": case.floor / spent / 1e9, "share_of_copy": case.floor / spent / moved}
+        meaning = getattr(reference, case.op)
+        if case.temporary < 8 * 1000**3:
+            row["reference_us"] = 1e6 * clock(lambda m=meaning, a=arguments: m(**a))
+        if case.size == compile_at and case.op in COMPILED:
+            compiled = torch.compile(meaning, dynamic=False)
+            row["compiled_reference_us"] = 1e6 * clock(lambda c=compiled, a=arguments: c(**a))
+        rows.append(row)
+    return rows
+
+
+def measure_solve(clock: Clock, systems: list[tuple[int, int, int]]) -> list[Row]:
+    rows = []
+    for steps, batch, m in systems:
+        size = Size(steps, batch, ())
+        arguments = registry._anderson_solve(size, m, "row")(clock.device)
+        ridge = arguments["ridge"] * arguments["gram"].diagonal(dim1=-2, dim2=-1).mean(-1)
+        matrix = arguments["gram"] + ridge[..., None, None] * torch.eye(m, device=clock.device)
+        for name, dtype in (("float64", torch.float64), ("float32", torch.float32)):
+            left, right = matrix.to(dtype), arguments["rhs"].to(dtype)
+            spent = clock(lambda a=arguments: ops.anderson_solve(**a))
+            library = clock(lambda a=left, b=right: torch.linalg.solve(a, b))
+            ratio = {"us": 1e6 * spent, "linalg_us": 1e6 * library, "ratio": library / spent}
+            rows.append({"systems": steps * batch, "m": m, "linalg": name, **ratio})
+    return rows
+
+
+def measure_iterations(clock: Clock, size: Size) -> list[Row]:
+    """All steps stay active: the windows are opened again before each iteration, one small copy more."""
+    device = clock.device
+    noise = torch.randn(size.batch, *size.shape, device=device)
+    plain = {}
+    for released in (False, True):
+        work = PlainTorch(released, size, device)
+        work.start(noise)
+        for k in range(HISTORY + 1):
+            work.after(k, work.before())
+        plain[work.name] = clock.wall(lambda w=work: w.after(HISTORY, w.before()), 50)
+    rows: list[Row] = [{"solver": name, "us": 1e6 * spent} for name, spent in plain.items()]
+    for solver in (solvers.default(), solvers.parataa(), solvers.deq_ddim()):
+        table = SCHEDULE.steps(size.steps)
+        trajectory = sampling._start(lambda x, t: x, noise, table, solver, None, None, {}, None)
+        iteration = _Iteration(trajectory, solver, 0.0)
+        trajectory.select(torch.arange(size.steps * size.batch))
+        opened = iteration.work.window.clone()
+
+        def run(k: int, i: _Iteration = iteration, w: Tensor = opened) -> None:
+            i.work.window.copy_(w)
+            i.run(k)
+
+        for k in range(2 * solver.history_size + 2):
+            run(k)
+        period = math.lcm(len(iteration.work.e), solver.history_size + 1)
+        calls: list[Call] = [lambda k=k: run(k) for k in range(4 * period, 5 * period)]
+        eager = clock.wall(lambda c=calls: [call() for call in c], max(50 // period, 1)) / period
+        graph = graphed(calls, device)
+        for _ in range(3):
+            graph()
+        captured = clock.wall(graph, max(200 // period, 1)) / period
+        row = {"solver": solver.name, "us": 1e6 * eager, "graph_us": 1e6 * captured}
+        for name, spent in plain.items():
+            row[f"ratio to {name}"] = spent / eager
+            row[f"graph ratio to {name}"] = spent / captured
+        rows.append(row)
+    return rows
+
+
+def measure_latency(clock: Clock, network: Network, counts: list[int], compile_at: tuple[int, ...]) -> list[Row]:
+    """Milliseconds of one call of the network for N rows."""
+    compiled, rows = torch.compile(network, dynamic=False), []
+    for count in counts:
+        x, t = inputs_of(network, count)
+        row: Row = {"network": type(network).__name__, "rows": count}
+        row["eager_ms"] = 1e3 * clock(functools.partial(network, x, t))
+        row["graph_ms"] = 1e3 * clock(graphed([functools.partial(network, x, t)], clock.device))
+        if count in compile_at:
+            row["compiled_ms"] = 1e3 * clock(functools.partial(compiled, x, t))
+        rows.append(row)
+    return rows
+
+
+def inputs_of(network: Network, count: int) -> tuple[Tensor, Tensor]:
+    """Samples (N, *shape) and timesteps (N,) as the network takes them."""
+    parameter = next(network.parameters())
+    x = torch.randn(count, *network.shape, device=parameter.device, dtype=parameter.dtype)
+    return x, torch.randint(0, 1000, (count,), device=parameter.device)
+
+
+def measure_end_to_end(clock: Clock, network: Network, steps: int, iterations: int, compiles: bool) -> list[Row]:
+    """Random weights: the time of an iteration, and what trained weights would need, openly combined.
+
+    As a graph the sequential chain is S replays of the network alone, for one sample.
+    """
+    noise = torch.randn(1, *network.shape, device=clock.device)
+    modes: dict[str, Any] = {"eager": network, "graph": network}
+    if compiles:
+        modes["compiled"] = torch.compile(network, dynamic=True)  # fewer rows with each iteration
+    rows = []
+    for mode, model in modes.items():
+        graph = mode == "graph" and clock.device.type == "cuda"
+        one, all_rows = (functools.partial(model, *inputs_of(network, count)) for count in (1, steps))
+        if graph:
+            one, all_rows = graphed([one], clock.device), graphed([all_rows], clock.device)
+        options: Row = {"rtol": 0.0, "max_iterations": iterations, "cuda_graph": graph}
+        parallel = functools.partial(deqkern.sample, model, noise, SCHEDULE, steps, **options)
+        chain = functools.partial(deqkern.sample, model, noise, SCHEDULE, steps, rtol=0.0, solver=solvers.sequential())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", deqkern.ConvergenceWarning)
+            parallel(), all_rows(), one()
+            iteration, alone = clock.wall(parallel, 3) / iterations, clock.wall(all_rows, 3)
+            sequential = steps * clock.wall(one, 10) if graph else clock.wall(chain, 1)
+        row: Row = {"network": type(network).__name__, "mode": mode, "steps": steps}
+        row |= {"sequential_ms": 1e3 * sequential, "iteration_ms": 1e3 * iteration, "model_share": alone / iteration}
+        rows.append(row | {"combined_with_trained_iterations": sequential / (TRAINED_ITERATIONS * iteration)})
+    return rows
+
+
+def measure_shipped(clock: Clock, name: str, steps: int) -> list[Row]:
+    """The shipped model on its trained weights: wall clock, error and nfe of real solves."""
+    loaded = models.load(name)
+    model = loaded.model.to(clock.device)
+    noise = torch.randn(1, *loaded.shape, generator=torch.Generator().manual_seed(0)).to(clock.device)
+    chain = deqkern.sample(model, noise, loaded.schedule, steps, solver=solvers.sequential(), rtol=0.0)
+    spent = clock.wall(
+        lambda: deqkern.sample(model, noise, loaded.schedule, steps, solver=solvers.sequential(), rtol=0.0), 2
+    )
+    rows: list[Row] = [{"model": name, "solver": "sequential", "ms": 1e3 * spent, "iterations": steps, "nfe": steps}]
+    for graph in (False, True) if clock.device.type == "cuda" else (False,):
+        options: Row = {"rtol": 1e-2, "cuda_graph": graph}
+        found = deqkern.sample(model, noise, loaded.schedule, steps, **options)
+        spent = clock.wall(lambda o=options: deqkern.sample(model, noise, loaded.schedule, steps, **o), 5)
+        error = float((found.value - chain.value).norm() / chain.value.norm())
+        row = {"model": name, "solver": "default, graph" if graph else "default", "ms": 1e3 * spent}
+        rows.append(row | {"iterations": found.iterations, "nfe": int(found.nfe[0]), "error": error})
+    return rows
+
+
+def show(title: str, rows: list[Row]) -> None:
+    print(f"\n{title}")
+    for row in rows:
+        cells = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()]
+        print("  " + ", ".join(cells), flush=True)
+
+
+def main(
+    device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda",
+    small: Annotated[bool, typer.Option(help="toy sizes: a rehearsal")] = False,
+    out: Annotated[Path | None, typer.Option(help="JSON to write, after each part")] = None,
+) -> None:
+    """Measure all parts, print them, write the figures."""
+    torch.manual_seed(0)
+    place = torch.device(device)
+    clock = Clock(place, 0.01 if small else 0.2)
+    dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
+    if small:
+        sizes, batch, systems = [Size(3, 1, (3, 8, 8))], Size(4, 1, (4, 8, 8)), [(3, 2, 5)]
+        nets = [networks.UNet(32, (1, 1), 1), networks.DiT(64, 1, 2)]
+        counts, compile_at, steps, iterations = [1, 2], (), 3, 2
+    else:
+        latents = [Size(50, count, (4, 64, 64)) for count in (1, 3, 20)]
+        sizes, batch = [*latents, Size(50, 1, (3, 32, 32)), Size(50, 8, (3, 256, 256))], latents[0]
+        systems, nets = [(50, 100, 5), (50, 1, 5), (1000, 8, 5), (50, 100, 16)], [networks.UNet(), networks.DiT()]
+        counts, compile_at, steps, iterations = [1, 2, 4, 8, 16, 25, 50, 75, 100], (1, 50), 50, 8
+    result: Row = {"machine": machine(place)}
+
+    def part(title: str, measure: Callable[[], list[Row]]) -> None:
+        start = time.perf_counter()
+        try:
+            rows = measure()
+        except (ImportError, torch.OutOfMemoryError) as error:
+            rows = [{"skipped": str(error)}]
+        result[title] = rows
+        result["machine"][f"{title}: seconds"] = round(time.perf_counter() - start, 1)
+        show(title, rows)
+        if out:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(result, indent=1) + "\n")
+
+    with torch.no_grad():
+        sized = [1 << power for power in ((10, 12) if small else range(20, 32, 2))]
+        part("copy", lambda: [{"bytes": n, "gb_per_s": v / 1e9} for n, v in copies(clock, sized).items()])
+        part("ops", lambda: measure_ops(clock, sizes, Size(0, 0, ()) if small else batch))
+        part("solve", lambda: measure_solve(clock, systems))
+        part("iteration", lambda: measure_iterations(clock, batch))
+        for name in ("digits", "photos"):
+            part(f"shipped {name}", lambda name=name: measure_shipped(clock, name, steps))
+        for network in nets:
+            network = network.to(place, dtype).eval()
+            title = type(network).__name__
+            part(f"latency {title}", lambda n=network: measure_latency(clock, n, counts, compile_at))
+            part(f"end to end {title}", lambda n=network: measure_end_to_end(clock, n, steps, iterations, not small))
+            del network
+
+
+if __name__ == "__main__":
+    typer.run(main)
