@@ -108,7 +108,8 @@ def _start(
         x[1:] = x[0]
     else:
         slope = slope_of(table, solver.slope.initial(table, basis))
-        factors = (table.a[:, None] + table.b[:, None] * slope).to(device, torch.float32)  # (S, K)
+        a, bend = table.a[:, None], table.b[:, None] * slope
+        factors = (a / (1 - bend) if table.implicit else a + bend).to(device, torch.float32)  # (S, K)
         widths = basis.bands.diff()
         for i in range(steps):
             x[i + 1] = torch.repeat_interleave(factors[i], widths) * x[i]

@@ -62,7 +62,7 @@ class _Workspace:
         m = solver.history_size
         self.e = [x.new_zeros(steps, batch, elements) for _ in range(2 if solver.slope.adapts else 1)]
         moves = x.new_zeros((m + 1) * steps + 1, batch, elements)  # the first row stays zero: x[0] never moves
-        self.dx = moves[:steps]  # (S, B, D), with m = 0 the last change of x[:-1]
+        self.dx = moves[:steps]  # (S, B, D), without history the last change of x[:-1]
         self.g_ring = moves[1:].view(m + 1, steps, batch, elements)
         self.f_ring = x.new_zeros(m + 1, steps, batch, elements) if m else x[None, 1:]
         wide = x.new_zeros(0, dtype=torch.float64)
@@ -89,6 +89,9 @@ class _Iteration:
         self.trajectory, self.solver, self.work = trajectory, solver, _Workspace(trajectory, solver, self.size)
         # A step whose one-step residual is below is settled: it is not evaluated again.
         self.rtol, self.tolerance = rtol, rtol / steps if rtol else SETTLED_EXACT
+        x, self.implicit = trajectory.x, table.implicit
+        self.arguments = x[1:] if self.implicit else x[:-1]  # the states that the model is called at
+        self.moved = self.work.g_ring[0] if self.implicit else self.work.dx  # their last change, if nothing mixes
         self.a, self.b, self.n = (v.to(device, torch.float32) for v in (table.a, table.b, table.n))
         ends = torch.stack([table.slope_0, table.slope_1]).to(device)
         self.low, self.high = ends.amin(0), ends.amax(0)  # (S,) float64
@@ -112,7 +115,7 @@ class _Iteration:
         e, e_prev = work.e[k % len(work.e)], work.e[(k + 1) % len(work.e)]
         trajectory.evaluate(e)
         if isinstance(solver.slope, Secant) and (k or solver.slope.start is None):
-            dx = work.dx if k else x[:-1]  # with the first e_prev: the secant from zero to the first states
+            dx = self.moved if k else self.arguments  # with the first e_prev: from zero to the first states
             ops.band_moments(dx, e, e_prev, bands, window, work.moments)
             solver.slope.refine(self.slope, work.moments, self.low, self.high)
         if self.any_fallen:
@@ -121,12 +124,12 @@ class _Iteration:
         f, g = work.f_ring[head], work.g_ring[head]
         ops.ddim_scan(
             *(x, e, trajectory.z, self.a, self.b, self.n, self.slope, bands, window),
-            *(solver.beta, False, f, g, work.norms),
+            *(solver.beta, self.implicit, f, g, work.norms),
         )
         if m:
             self._mix(head, min(k, m))
         ops.progress(
-            *(work.norms, self.scale, self.rtol, self.tolerance, CONTRACTION, GROWTH, self.size, False),
+            *(work.norms, self.scale, self.rtol, self.tolerance, CONTRACTION, GROWTH, self.size, self.implicit),
             *(work.errors, window, work.diverged),
         )
 
@@ -135,7 +138,7 @@ class _Iteration:
         if count:
             ops.anderson_gram(work.g_ring, head, count, window, work.gram, work.rhs)
             ops.anderson_solve(
-                *(work.gram, work.rhs, window, solver.scope, solver.ridge, solver.ridge_absolute, False, work.gamma)
+                *(work.gram, work.rhs, window, solver.scope, solver.ridge, solver.ridge_absolute, self.implicit, work.gamma)
             )
             if self.any_fallen:
                 work.gamma.masked_fill_(self.fallen_back[:, None], 0.0)
@@ -154,7 +157,8 @@ class _Iteration:
             if bad.any():
                 where = timesteps[begin:end][bad].tolist()
                 raise ValueError(f"model returned NaN or infinity at iteration {k + 1}, timesteps {where} (sample {b})")
-            x[begin + 2 :, b] = x[begin + 1, b]
+            exact = begin if self.implicit else begin + 1
+            x[exact + 1 :, b] = x[exact, b]
         self.fallen_back |= (diverged != 0).to(x.device)
         self.any_fallen = True
 

@@ -12,7 +12,7 @@ Nothing here assumes that a step begins where the one before it ended. Everythin
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ class StepTable:
     direction: Tensor
     clip_sample_range: float | None = None
     thresholding: tuple[float, float] | None = None  # ratio and largest value of dynamic thresholding
+    implicit: bool = False  # a step takes the model's output at its own end: see `reversed`
     _device_rows: dict[tuple[torch.device, torch.dtype], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
@@ -88,6 +89,22 @@ class StepTable:
             slope_0, slope_1 = torch.where(idle, 0.0, slope_0), torch.where(idle, 0.0, slope_1)
         ends = (alpha, sigma, alpha_next, sigma_next)
         return cls(timesteps, *ends, a, b, n, slope_0, slope_1, u, w, direction, clip_sample_range, thresholding)
+
+    def reversed(self) -> StepTable:
+        """The same chain from its clean end to its noise: y[j] = x[S-j], an implicit chain.
+
+        x_next = a x + b out(x) becomes y_next = y / a - (b / a) out(y_next). Raises ValueError for a table that clips,
+        that draws noise, or that has a step with a = 0: such steps cannot be undone.
+        """
+        if self.clips:
+            raise ValueError("schedule clips or thresholds x0: what is cut off cannot be found again by inversion")
+        if bool((self.n != 0).any()):
+            raise ValueError("eta must be 0: steps that draw noise cannot be undone")
+        if bool((self.a == 0).any()):
+            raise ValueError("schedule has a step that forgets its state (a = 0): it cannot be undone")
+        flipped = {name: getattr(self, name).flip(0) for name in _PER_STEP}
+        flipped |= {"a": 1 / flipped["a"], "b": -flipped["b"] / flipped["a"]}
+        return StepTable(**flipped, implicit=not self.implicit)
 
     @property
     def num_inference_steps(self) -> int:
@@ -177,6 +194,9 @@ class StepTable:
         if self.clip_sample_range is not None:
             return x0.clamp(-self.clip_sample_range, self.clip_sample_range)
         return x0
+
+
+_PER_STEP = tuple(item.name for item in fields(StepTable) if item.type == "Tensor")
 
 
 def _output_mix(prediction_type: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:

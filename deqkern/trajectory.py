@@ -28,7 +28,8 @@ def model_dtype(model: Model, default: torch.dtype) -> torch.dtype:
 class Trajectory:
     """States x[0] .. x[S] of B chains; `evaluate` calls the model at the rows that `select` chose, in one batch.
 
-    Rows are flat indices i * B + b of (step, sample). The model sees `(N, *shape)` in its own dtype, timesteps
+    Rows are flat indices i * B + b of (step, sample); step i takes the model's output at x[i], or at x[i+1] if the
+    table is implicit. The model sees `(N, *shape)` in its own dtype, timesteps
     `(N,)`, and those tensors of `model_kwargs` whose first dimension is B, repeated per row. Its output, in fp32 and
     after clipping where the schedule clips, is written in the solver's basis.
     """
@@ -90,7 +91,7 @@ class Trajectory:
         """Call the model at the selected states; its output goes to `out` (S, B, D) fp32, in the basis."""
         for part in self._rows.split(self.max_batch or max(self.selected, 1)):
             steps, samples = part // self.batch, part % self.batch
-            image = self.images(part)
+            image = self.images(part + self.batch if self.table.implicit else part)
             output = self._call(self._input(image), self._timesteps[steps], samples)
             if self.table.clips:
                 output = self.table.effective_output(image, output.float(), steps)
