@@ -83,8 +83,9 @@ def low_rank(wide: Tensor, dx: Tensor, de: Tensor, symmetric: bool) -> Product:
         q, y = dx @ mixed, rest @ mixed  # q orthonormal
         middle = (q.mT @ y + (q.mT @ y).mT) / 2
     else:
-        damped = values + RIDGE * values.mean(-1, keepdim=True) + 1e-300
-        inverse = (vectors / damped[..., None, :] @ vectors.mT).float()
+        damped = values + RIDGE * values.mean(-1, keepdim=True)
+        weights = torch.where(damped > 0, 1 / damped, 0.0)  # an exact step does not move any more
+        inverse = (vectors * weights[..., None, :] @ vectors.mT).float()
 
     def product(i: int, g: Tensor) -> Tensor:
         plain = wide[i] * g

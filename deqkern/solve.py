@@ -88,7 +88,7 @@ class _Iteration:
         self.size = min(solver.window or steps, steps)
         self.trajectory, self.solver, self.work = trajectory, solver, _Workspace(trajectory, solver, self.size)
         # A step whose one-step residual is below is settled: it is not evaluated again.
-        self.rtol, self.tolerance = rtol, rtol / steps if rtol else SETTLED_EXACT
+        self.rtol, self.tolerance = rtol, rtol / (2 * steps) if rtol else SETTLED_EXACT
         x, self.implicit = trajectory.x, table.implicit
         self.arguments = x[1:] if self.implicit else x[:-1]  # the states that the model is called at
         self.moved = self.work.g_ring[0] if self.implicit else self.work.dx  # their last change, if nothing mixes
