@@ -179,7 +179,7 @@ def measure_iterations(clock: Clock, size: Size) -> list[Row]:
     rows: list[Row] = [{"solver": name, "us": 1e6 * spent} for name, spent in plain.items()]
     for solver in (solvers.default(), solvers.parataa(), solvers.deq_ddim()):
         table = SCHEDULE.steps(size.steps)
-        trajectory = sampling._start(lambda x, t: x, noise, table, solver, None, None, {}, None)
+        trajectory = sampling.start(lambda x, t: x, noise, table, solver, None, None, {}, None)
         iteration = _Iteration(trajectory, solver, 0.0)
         trajectory.select(torch.arange(size.steps * size.batch))
         opened = iteration.work.window.clone()

@@ -40,7 +40,7 @@ class Problem:
         noise = torch.randn(seeds, *loaded.shape, generator=generator)
         step_noise = torch.randn(steps, *noise.shape, generator=generator) if eta else None
         table = loaded.schedule.steps(steps, eta=eta)
-        self.trajectory = sampling._start(loaded.model, noise, table, solver, step_noise, None, {}, None)
+        self.trajectory = sampling.start(loaded.model, noise, table, solver, step_noise, None, {}, None)
         self.steps, self.batch = steps, seeds
         self.a, self.b, self.n = (v.float()[:, None, None] for v in (table.a, table.b, table.n))
         ends = torch.stack([table.slope_0, table.slope_1])

@@ -64,13 +64,15 @@ def sample(
     `ConvergenceWarning`.
     """
     solver = default() if solver is None else solver
-    _check(model, noise, schedule, solver, rtol, max_iterations, model_kwargs, max_batch, gradient, callback)
-    _check_cuda_graph(cuda_graph, noise, solver)
+    check_arguments(model, "noise", noise, schedule, solver, rtol, max_iterations, model_kwargs, max_batch, callback)
+    check_cuda_graph(cuda_graph, noise, solver)
+    if gradient is not None:
+        raise NotImplementedError(f"gradient={gradient!r}: gradients are not implemented yet, use gradient=None")
     table = schedule.steps(num_inference_steps, eta=eta, sigma_min=sigma_min)
     _check_step_noise(step_noise, generator, noise, len(table.a), eta)
     kwargs = dict(model_kwargs or {})
     with torch.no_grad():
-        trajectory = _start(model, noise, table, solver, step_noise, generator, kwargs, max_batch)
+        trajectory = start(model, noise, table, solver, step_noise, generator, kwargs, max_batch)
         return solve(
             trajectory,
             solver,
@@ -82,9 +84,9 @@ def sample(
         )
 
 
-def _start(
+def start(
     model: Model,
-    noise: Tensor,
+    first: Tensor,  # (B, *shape), the state that is known
     table: StepTable,
     solver: Solver,
     step_noise: Tensor | None,
@@ -92,17 +94,18 @@ def _start(
     model_kwargs: Mapping[str, Any],
     max_batch: int | None,
 ) -> Trajectory:
-    shape, device, steps, batch = tuple(noise.shape[1:]), noise.device, len(table.a), len(noise)
+    """The chain of `table` from its first state, in the solver's basis, with the solver's first guess of the others."""
+    shape, device, steps, batch = tuple(first.shape[1:]), first.device, len(table.a), len(first)
     spectral = solver.basis == "spectral" and len(shape) == 3
     basis = Basis.spectral(shape, device) if spectral else Basis.identity(shape, device)
     samples = torch.arange(batch, device=device)
     x = torch.empty(steps + 1, batch, basis.size, device=device)
-    basis.forward(noise, x[0], samples)
+    basis.forward(first, x[0], samples)
     z = None
     if bool((table.n != 0).any()):
         z = torch.empty(steps, batch, basis.size, device=device)
         for i in range(steps):
-            drawn = _draw(noise, generator) if step_noise is None else step_noise[i]
+            drawn = _draw(first, generator) if step_noise is None else step_noise[i]
             basis.forward(drawn, z[i], samples)
     if solver.start == "constant":
         x[1:] = x[0]
@@ -115,7 +118,7 @@ def _start(
             x[i + 1] = torch.repeat_interleave(factors[i], widths) * x[i]
             if z is not None:
                 x[i + 1] += float(table.n[i]) * z[i]
-    return Trajectory(model, table, basis, x, z, model_dtype(model, noise.dtype), model_kwargs, max_batch)
+    return Trajectory(model, table, basis, x, z, model_dtype(model, first.dtype), model_kwargs, max_batch)
 
 
 def _draw(noise: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -124,48 +127,48 @@ def _draw(noise: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.randn(noise.shape, generator=generator, device=device, dtype=noise.dtype).to(noise.device)
 
 
-def _check(
+def check_arguments(
     model: Model,
-    noise: Tensor,
+    name: str,
+    first: Tensor,
     schedule: NoiseSchedule,
     solver: Solver,
     rtol: float,
     max_iterations: int | None,
     model_kwargs: Mapping[str, Any] | None,
     max_batch: int | None,
-    gradient: str | None,
     callback: Callback | None,
 ) -> None:
+    """What `sample` and `invert` share; `name` is the argument that holds the chain's known state `first`."""
     if not callable(model):
         raise TypeError(f"model must be callable, got {type(model).__name__}")
     if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
         raise TypeError(f"model_kwargs must be a mapping, got {type(model_kwargs).__name__}")
-    if not isinstance(noise, Tensor):
-        raise TypeError(f"noise must be a tensor, got {type(noise).__name__}")
-    if noise.dtype not in _STATE_DTYPES:
-        raise TypeError(f"noise must be fp32, bf16 or fp16, got {noise.dtype}")
-    if noise.ndim < 2 or math.prod(noise.shape[1:]) == 0:
-        raise ValueError(f"noise must have shape (B, *shape) with a non-empty sample shape, got {tuple(noise.shape)}")
+    if not isinstance(first, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(first).__name__}")
+    if first.dtype not in _STATE_DTYPES:
+        raise TypeError(f"{name} must be fp32, bf16 or fp16, got {first.dtype}")
+    if first.ndim < 2 or math.prod(first.shape[1:]) == 0:
+        raise ValueError(f"{name} must have shape (B, *shape) with a non-empty sample shape, got {tuple(first.shape)}")
     if not isinstance(schedule, NoiseSchedule):
         raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
     if not isinstance(solver, Solver):
         raise TypeError(f"solver must be a Solver, got {type(solver).__name__}")
-    if not bool(noise.isfinite().all()):
-        raise ValueError("noise must be finite")
+    if not bool(first.isfinite().all()):
+        raise ValueError(f"{name} must be finite")
     if not isinstance(rtol, (int, float)):
         raise TypeError(f"rtol must be a number, got {type(rtol).__name__}")
     if not 0 <= rtol < math.inf:
         raise ValueError(f"rtol must be finite and >= 0, got {rtol}")
-    for name, value in (("max_iterations", max_iterations), ("max_batch", max_batch)):
+    for option, value in (("max_iterations", max_iterations), ("max_batch", max_batch)):
         if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} must be None or an int >= 1, got {value!r}")
+            raise ValueError(f"{option} must be None or an int >= 1, got {value!r}")
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable, got {type(callback).__name__}")
-    if gradient is not None:
-        raise NotImplementedError(f"gradient={gradient!r}: gradients are not implemented yet, use gradient=None")
 
 
-def _check_cuda_graph(cuda_graph: bool, noise: Tensor, solver: Solver) -> None:
+def check_cuda_graph(cuda_graph: bool, noise: Tensor, solver: Solver) -> None:
+    """Refuse `cuda_graph` where nothing can be captured."""
     if not isinstance(cuda_graph, bool):
         raise TypeError(f"cuda_graph must be a bool, got {type(cuda_graph).__name__}")
     if cuda_graph and not noise.is_cuda:

@@ -138,7 +138,16 @@ class _Iteration:
         if count:
             ops.anderson_gram(work.g_ring, head, count, window, work.gram, work.rhs)
             ops.anderson_solve(
-                *(work.gram, work.rhs, window, solver.scope, solver.ridge, solver.ridge_absolute, self.implicit, work.gamma)
+                *(
+                    work.gram,
+                    work.rhs,
+                    window,
+                    solver.scope,
+                    solver.ridge,
+                    solver.ridge_absolute,
+                    self.implicit,
+                    work.gamma,
+                )
             )
             if self.any_fallen:
                 work.gamma.masked_fill_(self.fallen_back[:, None], 0.0)

@@ -75,7 +75,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(capture, "torch", types.SimpleNamespace(cuda=cuda))
     real = capture.CapturedIterations
     monkeypatch.setattr(solve, "CapturedIterations", lambda iteration, device: real(Recorded(iteration), device))
-    monkeypatch.setattr(sampling, "_check_cuda_graph", lambda *arguments: None)
+    monkeypatch.setattr(sampling, "check_cuda_graph", lambda *arguments: None)
     FakeGraph.captured = FakeGraph.replayed = 0
     yield
 
