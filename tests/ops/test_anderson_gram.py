@@ -14,8 +14,8 @@ BACKENDS = inputs.backends("anderson_gram")
 @BACKENDS
 @pytest.mark.parametrize("history", [1, 3, 5, 16])
 def test_every_head_and_count(backend: str, history: int) -> None:
-    for head in range(history + 1):
-        for count in range(1, history + 1):
+    for head in inputs.some(range(history + 1), backend):
+        for count in inputs.some(range(1, history + 1), backend):
             arguments = inputs.anderson_gram(2, 2, 5, history, head, count, first=head % 5)
             inputs.check("anderson_gram", arguments, backend)
 
