@@ -1,7 +1,7 @@
 """Every Triton kernel, compiled for sm_80 and sm_90 without a GPU: nothing spills, and wide accesses are 16 bytes wide.
 
 Also what a launcher may not do. This file is its own compiler: `python tests/test_kernels_aot.py` prints what came out
-as JSON. It runs in a process of its own, because Triton is either interpreted or compiled in a process.
+as JSON (with `--table` to read). It runs in a process of its own, because one process either interprets or compiles.
 """
 
 from __future__ import annotations
@@ -62,6 +62,15 @@ CASES = [
     Case("ddim_scan_kernel", scan(128, 8, False), 1, 17, 2, FP16),
     Case("ddim_scan_kernel", scan(256, 4, True), 1, 0, 0, BF16, aligned=False),
     Case("ddim_scan_norms_kernel", {"PARTIALS": 128}, 1),
+    Case("band_moments_kernel", {"BLOCK": 256, "BANDS": 32}, 1, 6),
+    Case("band_moments_kernel", {"BLOCK": 256, "BANDS": 32}, 1, 2, 0, BF16 | {"e_prev": "*bf16"}),
+    Case("band_moments_kernel", {"BLOCK": 256, "BANDS": 32}, 1, 4, 0, FP16),
+    Case("band_moments_finish_kernel", {"BLOCK": 256, "BANDS": 32, "PARTIALS": 8}, 1),
+    Case("anderson_gram_kernel", {"LENGTH": 6, "COUNT": 1, "BLOCK": 512}, 1, 8),
+    Case("anderson_gram_kernel", {"LENGTH": 6, "COUNT": 4, "BLOCK": 512}, 1, 20),
+    Case("anderson_gram_kernel", {"LENGTH": 17, "COUNT": 16, "BLOCK": 256}, 1, 34),
+    Case("anderson_gram_finish_kernel", {"M": 5, "COUNT": 1, "SIDE": 8, "SUMS": 2, "PARTIALS": 32}, 4),
+    Case("anderson_gram_finish_kernel", {"M": 16, "COUNT": 16, "SIDE": 16, "SUMS": 32, "PARTIALS": 32}, 4),
 ]
 
 
@@ -171,7 +180,7 @@ def test_launchers_never_wait_for_the_device(path: Path) -> None:
 
 if __name__ == "__main__":
     outcome = {f"{i}-{arch}": compiled(case, arch) for i, case in enumerate(CASES) for arch in ARCHITECTURES}
-    if sys.stdout.isatty():
+    if "--table" in sys.argv:
         for key, result in outcome.items():
             print(CASES[int(key.split("-")[0])].kernel, key, result)
     else:

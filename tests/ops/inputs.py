@@ -34,6 +34,8 @@ INTERPRETED = not HAS_CUDA  # a program of a Triton kernel then takes a millisec
 # The backends of a GPU that have a kernel for the op.
 KERNELS: dict[str, tuple[str, ...]] = {
     "ddim_scan": ("triton",),
+    "band_moments": ("triton",),
+    "anderson_gram": ("triton",),
     "anderson_mix": ("triton",),
 }
 # (S, B, D, K): every awkward length beside several others; windows go round by sample
