@@ -24,14 +24,14 @@ KERNELS = sorted(path for path in (ROOT / "kernels").glob("*.py") if path.stem !
 ARCHITECTURES = (80, 90)
 TYPES = {
     **dict.fromkeys(("x", "e", "z", "a", "b", "n", "slope", "f", "g", "f_ring", "gamma", "out"), "*fp32"),
-    **dict.fromkeys(("dx", "e_prev", "g_ring", "image", "spectrum", "source", "target"), "*fp32"),
-    **dict.fromkeys(("left", "right", "dct_h", "dct_w", "colour", "scratch", "partial"), "*fp32"),
+    **dict.fromkeys(("dx", "e_prev", "g_ring", "source", "target"), "*fp32"),
+    **dict.fromkeys(("matrix", "dct_h", "dct_w", "colour", "partial"), "*fp32"),
     **dict.fromkeys(("norms", "moments", "gram", "rhs"), "*fp64"),
     **dict.fromkeys(("window", "bands", "rows", "order"), "*i64"),
     "place": "*i32",
     "beta": "fp32",
 }
-ALIGNED = {"size", "plane"}  # integers of a call with D divisible by 16
+ALIGNED = {"size", "plane", "height", "width", "length", "other"}  # integers divisible by 16 where a sample's sides are
 
 
 class Case(NamedTuple):
@@ -46,6 +46,21 @@ class Case(NamedTuple):
 
 def scan(block: int, stages: int, implicit: bool, **constants: Any) -> dict[str, Any]:
     return {"IMPLICIT": implicit, "BLOCK": block, "STAGES": stages, **constants}
+
+
+def transform(inverse: bool, side: int) -> dict[str, Any]:
+    return {"INVERSE": inverse, "PRECISION": "ieee", "H": side, "W": side, "ROWS": 16}
+
+
+def one_side(inverse: bool, first: bool) -> dict[str, Any]:
+    return {
+        "INVERSE": inverse,
+        "FIRST": first,
+        "PRECISION": "ieee",
+        "BLOCK": 64,
+        "DEPTH": 16,
+        "stride" if first else "apart": 1,
+    }
 
 
 BF16, FP16 = {"e": "*bf16"}, {"e": "*fp16"}
@@ -71,6 +86,16 @@ CASES = [
     Case("anderson_gram_kernel", {"LENGTH": 17, "COUNT": 16, "BLOCK": 256}, 1, 34),
     Case("anderson_gram_finish_kernel", {"M": 5, "COUNT": 1, "SIDE": 8, "SUMS": 2, "PARTIALS": 32}, 4),
     Case("anderson_gram_finish_kernel", {"M": 16, "COUNT": 16, "SIDE": 16, "SUMS": 32, "PARTIALS": 32}, 4),
+    Case("dct2_place_kernel", {"BLOCK": 1024}, 4, 4),
+    Case("dct2_kernel", transform(False, 64), 4),
+    Case("dct2_kernel", transform(True, 64), 4),
+    Case("dct2_kernel", transform(False, 32), 2, types={"source": "*bf16"}),
+    Case("dct2_kernel", transform(True, 32), 2, types={"target": "*fp16"}),
+    Case("dct2_kernel", transform(False, 16), 1, aligned=False),
+    Case("dct2_side_kernel", one_side(False, True), 8, types={"source": "*bf16"}),
+    Case("dct2_side_kernel", one_side(False, False), 8),
+    Case("dct2_side_kernel", one_side(True, True), 8),
+    Case("dct2_side_kernel", one_side(True, False), 8, types={"target": "*bf16"}),
 ]
 
 

@@ -33,6 +33,7 @@ DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": "cuda" if HAS_CUDA else "
 INTERPRETED = not HAS_CUDA  # a program of a Triton kernel then takes a millisecond
 # The backends of a GPU that have a kernel for the op.
 KERNELS: dict[str, tuple[str, ...]] = {
+    "dct2": ("triton",),
     "ddim_scan": ("triton",),
     "band_moments": ("triton",),
     "anderson_gram": ("triton",),
