@@ -5,6 +5,8 @@ Outputs start as NaN, and so does every input that a window leaves out: a kernel
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import lanes
@@ -31,10 +33,16 @@ WRITTEN = {
 HAS_CUDA = torch.cuda.is_available()
 # Triton runs in its interpreter where there is no GPU.
 DEVICES = {"reference": "cpu", "cpu": "cpu", "lanes": "cpu", "triton": "cuda" if HAS_CUDA else "cpu", "cuda": "cuda"}
+INTERPRETED = not HAS_CUDA  # a program of a Triton kernel then takes a millisecond
 # The backends of a GPU that have a kernel for the op; "lanes" is the CUDA kernel without one.
 KERNELS: dict[str, tuple[str, ...]] = {
-    "anderson_solve": ("cuda", "lanes"),
+    "dct2": ("triton",),
+    "ddim_scan": ("triton",),
+    "band_moments": ("triton",),
     "secant_slope": ("triton",),
+    "anderson_gram": ("triton",),
+    "anderson_solve": ("cuda", "lanes"),
+    "anderson_mix": ("triton",),
     "progress": ("triton",),
 }
 # (S, B, D, K): every awkward length beside several others; windows go round by sample
@@ -75,8 +83,22 @@ def backends(op: str) -> pytest.MarkDecorator:
     no_gpu = pytest.mark.skipif(not HAS_CUDA, reason="no GPU")
     names = ["reference", "cpu", *KERNELS.get(op, ())]
     no_lanes = pytest.mark.skipif(bool(lanes.missing), reason=lanes.missing)
-    marks = {"cuda": [pytest.mark.gpu, no_gpu], "lanes": [no_lanes]}
-    return pytest.mark.parametrize("backend", [pytest.param(name, marks=marks.get(name, [])) for name in names])
+    no_triton = pytest.mark.skipif(find_spec("triton") is None, reason="no Triton")
+    on_gpu = [pytest.mark.gpu] if HAS_CUDA else []
+    marks = {"cuda": [pytest.mark.gpu, no_gpu], "lanes": [no_lanes], "triton": [no_triton, *on_gpu]}
+    return pytest.mark.parametrize("backend", [pytest.param(name, marks=marks.get(name, ())) for name in names])
+
+
+def skip_slow(backend: str, elements: int, most: int = 65_000) -> None:
+    """Leaves a size to the GPU where Triton is interpreted; every awkward length has a size that is not left out."""
+    if backend == "triton" and INTERPRETED and elements > most:
+        pytest.skip("many programs, and Triton is interpreted")
+
+
+def some(numbers: range, backend: str) -> Sequence[int]:
+    """All of them, or the ends and the middle where each call takes long."""
+    slow = backend == "triton" and INTERPRETED
+    return sorted({numbers[0], numbers[len(numbers) // 2], numbers[-1]}) if slow else numbers
 
 
 def to(arguments: Arguments, device: str | torch.device) -> Arguments:

@@ -8,6 +8,7 @@ from asserts import assert_close
 BACKENDS = inputs.backends("dct2")
 # (N, C, H, W)
 SHAPES = [(1, 1, 1, 1), (3, 1, 5, 7), (2, 3, 16, 16), (5, 3, 31, 17), (2, 4, 1, 9), (2, 5, 13, 2), (1, 3, 64, 64)]
+SHAPES += [(1, 3, 70, 33), (2, 2, 20, 129), (2, 1, 1, 100)]
 
 
 @BACKENDS

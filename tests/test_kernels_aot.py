@@ -1,0 +1,215 @@
+"""Every Triton kernel, compiled for sm_80 and sm_90 without a GPU: nothing spills, and wide accesses are 16 bytes wide.
+
+Also what a launcher may not do. This file is its own compiler: `python tests/test_kernels_aot.py` prints what came out
+as JSON (with `--table` to read). It runs in a process of its own, because one process either interprets or compiles.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = sorted(path for path in (ROOT / "kernels").glob("*.py") if path.stem != "__init__")
+ARCHITECTURES = (80, 90)
+TYPES = {
+    **dict.fromkeys(("x", "e", "z", "a", "b", "n", "slope", "f", "g", "f_ring", "gamma", "out"), "*fp32"),
+    **dict.fromkeys(("dx", "e_prev", "g_ring", "source", "target"), "*fp32"),
+    **dict.fromkeys(("matrix", "dct_h", "dct_w", "colour", "partial"), "*fp32"),
+    **dict.fromkeys(("norms", "moments", "gram", "rhs", "low", "high", "scale", "errors"), "*fp64"),
+    **dict.fromkeys(("window", "bands", "rows", "order", "diverged"), "*i64"),
+    "place": "*i32",
+    **dict.fromkeys(("beta", "pull", "rtol", "tolerance", "contraction", "growth"), "fp32"),
+}
+ALIGNED = {"size", "plane", "height", "width", "length", "other"}  # integers divisible by 16 where a sample's sides are
+
+
+class Case(NamedTuple):
+    kernel: str  # <op>_kernel or <op>_<part>_kernel
+    constants: dict[str, Any]
+    warps: int
+    loads: int = 0  # 16-byte loads that must be there, cp.async among them
+    stores: int = 0
+    types: dict[str, str] = {}  # noqa: RUF012
+    aligned: bool = True
+
+
+def scan(block: int, stages: int, implicit: bool, **constants: Any) -> dict[str, Any]:
+    return {"IMPLICIT": implicit, "BLOCK": block, "STAGES": stages, **constants}
+
+
+def transform(inverse: bool, side: int) -> dict[str, Any]:
+    return {"INVERSE": inverse, "PRECISION": "ieee", "H": side, "W": side, "ROWS": 16}
+
+
+def one_side(inverse: bool, first: bool) -> dict[str, Any]:
+    return {
+        "INVERSE": inverse,
+        "FIRST": first,
+        "PRECISION": "ieee",
+        "BLOCK": 64,
+        "DEPTH": 16,
+        "stride" if first else "apart": 1,
+    }
+
+
+BF16, FP16 = {"e": "*bf16"}, {"e": "*fp16"}
+CASES = [
+    Case("anderson_mix_kernel", {"LENGTH": 2, "COUNT": 0, "BLOCK": 512}, 4, 1, 1),
+    Case("anderson_mix_kernel", {"LENGTH": 6, "COUNT": 5, "BLOCK": 512}, 4, 6, 1),
+    Case("anderson_mix_kernel", {"LENGTH": 17, "COUNT": 16, "BLOCK": 512}, 4, 17, 1),
+    Case("anderson_mix_kernel", {"LENGTH": 17, "COUNT": 16, "BLOCK": 512}, 4, aligned=False),
+    Case("ddim_scan_kernel", scan(128, 8, False), 1, 25, 2),  # 8 x (x, e, z), and the first state
+    Case("ddim_scan_kernel", scan(128, 8, True, z=None), 1, 17, 2),
+    Case("ddim_scan_kernel", scan(256, 4, False), 1, 26, 4),
+    Case("ddim_scan_kernel", scan(256, 4, True, z=None), 1, 18, 4),
+    Case("ddim_scan_kernel", scan(256, 4, False, z=None), 1, 10, 4, BF16),
+    Case("ddim_scan_kernel", scan(128, 8, False), 1, 17, 2, FP16),
+    Case("ddim_scan_kernel", scan(256, 4, True), 1, 0, 0, BF16, aligned=False),
+    Case("ddim_scan_norms_kernel", {"PARTIALS": 128}, 1),
+    Case("band_moments_kernel", {"BLOCK": 256, "BANDS": 32}, 1, 6),
+    Case("band_moments_kernel", {"BLOCK": 256, "BANDS": 32}, 1, 2, 0, BF16 | {"e_prev": "*bf16"}),
+    Case("band_moments_kernel", {"BLOCK": 256, "BANDS": 32}, 1, 4, 0, FP16),
+    Case("band_moments_finish_kernel", {"BLOCK": 256, "BANDS": 32, "PARTIALS": 8}, 1),
+    Case("secant_slope_kernel", {"BLOCK": 512}, 4),
+    Case("progress_kernel", {"IMPLICIT": False, "BLOCK": 64}, 1),
+    Case("progress_kernel", {"IMPLICIT": True, "BLOCK": 256}, 1),
+    Case("anderson_gram_kernel", {"LENGTH": 6, "COUNT": 1, "BLOCK": 512}, 1, 8),
+    Case("anderson_gram_kernel", {"LENGTH": 6, "COUNT": 4, "BLOCK": 512}, 1, 20),
+    Case("anderson_gram_kernel", {"LENGTH": 17, "COUNT": 16, "BLOCK": 256}, 1, 34),
+    Case("anderson_gram_finish_kernel", {"M": 5, "COUNT": 1, "SIDE": 8, "SUMS": 2, "PARTIALS": 32}, 4),
+    Case("anderson_gram_finish_kernel", {"M": 16, "COUNT": 16, "SIDE": 16, "SUMS": 32, "PARTIALS": 32}, 4),
+    Case("dct2_place_kernel", {"BLOCK": 1024}, 4, 4),
+    Case("dct2_kernel", transform(False, 64), 4),
+    Case("dct2_kernel", transform(True, 64), 4),
+    Case("dct2_kernel", transform(False, 32), 2, types={"source": "*bf16"}),
+    Case("dct2_kernel", transform(True, 32), 2, types={"target": "*fp16"}),
+    Case("dct2_kernel", transform(False, 16), 1, aligned=False),
+    Case("dct2_side_kernel", one_side(False, True), 8, types={"source": "*bf16"}),
+    Case("dct2_side_kernel", one_side(False, False), 8),
+    Case("dct2_side_kernel", one_side(True, True), 8),
+    Case("dct2_side_kernel", one_side(True, False), 8, types={"target": "*bf16"}),
+]
+
+
+def compiled(case: Case, architecture: int) -> dict[str, Any]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    op = next(path.stem for path in KERNELS if case.kernel.startswith(path.stem))
+    kernel = getattr(importlib.import_module(f"deqkern.kernels.{op}"), case.kernel)
+    types = {name: (TYPES | case.types).get(name, "i32") for name in kernel.arg_names}
+    aligned = {name for name, kind in types.items() if kind[0] == "*" or (case.aligned and name in ALIGNED)}
+    source = ASTSource(
+        fn=kernel,
+        signature={name: "constexpr" if name in case.constants else kind for name, kind in types.items()},
+        constexprs=case.constants,
+        attrs={
+            (i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if name in aligned - set(case.constants)
+        },
+    )
+    binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": case.warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        listing = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", listing)
+    assert found, listing[:1000]
+    return {
+        "registers": int(found[1]),
+        "local": int(found[2]) + int(found[3]),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", listing)),
+        "loads": len(re.findall(r"\b(?:LDG\.E|LDGSTS\.E)(?:\.\w+)*\.128\b", listing)),
+        "stores": len(re.findall(r"\bSTG\.E(?:\.\w+)*\.128\b", listing)),
+        "shared": binary.metadata.shared,
+    }
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, dict[str, Any]]:
+    pytest.importorskip("triton")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: f"{CASES[number].kernel}-{number}")
+def test_nothing_spills_and_accesses_are_wide(results: dict[str, Any], number: int, architecture: int) -> None:
+    case, result = CASES[number], results[f"{number}-{architecture}"]
+    assert result["local"] == result["spills"] == 0, result
+    assert result["loads"] >= case.loads and result["stores"] >= case.stores, result
+    assert result["shared"] <= 48 * 1024, result
+
+
+def kernel_names() -> list[str]:
+    trees = [ast.parse(path.read_text()) for path in KERNELS]
+    names = [node.name for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return [name for name in names if name.endswith("_kernel")]
+
+
+def test_every_kernel_is_compiled_here() -> None:
+    assert {case.kernel for case in CASES} == set(kernel_names())
+
+
+SYNCHRONISES = {
+    "item",
+    "cpu",
+    "tolist",
+    "numpy",
+    "nonzero",
+    "unique",
+    "masked_select",
+    "synchronize",
+    "bool",
+    "any",
+    "all",
+}
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
+def test_launchers_never_wait_for_the_device(path: Path) -> None:
+    """No method that reads a tensor on the host, no number or truth value of a tensor, no branch on one."""
+    for function in ast.parse(path.read_text()).body:
+        if not isinstance(function, ast.FunctionDef) or function.name.endswith("_kernel"):
+            continue
+        arguments = {a.arg for a in function.args.args if a.annotation and "Tensor" in ast.unparse(a.annotation)}
+        for node in ast.walk(function):
+            if isinstance(node, ast.Attribute):
+                assert node.attr not in SYNCHRONISES, ast.unparse(node)
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id in ("int", "float", "bool")
+            ):
+                raise AssertionError(ast.unparse(node))
+            if isinstance(node, ast.If | ast.IfExp | ast.While | ast.Assert):
+                bare = [n for n in ast.walk(node.test) if isinstance(n, ast.Name) and n.id in arguments]
+                allowed = isinstance(node.test, ast.Compare) and isinstance(node.test.ops[0], ast.Is | ast.IsNot)
+                assert allowed or not bare, ast.unparse(node.test)
+
+
+if __name__ == "__main__":
+    outcome = {f"{i}-{arch}": compiled(case, arch) for i, case in enumerate(CASES) for arch in ARCHITECTURES}
+    if "--table" in sys.argv:
+        for key, result in outcome.items():
+            print(CASES[int(key.split("-")[0])].kernel, key, result)
+    else:
+        json.dump(outcome, sys.stdout)
