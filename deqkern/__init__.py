@@ -5,6 +5,7 @@ from pathlib import Path
 from . import slopes as slopes
 from . import solvers as solvers
 from .calibration import calibrate as calibrate
+from .inversion import invert as invert
 from .sampling import sample as sample
 from .schedule import NoiseSchedule as NoiseSchedule
 from .slopes import SlopeProfile as SlopeProfile

@@ -17,7 +17,7 @@ from .trajectory import Trajectory
 
 Callback = Callable[[int, Tensor, Tensor], None]
 
-# In exact mode a step is settled when its one-step residual, relative to the state, is at the rounding level of fp32.
+# No step need be settled better than this: its one-step residual, relative to the state, at the rounding level of fp32.
 SETTLED_EXACT = 2e-7
 # No contraction from one iteration to the next is believed to be better than this.
 CONTRACTION = 0.1
@@ -41,6 +41,7 @@ class Solution:
     nfe: (B,) int64, model evaluations per sample.
     history: (iterations, B) fp64, the error estimate after each iteration.
     message: one line for people.
+    round_trip: (B,) fp32 or None, of `invert` on request: the relative error of the sample made from `value` again.
     """
 
     value: Tensor
@@ -51,6 +52,7 @@ class Solution:
     nfe: Tensor
     history: Tensor
     message: str
+    round_trip: Tensor | None = None
 
 
 class _Workspace:
@@ -88,7 +90,7 @@ class _Iteration:
         self.size = min(solver.window or steps, steps)
         self.trajectory, self.solver, self.work = trajectory, solver, _Workspace(trajectory, solver, self.size)
         # A step whose one-step residual is below is settled: it is not evaluated again.
-        self.rtol, self.tolerance = rtol, rtol / (2 * steps) if rtol else SETTLED_EXACT
+        self.rtol, self.tolerance = rtol, max(rtol / (2 * steps), SETTLED_EXACT)
         x, self.implicit = trajectory.x, table.implicit
         self.arguments = x[1:] if self.implicit else x[:-1]  # the states that the model is called at
         self.moved = self.work.g_ring[0] if self.implicit else self.work.dx  # their last change, if nothing mixes
@@ -196,6 +198,12 @@ class _Mailbox:
         return status[: 2 * batch].view(batch, 2), status[2 * batch :]
 
 
+def warn_unless_converged(solution: Solution, stacklevel: int) -> None:
+    """One `ConvergenceWarning`, for the caller of the public function, if a sample did not converge."""
+    if not bool(solution.converged.all()):
+        warnings.warn(solution.message, ConvergenceWarning, stacklevel=stacklevel)
+
+
 def open_rows(window: Tensor, steps: int) -> Tensor:
     """Flat indices i * B + b of the active (step, sample) pairs of window (B, 2), in the order of the steps."""
     index = torch.arange(steps)[:, None]
@@ -211,6 +219,7 @@ def solve(
     callback: Callback | None = None,
     dtype: torch.dtype = torch.float32,
     cuda_graph: bool = False,
+    warns: bool = True,
 ) -> Solution:
     """Iterate `solver` on `trajectory` in place until every sample's estimated remaining error is at most rtol.
 
@@ -223,7 +232,9 @@ def solve(
     run: _Iteration | CapturedIterations = iteration
     history: list[Tensor] = []
     last = torch.arange(steps * batch, (steps + 1) * batch, device=trajectory.x.device)
-    limit = steps if max_iterations is None else min(max_iterations, steps)
+    limit = steps if max_iterations is None else max_iterations
+    if not iteration.implicit:
+        limit = min(limit, steps)  # by then every step is exact
     window, diverged = mailbox.read()
     while len(history) < limit and bool((window[:, 0] < steps).any()):
         k = len(history)
@@ -251,9 +262,7 @@ def solve(
     message = f"{batch - missed} of {batch} samples converged in {len(history)} iterations (rtol {rtol:g})"
     if fallen_back:
         message += f"; {fallen_back} diverged and went on with plain iteration"
-    if missed:
-        warnings.warn(message, ConvergenceWarning, stacklevel=3)
-    return Solution(
+    solution = Solution(
         value=states[-1].to(dtype, copy=True),
         trajectory=states,
         converged=converged,
@@ -263,3 +272,6 @@ def solve(
         history=torch.stack(history) if history else torch.zeros(0, batch, dtype=torch.float64),
         message=message,
     )
+    if warns:
+        warn_unless_converged(solution, stacklevel=4)
+    return solution

@@ -15,9 +15,7 @@ import triton
 import triton.language as tl
 
 WHOLE = 64  # the largest side of an image that goes through one kernel
-ROWS = (
-    16  # with 8 results per thread: what a product keeps in registers then fits, and three programs in a multiprocessor
-)
+ROWS = 16  # with 8 results per thread: a product then fits in registers, and three programs in a multiprocessor
 BLOCK, DEPTH = 64, 16  # of the tiled products
 PRECISION = "ieee"  # or "tf32x3": three tensor-core products, with errors near those of fp32
 

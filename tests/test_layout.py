@@ -22,7 +22,7 @@ LAYERS = [
     ["deqkern.capture"],
     ["deqkern.solve"],
     ["deqkern.sampling"],
-    ["deqkern.calibration"],
+    ["deqkern.calibration", "deqkern.inversion"],
     ["deqkern"],
     ["deqkern.models", "deqkern.plots"],
     ["deqkern.cli"],

@@ -1,0 +1,153 @@
+"""`invert`: the noise that a diffusion model's sampling chain turns into a given sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import sampling
+from .schedule import NoiseSchedule, StepTable
+from .slopes import Secant
+from .solve import Callback, Solution, solve, warn_unless_converged
+from .solvers import Solver, default, sequential
+from .trajectory import Model
+
+METHODS = ("joint", "stepwise", "naive")
+# Iterations of the joint solve, and of one step of the stepwise one, after which a sample is given up.
+JOINT_LIMIT, STEP_LIMIT = 40, 20
+
+
+def invert(
+    model: Model,
+    sample: Tensor,  # (B, *shape)
+    schedule: NoiseSchedule,
+    num_inference_steps: int = 50,
+    *,
+    method: str = "joint",
+    solver: Solver | None = None,
+    rtol: float = 1e-4,
+    max_iterations: int | None = None,
+    sigma_min: float | None = 0.08,
+    model_kwargs: Mapping[str, Any] | None = None,
+    max_batch: int | None = None,
+    cuda_graph: bool = False,
+    round_trip: bool = False,
+    callback: Callback | None = None,
+) -> Solution:
+    """Find the noise from which `sample(..., eta=0)` makes `sample`: the deterministic chain, solved backwards.
+
+    x[S] is known, and every step is solved for its start: x[i] = (x[i+1] - b[i] out(x[i])) / a[i]. `value` of the
+    result is x[0], `trajectory` the chain as `sample` would run it.
+
+    model, schedule, num_inference_steps, model_kwargs, max_batch, cuda_graph: as in `sample`, and they must be the same
+        when the noise is turned back into a sample. So must `sigma_min`.
+    sample: (B, *shape) fp32, bf16 or fp16.
+    method: "joint" solves all steps at once, like `sample`; what it leaves unconverged goes on stepwise. "stepwise"
+        solves one step after the other by a fixed point each: fewest evaluations, most sequential calls. "naive" takes
+        out(x[i+1]) for out(x[i]), without iterating (arXiv 2010.02502, section 4.3): fast, and wrong by percents.
+    solver: of the joint solve; `deqkern.solvers.default()` if None.
+    rtol: relative 2-norm of the error that is left in each state, as estimated.
+    max_iterations: at most so many, of all steps together; 40 (joint) or 20 per step (stepwise) if None.
+    sigma_min: the chain ends at this noise-to-signal ratio, where the sample is taken to be, instead of the schedule's
+        own end: the last steps to sigma = 0 lose what inversion would need. None keeps the schedule's end.
+    round_trip: also run the chain forward from the result, step by step (S more calls): `Solution.round_trip`.
+    callback: called with (iteration, noise_estimate (B, *shape), error_estimate (B,)) after each joint iteration.
+
+    Raises ValueError or TypeError for an argument that does not fit, and for a schedule that clips or thresholds: what
+    is cut off cannot be found again. A sample that does not converge is reported in the `Solution` and by one
+    `ConvergenceWarning`.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
+    if solver is not None and method != "joint":
+        raise ValueError(f"solver is for method='joint', got method={method!r}")
+    if not isinstance(round_trip, bool):
+        raise TypeError(f"round_trip must be a bool, got {type(round_trip).__name__}")
+    solver = default() if solver is None else solver
+    sampling.check_arguments(
+        model, "sample", sample, schedule, solver, rtol, max_iterations, model_kwargs, max_batch, callback
+    )
+    sampling.check_cuda_graph(cuda_graph, sample, solver)
+    table = schedule.steps(num_inference_steps, sigma_min=sigma_min).reversed()
+    kwargs = dict(model_kwargs or {})
+
+    def run(chosen: Tensor, table: StepTable, solver: Solver, limit: int, **options: Any) -> Solution:
+        """Solve for the samples `chosen` (n,)."""
+        part = _rows_of(kwargs, chosen, len(sample))
+        trajectory = sampling.start(model, sample[chosen], table, solver, None, None, part, max_batch)
+        return solve(trajectory, solver, max_iterations=limit, dtype=sample.dtype, warns=False, **options)
+
+    every, steps = torch.arange(len(sample), device=sample.device), len(table.a)
+    with torch.no_grad():
+        if method == "naive":  # the same coefficients, as if the steps were explicit
+            found = run(every, replace(table, implicit=False), sequential(), steps, rtol=0.0)
+            unknown = torch.full_like(found.error_estimate, torch.nan)
+            message = f"naive inversion in {steps} steps: its error is not known"
+            found = replace(found, converged=unknown > 0, error_estimate=unknown, message=message)
+        elif method == "stepwise":
+            found = run(every, table, stepwise(), max_iterations or STEP_LIMIT * steps, rtol=rtol)
+        else:
+            limit = max_iterations or JOINT_LIMIT
+            found = run(every, table, solver, limit, rtol=rtol, callback=callback, cuda_graph=cuda_graph)
+            left = (~found.converged).nonzero().flatten()
+            if len(left) and max_iterations is None:
+                found = _merge(found, run(left, table, stepwise(), STEP_LIMIT * steps, rtol=rtol), left)
+        found = replace(found, trajectory=found.trajectory.flip(0))
+        if round_trip:
+            again = sampling.sample(
+                model,
+                found.value.float(),
+                schedule,
+                num_inference_steps,
+                solver=sequential(),
+                rtol=0.0,
+                model_kwargs=kwargs,
+                max_batch=max_batch,
+                sigma_min=sigma_min,
+            ).value
+            distance = (again - sample.float()).flatten(1).norm(dim=1) / sample.float().flatten(1).norm(dim=1)
+            found = replace(found, round_trip=distance)
+    if method != "naive":
+        warn_unless_converged(found, stacklevel=3)
+    return found
+
+
+def stepwise() -> Solver:
+    """One step after the other, each by a fixed point with secant slopes."""
+    return Solver(slope=Secant(), window=1, name="stepwise")
+
+
+def _rows_of(kwargs: Mapping[str, Any], chosen: Tensor, batch: int) -> dict[str, Any]:
+    """The model's arguments for the samples `chosen`."""
+    per_sample = {
+        name: value
+        for name, value in kwargs.items()
+        if isinstance(value, Tensor) and value.ndim and len(value) == batch and len(chosen) < batch
+    }
+    return {**kwargs, **{name: value[chosen] for name, value in per_sample.items()}}
+
+
+def _merge(joint: Solution, again: Solution, left: Tensor) -> Solution:
+    """`joint` with the samples `left` (n,) taken from `again`, whose iterations came after its own."""
+    value, trajectory, nfe = joint.value.clone(), joint.trajectory.clone(), joint.nfe.clone()
+    value[left], trajectory[:, left] = again.value, again.trajectory
+    nfe[left.cpu()] += again.nfe
+    converged, estimate = joint.converged.clone(), joint.error_estimate.clone()
+    converged[left], estimate[left] = again.converged, again.error_estimate
+    later = joint.history[-1].repeat(len(again.history), 1)
+    later[:, left] = again.history
+    message = f"{joint.message}; {len(left)} of the samples went on step by step: {again.message}"
+    return Solution(
+        value=value,
+        trajectory=trajectory,
+        converged=converged,
+        error_estimate=estimate,
+        iterations=joint.iterations + again.iterations,
+        nfe=nfe,
+        history=torch.cat([joint.history, later]),
+        message=message,
+    )
