@@ -45,7 +45,7 @@ def invert(
 
     model, schedule, num_inference_steps, model_kwargs, max_batch, cuda_graph: as in `sample`, and they must be the same
         when the noise is turned back into a sample. So must `sigma_min`.
-    sample: (B, *shape) fp32, bf16 or fp16.
+    sample: (B, *shape) fp32, bf16, fp16 or fp64, as the noise of `sample`.
     method: "joint" solves all steps at once, like `sample`; what it leaves unconverged goes on stepwise. "stepwise"
         solves one step after the other by a fixed point each: fewest evaluations, most sequential calls. "naive" takes
         out(x[i+1]) for out(x[i]), without iterating (arXiv 2010.02502, section 4.3): fast, and wrong by percents.
@@ -100,7 +100,7 @@ def invert(
         if round_trip:
             again = sampling.sample(
                 model,
-                found.value.float(),
+                found.trajectory[0],
                 schedule,
                 num_inference_steps,
                 solver=sequential(),
@@ -109,8 +109,8 @@ def invert(
                 max_batch=max_batch,
                 sigma_min=sigma_min,
             ).value
-            distance = (again - sample.float()).flatten(1).norm(dim=1) / sample.float().flatten(1).norm(dim=1)
-            found = replace(found, round_trip=distance)
+            wanted = sample.to(again.dtype).flatten(1)
+            found = replace(found, round_trip=(again.flatten(1) - wanted).norm(dim=1) / wanted.norm(dim=1))
     if method != "naive":
         warn_unless_converged(found, stacklevel=3)
     return found

@@ -16,7 +16,7 @@ from .solvers import Solver, default
 from .spectral import Basis
 from .trajectory import Model, Trajectory, model_dtype
 
-_STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def sample(
@@ -46,7 +46,8 @@ def sample(
 
     model: `model(x, t, **model_kwargs)` with x (N, *shape), t (N,), N up to S * B, returns a tensor like x, or an
         object with `.sample`. Called in the dtype of its first parameter; a plain function in the dtype of `noise`.
-    noise: (B, *shape) fp32, bf16 or fp16: the chain's noisy end, standard normal for most schedules. Any layout.
+    noise: (B, *shape) fp32, bf16 or fp16: the chain's noisy end, standard normal for most schedules. Any layout. With
+        fp64 the states are fp64 too, and the ops run as plain torch.
     schedule: see `NoiseSchedule`. eta: 0 is DDIM, 1 is DDPM-like (arXiv 2010.02502, eq. 16).
     solver: `deqkern.solvers.default()` if None. rtol: relative 2-norm of the error of each clean sample.
     max_iterations: at most so many; S if None, which is always enough.
@@ -97,13 +98,14 @@ def start(
     """The chain of `table` from its first state, in the solver's basis, with the solver's first guess of the others."""
     shape, device, steps, batch = tuple(first.shape[1:]), first.device, len(table.a), len(first)
     spectral = solver.basis == "spectral" and len(shape) == 3
-    basis = Basis.spectral(shape, device) if spectral else Basis.identity(shape, device)
+    dtype = torch.promote_types(first.dtype, torch.float32)  # of the states
+    basis = Basis.spectral(shape, device, dtype) if spectral else Basis.identity(shape, device)
     samples = torch.arange(batch, device=device)
-    x = torch.empty(steps + 1, batch, basis.size, device=device)
+    x = torch.empty(steps + 1, batch, basis.size, device=device, dtype=dtype)
     basis.forward(first, x[0], samples)
     z = None
     if bool((table.n != 0).any()):
-        z = torch.empty(steps, batch, basis.size, device=device)
+        z = torch.empty(steps, batch, basis.size, device=device, dtype=dtype)
         for i in range(steps):
             drawn = _draw(first, generator) if step_noise is None else step_noise[i]
             basis.forward(drawn, z[i], samples)
@@ -112,7 +114,7 @@ def start(
     else:
         slope = slope_of(table, solver.slope.initial(table, basis))
         a, bend = table.a[:, None], table.b[:, None] * slope
-        factors = (a / (1 - bend) if table.implicit else a + bend).to(device, torch.float32)  # (S, K)
+        factors = (a / (1 - bend) if table.implicit else a + bend).to(device, dtype)  # (S, K)
         widths = basis.bands.diff()
         for i in range(steps):
             x[i + 1] = torch.repeat_interleave(factors[i], widths) * x[i]
@@ -146,8 +148,8 @@ def check_arguments(
         raise TypeError(f"model_kwargs must be a mapping, got {type(model_kwargs).__name__}")
     if not isinstance(first, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(first).__name__}")
-    if first.dtype not in _STATE_DTYPES:
-        raise TypeError(f"{name} must be fp32, bf16 or fp16, got {first.dtype}")
+    if first.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64, got {first.dtype}")
     if first.ndim < 2 or math.prod(first.shape[1:]) == 0:
         raise ValueError(f"{name} must have shape (B, *shape) with a non-empty sample shape, got {tuple(first.shape)}")
     if not isinstance(schedule, NoiseSchedule):
@@ -184,8 +186,8 @@ def _check_step_noise(
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     if step_noise is None:
         return
-    if not isinstance(step_noise, Tensor) or step_noise.dtype not in _STATE_DTYPES:
-        raise TypeError("step_noise must be an fp32, bf16 or fp16 tensor")
+    if not isinstance(step_noise, Tensor) or step_noise.dtype not in _DTYPES:
+        raise TypeError("step_noise must be an fp32, bf16, fp16 or fp64 tensor")
     if eta == 0:
         raise ValueError("step_noise needs eta > 0: with eta = 0 no step draws noise")
     if step_noise.shape != (steps, *noise.shape):

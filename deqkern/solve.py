@@ -17,8 +17,8 @@ from .trajectory import Trajectory
 
 Callback = Callable[[int, Tensor, Tensor], None]
 
-# No step need be settled better than this: its one-step residual, relative to the state, at the rounding level of fp32.
-SETTLED_EXACT = 2e-7
+# No step need be settled better than this many roundings, in its one-step residual relative to the state.
+ROUNDINGS = 1.7
 # No contraction from one iteration to the next is believed to be better than this.
 CONTRACTION = 0.1
 # A last correction that is larger than this times the smallest one before it: the iteration diverges.
@@ -34,14 +34,14 @@ class Solution:
     """What a solve gives back.
 
     value: (B, *shape), the clean end of the chain, in the dtype of the input.
-    trajectory: (S+1, B, *shape) fp32, all states, the noise first.
+    trajectory: (S+1, B, *shape) fp32 (fp64 if the input is), all states, the noise first.
     converged: (B,) bool.
     error_estimate: (B,) fp64, the relative error left in `value`, as estimated.
     iterations: sequential batched model calls (a batch cut by `max_batch` counts once).
     nfe: (B,) int64, model evaluations per sample.
     history: (iterations, B) fp64, the error estimate after each iteration.
     message: one line for people.
-    round_trip: (B,) fp32 or None, of `invert` on request: the relative error of the sample made from `value` again.
+    round_trip: (B,) or None, of `invert` on request: the relative error of the sample made from `value` again.
     """
 
     value: Tensor
@@ -90,17 +90,17 @@ class _Iteration:
         self.size = min(solver.window or steps, steps)
         self.trajectory, self.solver, self.work = trajectory, solver, _Workspace(trajectory, solver, self.size)
         # A step whose one-step residual is below is settled: it is not evaluated again.
-        self.rtol, self.tolerance = rtol, max(rtol / (2 * steps), SETTLED_EXACT)
+        self.rtol, self.tolerance = rtol, max(rtol / (2 * steps), ROUNDINGS * torch.finfo(trajectory.x.dtype).eps)
         x, self.implicit = trajectory.x, table.implicit
         self.arguments = x[1:] if self.implicit else x[:-1]  # the states that the model is called at
         self.moved = self.work.g_ring[0] if self.implicit else self.work.dx  # their last change, if nothing mixes
-        self.a, self.b, self.n = (v.to(device, torch.float32) for v in (table.a, table.b, table.n))
+        self.a, self.b, self.n = (v.to(device, x.dtype) for v in (table.a, table.b, table.n))
         ends = torch.stack([table.slope_0, table.slope_1]).to(device)
         self.low, self.high = ends.amin(0), ends.amax(0)  # (S,) float64
         shrinkage = solver.slope.initial(table, trajectory.basis).to(device)
-        slope = slope_of(table, shrinkage)[:, None].float()  # (S, 1, K)
+        slope = slope_of(table, shrinkage)[:, None].to(x.dtype)  # (S, 1, K)
         self.slope = slope.expand(-1, trajectory.batch, -1).contiguous()  # (S, B, K)
-        self.frozen = table.slope_0.to(device, torch.float32)[:, None, None]
+        self.frozen = table.slope_0.to(device, x.dtype)[:, None, None]
         self.scale = trajectory.x[0].double().norm(dim=-1)  # (B,)
         self.fallen_back = torch.zeros(trajectory.batch, dtype=torch.bool, device=device)
         self.any_fallen = False

@@ -64,20 +64,22 @@ class Basis:
         return cls(shape, torch.tensor([0, math.prod(shape)], device=device))
 
     @classmethod
-    def spectral(cls, shape: tuple[int, ...], device: torch.device | None = None) -> Basis:
+    def spectral(
+        cls, shape: tuple[int, ...], device: torch.device | None = None, dtype: torch.dtype = torch.float32
+    ) -> Basis:
         """The DCT-II basis of samples (C, H, W) with up to 8 bands per channel."""
         channels, height, width = shape
         band = radial_bands(height, width).flatten()
         count = int(band.max()) + 1
         keys = (torch.arange(channels)[:, None] * count + band).flatten()
-        colour = torch.tensor(_COLOUR_ROTATION) if channels == 3 else torch.eye(channels)
+        colour = torch.tensor(_COLOUR_ROTATION, dtype=torch.float64) if channels == 3 else torch.eye(channels)
         sizes = torch.bincount(keys, minlength=channels * count)
         return cls(
             shape,
             torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).to(device),
-            dct_matrix(height, torch.float32).to(device),
-            dct_matrix(width, torch.float32).to(device),
-            colour.to(device, torch.float32),
+            dct_matrix(height, dtype).to(device),
+            dct_matrix(width, dtype).to(device),
+            colour.to(device, dtype),
             keys.argsort(stable=True).to(device),
         )
 

@@ -94,7 +94,7 @@ class Trajectory:
             image = self.images(part + self.batch if self.table.implicit else part)
             output = self._call(self._input(image), self._timesteps[steps], samples)
             if self.table.clips:
-                output = self.table.effective_output(image, output.float(), steps)
+                output = self.table.effective_output(image, output.to(image.dtype), steps)
             elif output.dtype != image.dtype or not output.is_contiguous():
                 output = image.copy_(output)  # the images are not needed any more
             self.basis.forward(output, out.flatten(0, 1), part)
