@@ -18,7 +18,7 @@ IMPLICIT = pytest.mark.parametrize("implicit", [False, True], ids=["explicit", "
 def test_equals_the_reference(
     backend: str, steps: int, batch: int, size: int, count: int, noise: bool, implicit: bool
 ) -> None:
-    inputs.skip_slow(backend, steps * batch * size)
+    inputs.skip_slow(backend, steps, batch, size)
     inputs.check("ddim_scan", inputs.ddim_scan(steps, batch, size, count, size % 5, noise, implicit), backend)
 
 
@@ -41,7 +41,7 @@ def test_model_output_in_half_precision(backend: str, dtype: torch.dtype) -> Non
 @IMPLICIT
 @pytest.mark.parametrize(("steps", "batch", "size"), [(1, 1, 1), (7, 3, 255), (50, 1, 3072)])
 def test_update_may_overwrite_the_states(backend: str, steps: int, batch: int, size: int, implicit: bool) -> None:
-    inputs.skip_slow(backend, steps * batch * size)
+    inputs.skip_slow(backend, steps, batch, size)
     arguments = inputs.ddim_scan(steps, batch, size, 3, implicit=implicit)
     expected = inputs.wide(arguments)
     reference.ddim_scan(**expected)

@@ -1,0 +1,183 @@
+"""`invert` against chains with known noise, on every method, and clear about what cannot be undone."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from asserts import relative_error
+from problems import GaussianMixture, gaussian, mixture
+from torch import Tensor
+
+import deqkern
+from deqkern import NoiseSchedule, inversion, solvers
+
+SCHEDULE = NoiseSchedule.linear()
+SHAPE = (3, 8, 8)
+STEPS = 30
+
+
+class Wide:
+    """The mixture's denoiser in fp64."""
+
+    def __init__(self, mixture: GaussianMixture) -> None:
+        self.mixture = GaussianMixture(mixture.schedule, mixture.means.double(), mixture.width)
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        assert SCHEDULE.alphas_cumprod is not None
+        abar = SCHEDULE.alphas_cumprod[t.long()].double()[:, None]
+        flat, alpha, sigma = x.flatten(1), abar.sqrt(), (1 - abar).sqrt()
+        return ((flat - alpha * self.mixture.denoise(flat, alpha, sigma)) / sigma).view_as(x)
+
+
+def data_of(model: GaussianMixture, count: int, dtype: torch.dtype = torch.float32) -> Tensor:  # (B, *SHAPE)
+    means = model.means[torch.arange(count) % len(model.means)].to(dtype)
+    return (means + model.width * torch.randn(count, means.shape[1], dtype=dtype)).view(-1, *SHAPE)
+
+
+@pytest.mark.parametrize("method", ["joint", "stepwise"])
+def test_the_noise_of_a_gaussian_is_found_again(method: str) -> None:
+    model = gaussian(SCHEDULE, SHAPE, torch.Generator().manual_seed(1))
+    noise = torch.randn(3, *SHAPE)
+    made = deqkern.sample(model, noise, SCHEDULE, STEPS, sigma_min=0.08, solver=solvers.sequential(), rtol=0.0).value
+    found = deqkern.invert(model, made, SCHEDULE, STEPS, method=method, rtol=1e-5, round_trip=True)
+    assert found.converged.all() and relative_error(found.value, noise).max() <= 1e-4
+    assert found.round_trip is not None and found.round_trip.max() <= 1e-4
+
+
+@pytest.mark.parametrize("steps", [10, 20, 50, 100])
+def test_round_trips_of_a_mixture_in_fp64(steps: int) -> None:
+    model = mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(2))
+    sample = data_of(model, 4, torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", deqkern.ConvergenceWarning)
+        found = deqkern.invert(Wide(model), sample, SCHEDULE, steps, rtol=1e-10, round_trip=True)
+    assert found.value.dtype is torch.float64 and found.round_trip is not None
+    assert torch.equal(found.round_trip <= 1e-9, found.converged), "a step so long may have no start; then it is said"
+    assert found.converged.sum() >= 3
+    if steps >= 50:
+        assert found.converged.all() and found.iterations <= 20
+
+
+@pytest.mark.parametrize("method", ["joint", "stepwise", "naive"])
+def test_the_trajectory_is_the_chain_from_noise_to_sample(method: str) -> None:
+    model = mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(2))
+    sample = data_of(model, 2)
+    found = deqkern.invert(model, sample, SCHEDULE, STEPS, method=method, rtol=1e-5)
+    assert found.trajectory.shape == (STEPS + 1, *sample.shape)
+    torch.testing.assert_close(found.trajectory[0], found.value)
+    torch.testing.assert_close(found.trajectory[-1], sample, rtol=1e-5, atol=1e-5)
+    again = deqkern.sample(model, found.value, SCHEDULE, STEPS, sigma_min=0.08, solver=solvers.sequential(), rtol=0.0)
+    error = relative_error(again.value, sample).max()
+    assert error <= 1e-3 if method != "naive" else error >= 1e-3
+
+
+def test_naive_inversion_makes_one_call_per_step_and_claims_nothing() -> None:
+    model = mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(2))
+    model.calls.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = deqkern.invert(model, data_of(model, 2), SCHEDULE, STEPS, method="naive")
+    assert model.calls == [2] * STEPS and found.nfe.tolist() == [STEPS] * 2
+    assert not found.converged.any() and found.error_estimate.isnan().all()
+
+
+class Conditioned:
+    """A mixture that is shifted by an argument of each sample."""
+
+    def __init__(self, model: GaussianMixture) -> None:
+        self.model = model
+
+    def __call__(self, x: Tensor, t: Tensor, shift: Tensor) -> Tensor:
+        return self.model(x, t) + 0.1 * shift[:, None, None, None]
+
+
+def test_what_the_joint_solve_leaves_goes_on_stepwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Conditioned(mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(2)))
+    sample, shift = data_of(model.model, 3), torch.tensor([0.0, 1.0, -1.0])
+    options: dict[str, Any] = {"rtol": 1e-5, "round_trip": True, "model_kwargs": {"shift": shift}}
+    joint = deqkern.invert(model, sample, SCHEDULE, STEPS, **options)
+    monkeypatch.setattr(inversion, "JOINT_LIMIT", 2)
+    found = deqkern.invert(model, sample, SCHEDULE, STEPS, **options)
+    assert "3 of the samples went on step by step" in found.message
+    assert found.converged.all() and found.history.shape == (found.iterations, 3)
+    assert found.round_trip is not None and found.round_trip.max() <= 1e-4
+    torch.testing.assert_close(found.value, joint.value, rtol=1e-3, atol=1e-3)
+    assert (found.nfe > 2 * STEPS).all()
+
+
+def test_a_sample_that_is_given_up_is_flagged() -> None:
+    model = mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(2))
+    with pytest.warns(deqkern.ConvergenceWarning, match="0 of 2 samples") as caught:
+        found = deqkern.invert(model, data_of(model, 2), SCHEDULE, STEPS, max_iterations=2)
+    assert caught[0].filename == __file__
+    assert not found.converged.any() and (found.error_estimate > 1e-4).all() and found.iterations == 2
+
+
+def test_half_precision_and_micro_batches() -> None:
+    model = mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(2))
+    sample = data_of(model, 2).bfloat16()
+    found = deqkern.invert(model, sample, SCHEDULE, STEPS, rtol=1e-2, max_batch=7)
+    assert found.value.dtype is torch.bfloat16 and max(model.calls) <= 7 and found.converged.all()
+
+
+def test_a_reversed_table_undoes_each_step() -> None:
+    table = SCHEDULE.steps(STEPS, sigma_min=0.1)
+    back = table.reversed()
+    assert back.implicit and not table.implicit and not back.reversed().implicit
+    x, out = torch.randn(2, STEPS, dtype=torch.float64).unbind()
+    after = table.a * x + table.b * out
+    torch.testing.assert_close(back.a * after.flip(0) + back.b * out.flip(0), x.flip(0))
+    for name in ("timesteps", "alpha", "sigma", "slope_0", "slope_1"):
+        assert torch.equal(getattr(back, name), getattr(table, name).flip(0))
+    torch.testing.assert_close(back.reversed().b, table.b)
+
+
+def test_flow_matching() -> None:
+    """The exact velocity of N(0, 1/4) data."""
+    schedule = NoiseSchedule.flow()
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        s = (t / 1000).view(-1, 1, 1, 1)
+        return (s - (1 - s) / 4) / (s**2 + (1 - s) ** 2 / 4) * x
+
+    sample = torch.randn(2, *SHAPE) / 2
+    found = deqkern.invert(model, sample, schedule, STEPS, rtol=1e-5, round_trip=True)
+    assert found.converged.all() and found.round_trip is not None and found.round_trip.max() <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "error", "words"),
+    [
+        (NoiseSchedule.linear(clip_sample=True), {}, ValueError, "schedule clips or thresholds"),
+        (NoiseSchedule.linear(thresholding=True), {}, ValueError, "schedule clips or thresholds"),
+        (SCHEDULE, {"method": "exact"}, ValueError, "method must be one of 'joint'"),
+        (SCHEDULE, {"method": "naive", "solver": solvers.default()}, ValueError, "solver is for method='joint'"),
+        (SCHEDULE, {"round_trip": 1}, TypeError, "round_trip must be a bool"),
+        (SCHEDULE, {"rtol": -1.0}, ValueError, "rtol must be"),
+        (SCHEDULE, {"sigma_min": -0.1}, ValueError, "sigma_min must be"),
+        (SCHEDULE, {"cuda_graph": True}, ValueError, "cuda_graph=True needs"),
+    ],
+)
+def test_bad_options(schedule: NoiseSchedule, options: dict[str, Any], error: type[Exception], words: str) -> None:
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        raise AssertionError("the model was called")
+
+    with pytest.raises(error, match=words):
+        deqkern.invert(model, torch.zeros(1, *SHAPE), schedule, STEPS, **options)
+
+
+@pytest.mark.parametrize(
+    ("sample", "error"),
+    [([1.0], TypeError), (torch.zeros(1, 3, 8, 8).int(), TypeError), (torch.full((1, 3), torch.nan), ValueError)],
+)
+def test_bad_samples(sample: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="sample must"):
+        deqkern.invert(lambda x, t: x, sample, SCHEDULE, STEPS)
+
+
+def test_an_empty_batch() -> None:
+    found = deqkern.invert(lambda x, t: x, torch.zeros(0, *SHAPE), SCHEDULE, STEPS)
+    assert found.value.shape == (0, *SHAPE) and found.nfe.shape == (0,)
