@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib
+
 import inputs
 import pytest
 import torch
@@ -108,3 +110,12 @@ def test_a_sample_that_overflowed_stays_alone(backend: str, implicit: bool) -> N
     others = [d for d in range(300) if d not in (7, 70)]
     assert torch.equal(spoilt["f"][:, 1, others], arguments["f"][:, 1, others])
     assert not spoilt["norms"][2, 1, 0].isfinite() and not spoilt["norms"][2:, 1, 1].isfinite().any()
+
+
+@IMPLICIT
+def test_the_blocks_of_large_problems(monkeypatch: pytest.MonkeyPatch, implicit: bool) -> None:
+    """Triton takes other blocks where there are many elements: more than fit into a test."""
+    pytest.importorskip("triton")
+    module = importlib.import_module("deqkern.kernels.ddim_scan")
+    monkeypatch.setattr(module, "launch_size", lambda batch, size: (256, 4))
+    inputs.check("ddim_scan", inputs.ddim_scan(5, 3, 700, 24, implicit=implicit), "triton")
