@@ -26,6 +26,7 @@ from torch import Tensor
 
 import deqkern
 from deqkern import models, solvers
+from deqkern.solve import relative_error
 
 TOLERANCES = (1e-2, 1e-3)
 NEVER = 999
@@ -45,11 +46,6 @@ class Case:
     stop_error: dict[str, list[float]]
 
 
-def errors(value: Tensor, reference: Tensor) -> list[float]:
-    difference = (value - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)
-    return [float(error) for error in difference]
-
-
 def measure(loaded: models.Pretrained, steps: int, eta: float, solver: solvers.Solver, seeds: int, limit: int) -> Case:
     generator = torch.Generator().manual_seed(1000)
     noise = torch.randn(seeds, *loaded.shape, generator=generator)
@@ -60,7 +56,7 @@ def measure(loaded: models.Pretrained, steps: int, eta: float, solver: solvers.S
     finished: list[Tensor] = []
 
     def watch(iteration: int, estimate: Tensor, error_estimate: Tensor) -> None:
-        track.append(errors(estimate, reference))
+        track.append(relative_error(estimate, reference).tolist())
         finished.append(error_estimate)
 
     for rtol in (min(TOLERANCES) / 3, *TOLERANCES):
@@ -89,7 +85,7 @@ def measure(loaded: models.Pretrained, steps: int, eta: float, solver: solvers.S
         ]
         case.stop_iterations[f"{rtol:g}"] = done
         case.stop_nfe[f"{rtol:g}"] = solution.nfe.tolist()
-        case.stop_error[f"{rtol:g}"] = errors(solution.value, reference)
+        case.stop_error[f"{rtol:g}"] = relative_error(solution.value, reference).tolist()
     return case
 
 

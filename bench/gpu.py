@@ -36,7 +36,7 @@ from torch import Tensor
 import deqkern
 from deqkern import models, ops, sampling, solvers
 from deqkern.ops import reference
-from deqkern.solve import _Iteration
+from deqkern.solve import _Iteration, relative_error
 
 Row = dict[str, Any]
 Network = networks.UNet | networks.DiT
@@ -269,7 +269,7 @@ def measure_shipped(clock: Clock, name: str, steps: int) -> list[Row]:
         options: Row = {"rtol": 1e-2, "cuda_graph": graph}
         found = deqkern.sample(model, noise, loaded.schedule, steps, **options)
         spent = clock.wall(lambda o=options: deqkern.sample(model, noise, loaded.schedule, steps, **o), 5)
-        error = float((found.value - chain.value).norm() / chain.value.norm())
+        error = float(relative_error(found.value, chain.value))
         row = {"model": name, "solver": "default, graph" if graph else "default", "ms": 1e3 * spent}
         rows.append(row | {"iterations": found.iterations, "nfe": int(found.nfe[0]), "error": error})
     return rows

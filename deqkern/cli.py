@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 
 from . import models, ops, plots, sampling, solvers
-from .solve import Callback, ConvergenceWarning, Solution
+from .solve import Callback, ConvergenceWarning, Solution, relative_error
 from .solvers import Solver
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -148,12 +148,6 @@ class Trace:
         """Take in one iteration."""
         self.true_error.append(float(relative_error(value, self.reference).max()))
         self.error_estimate.append(float(estimate.max()))
-
-
-def relative_error(value: Tensor, reference: Tensor) -> Tensor:
-    """|value - reference| / |reference| (B,) per sample, in float64."""
-    value, reference = value.double().flatten(1), reference.double().flatten(1)
-    return (value - reference).norm(dim=1) / reference.norm(dim=1)
 
 
 def _spread(values: Tensor) -> dict[str, Any]:

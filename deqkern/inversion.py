@@ -12,9 +12,9 @@ from torch import Tensor
 from . import sampling
 from .schedule import NoiseSchedule, StepTable
 from .slopes import Secant
-from .solve import Callback, Solution, solve, warn_unless_converged
+from .solve import Callback, Solution, relative_error, solve, warn_unless_converged
 from .solvers import Solver, default, sequential
-from .trajectory import Model
+from .trajectory import Model, kwargs_of
 
 METHODS = ("joint", "stepwise", "naive")
 # Iterations of the joint solve, and of one step of the stepwise one, after which a sample is given up.
@@ -77,9 +77,9 @@ def invert(
 
     def run(chosen: Tensor, table: StepTable, solver: Solver, limit: int, **options: Any) -> Solution:
         """Solve for the samples `chosen` (n,)."""
-        part = _rows_of(kwargs, chosen, len(sample))
+        part = kwargs_of(kwargs, chosen, len(sample))
         trajectory = sampling.start(model, sample[chosen], table, solver, None, None, part, max_batch)
-        return solve(trajectory, solver, max_iterations=limit, dtype=sample.dtype, warns=False, **options)
+        return solve(trajectory, solver, max_iterations=limit, dtype=sample.dtype, **options)
 
     every, steps = torch.arange(len(sample), device=sample.device), len(table.a)
     with torch.no_grad():
@@ -109,26 +109,15 @@ def invert(
                 max_batch=max_batch,
                 sigma_min=sigma_min,
             ).value
-            wanted = sample.to(again.dtype).flatten(1)
-            found = replace(found, round_trip=(again.flatten(1) - wanted).norm(dim=1) / wanted.norm(dim=1))
+            found = replace(found, round_trip=relative_error(again, sample))
     if method != "naive":
-        warn_unless_converged(found, stacklevel=3)
+        warn_unless_converged(found)
     return found
 
 
 def stepwise() -> Solver:
     """One step after the other, each by a fixed point with secant slopes."""
     return Solver(slope=Secant(), window=1, name="stepwise")
-
-
-def _rows_of(kwargs: Mapping[str, Any], chosen: Tensor, batch: int) -> dict[str, Any]:
-    """The model's arguments for the samples `chosen`."""
-    per_sample = {
-        name: value
-        for name, value in kwargs.items()
-        if isinstance(value, Tensor) and value.ndim and len(value) == batch and len(chosen) < batch
-    }
-    return {**kwargs, **{name: value[chosen] for name, value in per_sample.items()}}
 
 
 def _merge(joint: Solution, again: Solution, left: Tensor) -> Solution:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .schedule import NoiseSchedule, StepTable
 from .slopes import slope_of
-from .solve import Callback, Solution, solve
+from .solve import Callback, Solution, solve, warn_unless_converged
 from .solvers import Solver, default
 from .spectral import Basis
 from .trajectory import Model, Trajectory, model_dtype
@@ -74,7 +74,7 @@ def sample(
     kwargs = dict(model_kwargs or {})
     with torch.no_grad():
         trajectory = start(model, noise, table, solver, step_noise, generator, kwargs, max_batch)
-        return solve(
+        solution = solve(
             trajectory,
             solver,
             rtol=rtol,
@@ -83,6 +83,8 @@ def sample(
             dtype=noise.dtype,
             cuda_graph=cuda_graph,
         )
+    warn_unless_converged(solution)
+    return solution
 
 
 def start(

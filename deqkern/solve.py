@@ -106,9 +106,9 @@ class _Iteration:
         self.any_fallen = False
 
     def phase(self, k: int) -> tuple[int, ...]:
-        """Iterations of one phase launch the same kernels on the same memory."""
+        """Iterations k > 0 of one phase launch the same kernels on the same memory."""
         m = self.solver.history_size
-        return (k == 0, k % len(self.work.e), k % (m + 1), min(k, m), self.any_fallen)
+        return (k % len(self.work.e), k % (m + 1), min(k, m), self.any_fallen)
 
     def run(self, k: int) -> None:
         """Iteration k = 0, 1, .. over the rows that the trajectory has selected."""
@@ -136,24 +136,15 @@ class _Iteration:
         )
 
     def _mix(self, head: int, count: int) -> None:
-        work, solver, window = self.work, self.solver, self.work.window
+        work, solver, window, gamma = self.work, self.solver, self.work.window, self.work.gamma
         if count:
             ops.anderson_gram(work.g_ring, head, count, window, work.gram, work.rhs)
             ops.anderson_solve(
-                *(
-                    work.gram,
-                    work.rhs,
-                    window,
-                    solver.scope,
-                    solver.ridge,
-                    solver.ridge_absolute,
-                    self.implicit,
-                    work.gamma,
-                )
+                work.gram, work.rhs, window, solver.scope, solver.ridge, solver.ridge_absolute, self.implicit, gamma
             )
             if self.any_fallen:
-                work.gamma.masked_fill_(self.fallen_back[:, None], 0.0)
-        ops.anderson_mix(work.f_ring, head, count, work.gamma, window, self.trajectory.x[1:])
+                gamma.masked_fill_(self.fallen_back[:, None], 0.0)
+        ops.anderson_mix(work.f_ring, head, count, gamma, window, self.trajectory.x[1:])
 
     def fall_back(self, diverged: Tensor, window: Tensor, k: int) -> None:
         """Go on with plain iteration for the samples `diverged` (B,), from the first state that is exact.
@@ -198,10 +189,16 @@ class _Mailbox:
         return status[: 2 * batch].view(batch, 2), status[2 * batch :]
 
 
-def warn_unless_converged(solution: Solution, stacklevel: int) -> None:
-    """One `ConvergenceWarning`, for the caller of the public function, if a sample did not converge."""
+def warn_unless_converged(solution: Solution) -> None:
+    """One `ConvergenceWarning` if a sample did not converge, for the caller of the public function that calls this."""
     if not bool(solution.converged.all()):
-        warnings.warn(solution.message, ConvergenceWarning, stacklevel=stacklevel)
+        warnings.warn(solution.message, ConvergenceWarning, stacklevel=3)
+
+
+def relative_error(value: Tensor, reference: Tensor) -> Tensor:
+    """|value - reference| / |reference| (B,) per sample (B, *shape), in float64."""
+    value, reference = value.double().flatten(1), reference.double().flatten(1)
+    return (value - reference).norm(dim=1) / reference.norm(dim=1)
 
 
 def open_rows(window: Tensor, steps: int) -> Tensor:
@@ -219,7 +216,6 @@ def solve(
     callback: Callback | None = None,
     dtype: torch.dtype = torch.float32,
     cuda_graph: bool = False,
-    warns: bool = True,
 ) -> Solution:
     """Iterate `solver` on `trajectory` in place until every sample's estimated remaining error is at most rtol.
 
@@ -262,7 +258,7 @@ def solve(
     message = f"{batch - missed} of {batch} samples converged in {len(history)} iterations (rtol {rtol:g})"
     if fallen_back:
         message += f"; {fallen_back} diverged and went on with plain iteration"
-    solution = Solution(
+    return Solution(
         value=states[-1].to(dtype, copy=True),
         trajectory=states,
         converged=converged,
@@ -272,6 +268,3 @@ def solve(
         history=torch.stack(history) if history else torch.zeros(0, batch, dtype=torch.float64),
         message=message,
     )
-    if warns:
-        warn_unless_converged(solution, stacklevel=4)
-    return solution

@@ -24,21 +24,29 @@ def model_dtype(model: Model, default: torch.dtype) -> torch.dtype:
     return default
 
 
+def kwargs_of(model_kwargs: Mapping[str, Any], samples: Tensor, batch: int) -> dict[str, Any]:
+    """The model's arguments for `samples` (N,) of the batch: of tensors whose first dimension is B, those rows."""
+    return {
+        name: value[samples] if isinstance(value, Tensor) and value.ndim and len(value) == batch else value
+        for name, value in model_kwargs.items()
+    }
+
+
 @dataclass
 class Trajectory:
     """States x[0] .. x[S] of B chains; `evaluate` calls the model at the rows that `select` chose, in one batch.
 
     Rows are flat indices i * B + b of (step, sample); step i takes the model's output at x[i], or at x[i+1] if the
-    table is implicit. The model sees `(N, *shape)` in its own dtype, timesteps
-    `(N,)`, and those tensors of `model_kwargs` whose first dimension is B, repeated per row. Its output, in fp32 and
-    after clipping where the schedule clips, is written in the solver's basis.
+    table is implicit. The model sees `(N, *shape)` in its own dtype, timesteps `(N,)`, and those tensors of
+    `model_kwargs` whose first dimension is B, repeated per row. Its output, in the dtype of the states and after
+    clipping where the schedule clips, is written in the solver's basis. The states are fp32 or fp64.
     """
 
     model: Model
     table: StepTable
     basis: Basis
-    x: Tensor  # (S+1, B, D) fp32, in the basis
-    z: Tensor | None  # (S, B, D) fp32, in the basis
+    x: Tensor  # (S+1, B, D), in the basis
+    z: Tensor | None  # (S, B, D), in the basis
     dtype: torch.dtype  # what the model is called with
     model_kwargs: Mapping[str, Any]
     max_batch: int | None = None
@@ -46,7 +54,7 @@ class Trajectory:
 
     def __post_init__(self) -> None:
         self.nfe = torch.zeros(self.batch, dtype=torch.int64)
-        self._images: Tensor | None = None  # (rows, *shape) fp32
+        self._images: Tensor | None = None  # (rows, *shape), in the dtype of x
         self._inputs: Tensor | None = None  # the same in the model's dtype, if that is another
         self._timesteps = self.table.timesteps.to(self.x.device)
         self._rows = torch.empty(0, dtype=torch.int64)  # on the device
@@ -63,7 +71,7 @@ class Trajectory:
         return self.x.shape[1]
 
     def images(self, rows: Tensor) -> Tensor:
-        """The states `rows` (N,) of all S+1, as samples (N, *shape) fp32. The memory is reused by the next call."""
+        """The states `rows` (N,) of all S+1, as samples (N, *shape). The memory is reused by the next call."""
         count = len(rows)
         if self._images is None or len(self._images) < count:
             self._images = self.x.new_empty(count, *self.basis.shape)
@@ -88,7 +96,7 @@ class Trajectory:
         self.nfe += self._counts
 
     def evaluate(self, out: Tensor) -> None:
-        """Call the model at the selected states; its output goes to `out` (S, B, D) fp32, in the basis."""
+        """Call the model at the selected states; its output goes to `out` (S, B, D), in the basis."""
         for part in self._rows.split(self.max_batch or max(self.selected, 1)):
             steps, samples = part // self.batch, part % self.batch
             image = self.images(part + self.batch if self.table.implicit else part)
@@ -108,11 +116,7 @@ class Trajectory:
         return self._inputs[: len(image)].copy_(image)
 
     def _call(self, image: Tensor, timesteps: Tensor, samples: Tensor) -> Tensor:
-        kwargs = {
-            name: value[samples] if isinstance(value, Tensor) and value.ndim and len(value) == self.batch else value
-            for name, value in self.model_kwargs.items()
-        }
-        output = self.model(image, timesteps, **kwargs)
+        output = self.model(image, timesteps, **kwargs_of(self.model_kwargs, samples, self.batch))
         output = getattr(output, "sample", output)
         if not isinstance(output, Tensor):
             raise TypeError(f"model must return a tensor or an object with .sample, got {type(output).__name__}")

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .window import is_active
+
 PARTIALS = 32  # partial sums of each product added at a time
 
 
@@ -31,9 +33,7 @@ def anderson_gram_kernel(
     blocks = tl.cdiv(size, BLOCK)
     chunk = tl.program_id(0) % blocks
     row = tl.program_id(0) // blocks
-    step = row // batch
-    span = window + 2 * (row % batch)
-    if (step < tl.load(span)) | (step >= tl.load(span + 1)):
+    if not is_active(window, row, batch):
         return
     d = chunk * BLOCK + tl.arange(0, BLOCK)
     inside = d < size
@@ -70,8 +70,7 @@ def anderson_gram_finish_kernel(
     gram (S, B, M, M), rhs (S, B, M) float64, partial (S, B, 2 COUNT, blocks) fp32. Grid (S * B,).
     """
     row = tl.program_id(0)
-    span = window + 2 * (row % batch)
-    active = (row // batch >= tl.load(span)) & (row // batch < tl.load(span + 1))
+    active = is_active(window, row, batch)
     row = row.to(tl.int64)
     gram += row * M * M
     rhs += row * M

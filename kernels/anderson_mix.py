@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .window import is_active
+
 BLOCK = 512  # four floats, one 16-byte access, per thread and entry
 
 
@@ -30,9 +32,7 @@ def anderson_mix_kernel(
     """
     blocks = tl.cdiv(size, BLOCK)
     row = tl.program_id(0) // blocks
-    step = row // batch
-    span = window + 2 * (row % batch)
-    if (step < tl.load(span)) | (step >= tl.load(span + 1)):
+    if not is_active(window, row, batch):
         return
     d = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = d < size

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .window import is_active
+
 BLOCK = 256  # of one warp: its sums need no barrier
 BANDS = 32  # bands looked at together
 PARTIALS = 8  # partial sums of each band added at a time
@@ -34,9 +36,7 @@ def band_moments_kernel(
     blocks = tl.cdiv(size, BLOCK)
     chunk = tl.program_id(0) % blocks
     row = tl.program_id(0) // blocks
-    step = row // batch
-    span = window + 2 * (row % batch)
-    if (step < tl.load(span)) | (step >= tl.load(span + 1)):
+    if not is_active(window, row, batch):
         return
     row = row.to(tl.int64)
     d = chunk * BLOCK + tl.arange(0, BLOCK)
@@ -79,9 +79,7 @@ def band_moments_finish_kernel(
     """
     groups = tl.cdiv(count, BANDS)
     row = tl.program_id(0) // groups
-    step = row // batch
-    span = window + 2 * (row % batch)
-    active = (step >= tl.load(span)) & (step < tl.load(span + 1))
+    active = is_active(window, row, batch)
     row = row.to(tl.int64)
     band = tl.program_id(0) % groups * BANDS + tl.arange(0, BANDS)
     start = tl.load(bands + band, mask=band < count, other=0)

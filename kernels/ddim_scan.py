@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .window import is_active
+
 PARTIALS = 128  # partial sums added at a time
 
 
@@ -89,8 +91,7 @@ def ddim_scan_kernel(
 def ddim_scan_norms_kernel(partial, window, norms, batch, blocks, PARTIALS: tl.constexpr):
     """norms[i, b, j] = sum of partial[i, b, j, :] in float64 and in order; zero outside the window. Grid (S * B,)."""
     row = tl.program_id(0).to(tl.int64)
-    span = window + 2 * (row % batch)
-    active = (row // batch >= tl.load(span)) & (row // batch < tl.load(span + 1))
+    active = is_active(window, row, batch)
     j = tl.arange(0, 4)[:, None]  # the fourth stays empty
     sums = tl.zeros([4, PARTIALS], tl.float64)
     for first in range(0, blocks, PARTIALS):

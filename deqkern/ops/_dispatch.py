@@ -74,8 +74,8 @@ def _find_cuda(op: str, device: str, dtype: torch.dtype) -> Kernel | str:
         return f"deqkern._C has no CUDA kernel for {op}"
     if device != "cuda":
         return f"its kernels read the memory of a GPU, not {device}"
-    if dtype is not torch.float32:
-        return f"its kernels are written for torch.float32, not {dtype}"
+    if dtype is not DTYPES[op]:
+        return f"its kernels are written for {DTYPES[op]}, not {dtype}"
     return kernel
 
 
