@@ -34,7 +34,7 @@ from registry import Size
 from torch import Tensor
 
 import deqkern
-from deqkern import models, ops, sampling, solvers
+from deqkern import models, network, ops, solvers, trajectory
 from deqkern.ops import reference
 from deqkern.solve import _Iteration, relative_error
 
@@ -179,9 +179,9 @@ def measure_iterations(clock: Clock, size: Size) -> list[Row]:
     rows: list[Row] = [{"solver": name, "us": 1e6 * spent} for name, spent in plain.items()]
     for solver in (solvers.default(), solvers.parataa(), solvers.deq_ddim()):
         table = SCHEDULE.steps(size.steps)
-        trajectory = sampling.start(lambda x, t: x, noise, table, solver, None, None, {}, None)
-        iteration = _Iteration(trajectory, solver, 0.0)
-        trajectory.select(torch.arange(size.steps * size.batch))
+        system = trajectory.start(network.Network(lambda x, t: x, table, {}, noise), noise, table, solver)
+        iteration = _Iteration(system, solver, 0.0)
+        system.select(torch.arange(size.steps * size.batch))
         opened = iteration.work.window.clone()
 
         def run(k: int, i: _Iteration = iteration, w: Tensor = opened) -> None:

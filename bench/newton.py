@@ -21,9 +21,11 @@ import typer
 from convergence import NEVER, TOLERANCES, number
 from torch import Tensor
 
-from deqkern import models, sampling, solvers
+from deqkern import models, solvers
+from deqkern.network import Network
 from deqkern.ops import reference
 from deqkern.slopes import slope_of
+from deqkern.trajectory import start
 
 RIDGE = 1e-3  # relative, of the differences' Gram matrix
 LIMIT = 14
@@ -40,7 +42,8 @@ class Problem:
         noise = torch.randn(seeds, *loaded.shape, generator=generator)
         step_noise = torch.randn(steps, *noise.shape, generator=generator) if eta else None
         table = loaded.schedule.steps(steps, eta=eta)
-        self.trajectory = sampling.start(loaded.model, noise, table, solver, step_noise, None, {}, None)
+        network = Network(loaded.model, table, {}, noise)
+        self.trajectory = start(network, noise, table, solver, step_noise=step_noise)
         self.steps, self.batch = steps, seeds
         self.a, self.b, self.n = (v.float()[:, None, None] for v in (table.a, table.b, table.n))
         ends = torch.stack([table.slope_0, table.slope_1])

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .network import Model
 from .sampling import sample
 from .schedule import NoiseSchedule
 from .slopes import Secant, SlopeProfile
 from .solvers import Solver
-from .trajectory import Model
 
 
 @dataclass(frozen=True)

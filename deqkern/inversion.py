@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from . import sampling
+from .network import Model, Network, kwargs_of
 from .schedule import NoiseSchedule, StepTable
 from .slopes import Secant
 from .solve import Callback, Solution, relative_error, solve, warn_unless_converged
 from .solvers import Solver, default, sequential
-from .trajectory import Model, kwargs_of
+from .trajectory import start
 
 METHODS = ("joint", "stepwise", "naive")
 # Iterations of the joint solve, and of one step of the stepwise one, after which a sample is given up.
@@ -77,8 +78,9 @@ def invert(
 
     def run(chosen: Tensor, table: StepTable, solver: Solver, limit: int, **options: Any) -> Solution:
         """Solve for the samples `chosen` (n,)."""
-        part = kwargs_of(kwargs, chosen, len(sample))
-        trajectory = sampling.start(model, sample[chosen], table, solver, None, None, part, max_batch)
+        known = sample[chosen]
+        network = Network(model, table, kwargs_of(kwargs, chosen, len(sample)), known)
+        trajectory = start(network, known, table, solver, max_batch=max_batch)
         return solve(trajectory, solver, max_iterations=limit, dtype=sample.dtype, **options)
 
     every, steps = torch.arange(len(sample), device=sample.device), len(table.a)

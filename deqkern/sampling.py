@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .schedule import NoiseSchedule, StepTable
-from .slopes import slope_of
+from .network import Model, Network
+from .schedule import NoiseSchedule
 from .solve import Callback, Solution, solve, warn_unless_converged
 from .solvers import Solver, default
-from .spectral import Basis
-from .trajectory import Model, Trajectory, model_dtype
+from .trajectory import start
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -71,9 +70,11 @@ def sample(
         raise NotImplementedError(f"gradient={gradient!r}: gradients are not implemented yet, use gradient=None")
     table = schedule.steps(num_inference_steps, eta=eta, sigma_min=sigma_min)
     _check_step_noise(step_noise, generator, noise, len(table.a), eta)
-    kwargs = dict(model_kwargs or {})
+    network = Network(model, table, dict(model_kwargs or {}), noise)
     with torch.no_grad():
-        trajectory = start(model, noise, table, solver, step_noise, generator, kwargs, max_batch)
+        trajectory = start(
+            network, noise, table, solver, step_noise=step_noise, generator=generator, max_batch=max_batch
+        )
         solution = solve(
             trajectory,
             solver,
@@ -85,50 +86,6 @@ def sample(
         )
     warn_unless_converged(solution)
     return solution
-
-
-def start(
-    model: Model,
-    first: Tensor,  # (B, *shape), the state that is known
-    table: StepTable,
-    solver: Solver,
-    step_noise: Tensor | None,
-    generator: torch.Generator | None,
-    model_kwargs: Mapping[str, Any],
-    max_batch: int | None,
-) -> Trajectory:
-    """The chain of `table` from its first state, in the solver's basis, with the solver's first guess of the others."""
-    shape, device, steps, batch = tuple(first.shape[1:]), first.device, len(table.a), len(first)
-    spectral = solver.basis == "spectral" and len(shape) == 3
-    dtype = torch.promote_types(first.dtype, torch.float32)  # of the states
-    basis = Basis.spectral(shape, device, dtype) if spectral else Basis.identity(shape, device)
-    samples = torch.arange(batch, device=device)
-    x = torch.empty(steps + 1, batch, basis.size, device=device, dtype=dtype)
-    basis.forward(first, x[0], samples)
-    z = None
-    if bool((table.n != 0).any()):
-        z = torch.empty(steps, batch, basis.size, device=device, dtype=dtype)
-        for i in range(steps):
-            drawn = _draw(first, generator) if step_noise is None else step_noise[i]
-            basis.forward(drawn, z[i], samples)
-    if solver.start == "constant":
-        x[1:] = x[0]
-    else:
-        slope = slope_of(table, solver.slope.initial(table, basis))
-        a, bend = table.a[:, None], table.b[:, None] * slope
-        factors = (a / (1 - bend) if table.implicit else a + bend).to(device, dtype)  # (S, K)
-        widths = basis.bands.diff()
-        for i in range(steps):
-            x[i + 1] = torch.repeat_interleave(factors[i], widths) * x[i]
-            if z is not None:
-                x[i + 1] += float(table.n[i]) * z[i]
-    return Trajectory(model, table, basis, x, z, model_dtype(model, first.dtype), model_kwargs, max_batch)
-
-
-def _draw(noise: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One step's noise (B, *shape), drawn as diffusers does: on the generator's device, in the dtype of `noise`."""
-    device = noise.device if generator is None else generator.device
-    return torch.randn(noise.shape, generator=generator, device=device, dtype=noise.dtype).to(noise.device)
 
 
 def check_arguments(

@@ -149,7 +149,7 @@ class _Iteration:
     def fall_back(self, diverged: Tensor, window: Tensor, k: int) -> None:
         """Go on with plain iteration for the samples `diverged` (B,), from the first state that is exact.
 
-        window: (B, 2), what was active in iteration k. Both are on the CPU. Raises ValueError if it was the model
+        window: (B, 2), what was active in iteration k. Both are on the CPU. Raises ValueError if it was the map
         that gave NaN or infinity.
         """
         x, e, timesteps = self.trajectory.x, self.work.e[k % len(self.work.e)], self.trajectory.table.timesteps
@@ -158,7 +158,8 @@ class _Iteration:
             bad = ~e[begin:end, b].isfinite().all(-1).cpu()
             if bad.any():
                 where = timesteps[begin:end][bad].tolist()
-                raise ValueError(f"model returned NaN or infinity at iteration {k + 1}, timesteps {where} (sample {b})")
+                what = self.trajectory.map.what
+                raise ValueError(f"{what} NaN or infinity at iteration {k + 1}, timesteps {where} (sample {b})")
             exact = begin if self.implicit else begin + 1
             x[exact + 1 :, b] = x[exact, b]
         self.fallen_back |= (diverged != 0).to(x.device)
@@ -220,7 +221,7 @@ def solve(
     """Iterate `solver` on `trajectory` in place until every sample's estimated remaining error is at most rtol.
 
     rtol = 0 goes on until every step is exact. cuda_graph: launch iterations as graphs; no solver.window then. Raises
-    ValueError if the model returns NaN.
+    ValueError if the map gives NaN.
     """
     steps, batch, shape = trajectory.steps, trajectory.batch, trajectory.basis.shape
     iteration = _Iteration(trajectory, solver, rtol)

@@ -12,7 +12,7 @@ Nothing here assumes that a step begins where the one before it ended. Everythin
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -105,6 +105,21 @@ class StepTable:
         flipped = {name: getattr(self, name).flip(0) for name in _PER_STEP}
         flipped |= {"a": 1 / flipped["a"], "b": -flipped["b"] / flipped["a"]}
         return StepTable(**flipped, implicit=not self.implicit)
+
+    def transposed(self) -> StepTable:
+        """The chain of the gradient: y[0] = dL/dx[S], y[j] belongs to state S-j, J is that of the map at its states.
+
+        Explicit:  y[j+1] = a y[j] + b J[S-1-j]^T y[j],        y[S] = dL/dx[0];    of step i = S-1-j.
+        Implicit:  y[j+1] = a' y[j] + b J[S-j]^T y[j+1],   a y[S] = dL/dx[0],      with a' of the step before, at first 1.
+
+        What step i adds to dL/dtheta is b (d out / d theta)^T y: y[j] of an explicit step, y[j+1] of an implicit one.
+        The chain draws no noise.
+        """
+        flipped = {name: getattr(self, name).flip(0) for name in _PER_STEP}
+        flipped["n"] = torch.zeros_like(self.n)
+        if self.implicit:
+            flipped["a"] = torch.cat([torch.ones_like(self.a[:1]), flipped["a"][:-1]])
+        return replace(self, **flipped)
 
     @property
     def num_inference_steps(self) -> int:

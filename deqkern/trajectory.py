@@ -1,62 +1,47 @@
-"""The joint system: all states of a sampling chain in the solver's basis, and the only caller of the model."""
+"""The joint system: all states of a chain in the solver's basis, and a map that is evaluated at them in one batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .schedule import StepTable
+from .slopes import slope_of
+from .solvers import Solver
 from .spectral import Basis
 
-Model = Callable[..., Any]
 
+class Map(Protocol):
+    """What the chain is linear in, at states (N, *shape) of steps (N,) and samples (N,): (N, *shape)."""
 
-def model_dtype(model: Model, default: torch.dtype) -> torch.dtype:
-    """The dtype of the model's first floating-point parameter, or `default` for a plain function."""
-    if isinstance(model, torch.nn.Module):
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                return parameter.dtype
-    return default
+    what: str  # how an error about the result begins
 
-
-def kwargs_of(model_kwargs: Mapping[str, Any], samples: Tensor, batch: int) -> dict[str, Any]:
-    """The model's arguments for `samples` (N,) of the batch: of tensors whose first dimension is B, those rows."""
-    return {
-        name: value[samples] if isinstance(value, Tensor) and value.ndim and len(value) == batch else value
-        for name, value in model_kwargs.items()
-    }
+    def __call__(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
+        """Evaluate; the result may be of any floating dtype."""
 
 
 @dataclass
 class Trajectory:
-    """States x[0] .. x[S] of B chains; `evaluate` calls the model at the rows that `select` chose, in one batch.
+    """States x[0] .. x[S] of B chains; `evaluate` calls the map at the rows that `select` chose, in one batch.
 
-    Rows are flat indices i * B + b of (step, sample); step i takes the model's output at x[i], or at x[i+1] if the
-    table is implicit. The model sees `(N, *shape)` in its own dtype, timesteps `(N,)`, and those tensors of
-    `model_kwargs` whose first dimension is B, repeated per row. Its output, in the dtype of the states and after
-    clipping where the schedule clips, is written in the solver's basis. The states are fp32 or fp64.
+    Rows are flat indices i * B + b of (step, sample); step i takes the map at x[i], or at x[i+1] if the table is
+    implicit. The map sees and gives samples, in space; the states are kept in the basis, fp32 or fp64.
     """
 
-    model: Model
+    map: Map
     table: StepTable
     basis: Basis
     x: Tensor  # (S+1, B, D), in the basis
     z: Tensor | None  # (S, B, D), in the basis
-    dtype: torch.dtype  # what the model is called with
-    model_kwargs: Mapping[str, Any]
     max_batch: int | None = None
     nfe: Tensor = field(init=False)  # (B,) int64, on the CPU
 
     def __post_init__(self) -> None:
         self.nfe = torch.zeros(self.batch, dtype=torch.int64)
         self._images: Tensor | None = None  # (rows, *shape), in the dtype of x
-        self._inputs: Tensor | None = None  # the same in the model's dtype, if that is another
-        self._timesteps = self.table.timesteps.to(self.x.device)
         self._rows = torch.empty(0, dtype=torch.int64)  # on the device
         self._counts = torch.zeros_like(self.nfe)
 
@@ -85,7 +70,7 @@ class Trajectory:
         return len(self._rows)
 
     def select(self, rows: Tensor) -> None:
-        """Choose the states `rows` (N,) int64, on the CPU, that `evaluate` calls the model at."""
+        """Choose the states `rows` (N,) int64, on the CPU, that `evaluate` calls the map at."""
         self._counts = torch.bincount(rows % self.batch, minlength=self.batch)
         if self.x.is_cuda:
             rows = rows.pin_memory().to(self.x.device, non_blocking=True)
@@ -96,32 +81,57 @@ class Trajectory:
         self.nfe += self._counts
 
     def evaluate(self, out: Tensor) -> None:
-        """Call the model at the selected states; its output goes to `out` (S, B, D), in the basis."""
+        """Call the map at the selected states; what it gives goes to `out` (S, B, D), in the basis."""
         for part in self._rows.split(self.max_batch or max(self.selected, 1)):
-            steps, samples = part // self.batch, part % self.batch
             image = self.images(part + self.batch if self.table.implicit else part)
-            output = self._call(self._input(image), self._timesteps[steps], samples)
-            if self.table.clips:
-                output = self.table.effective_output(image, output.to(image.dtype), steps)
-            elif output.dtype != image.dtype or not output.is_contiguous():
+            output = self.map(image, part // self.batch, part % self.batch)
+            if output.dtype != image.dtype or not output.is_contiguous():
                 output = image.copy_(output)  # the images are not needed any more
             self.basis.forward(output, out.flatten(0, 1), part)
 
-    def _input(self, image: Tensor) -> Tensor:
-        """The images (N, *shape) in the model's dtype, in memory that the next call reuses."""
-        if image.dtype == self.dtype:
-            return image
-        if self._inputs is None or len(self._inputs) < len(image):
-            self._inputs = torch.empty_like(image, dtype=self.dtype)
-        return self._inputs[: len(image)].copy_(image)
 
-    def _call(self, image: Tensor, timesteps: Tensor, samples: Tensor) -> Tensor:
-        output = self.model(image, timesteps, **kwargs_of(self.model_kwargs, samples, self.batch))
-        output = getattr(output, "sample", output)
-        if not isinstance(output, Tensor):
-            raise TypeError(f"model must return a tensor or an object with .sample, got {type(output).__name__}")
-        if output.shape != image.shape:
-            raise ValueError(f"model returned shape {tuple(output.shape)} for an input of shape {tuple(image.shape)}")
-        if output.device != image.device or not output.is_floating_point():
-            raise ValueError(f"model returned {output.dtype} on {output.device} for an input on {image.device}")
-        return output
+def start(
+    map: Map,
+    first: Tensor,  # (B, *shape), the state that is known
+    table: StepTable,
+    solver: Solver,
+    *,
+    step_noise: Tensor | None = None,  # (S, B, *shape)
+    generator: torch.Generator | None = None,
+    max_batch: int | None = None,
+) -> Trajectory:
+    """The chain of `table` from its first state, in the solver's basis, with the solver's first guess of the others.
+
+    Step noise that is not given is drawn from `generator`, in the order of the sequential chain.
+    """
+    shape, device, steps, batch = tuple(first.shape[1:]), first.device, len(table.a), len(first)
+    spectral = solver.basis == "spectral" and len(shape) == 3
+    dtype = torch.promote_types(first.dtype, torch.float32)  # of the states
+    basis = Basis.spectral(shape, device, dtype) if spectral else Basis.identity(shape, device)
+    samples = torch.arange(batch, device=device)
+    x = torch.empty(steps + 1, batch, basis.size, device=device, dtype=dtype)
+    basis.forward(first, x[0], samples)
+    z = None
+    if bool((table.n != 0).any()):
+        z = torch.empty(steps, batch, basis.size, device=device, dtype=dtype)
+        for i in range(steps):
+            drawn = _draw(first, generator) if step_noise is None else step_noise[i]
+            basis.forward(drawn, z[i], samples)
+    if solver.start == "constant":
+        x[1:] = x[0]
+    else:
+        slope = slope_of(table, solver.slope.initial(table, basis))
+        a, bend = table.a[:, None], table.b[:, None] * slope
+        factors = (a / (1 - bend) if table.implicit else a + bend).to(device, dtype)  # (S, K)
+        widths = basis.bands.diff()
+        for i in range(steps):
+            x[i + 1] = torch.repeat_interleave(factors[i], widths) * x[i]
+            if z is not None:
+                x[i + 1] += float(table.n[i]) * z[i]
+    return Trajectory(map, table, basis, x, z, max_batch)
+
+
+def _draw(noise: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One step's noise (B, *shape), drawn as diffusers does: on the generator's device, in the dtype of `noise`."""
+    device = noise.device if generator is None else generator.device
+    return torch.randn(noise.shape, generator=generator, device=device, dtype=noise.dtype).to(noise.device)

@@ -1,0 +1,165 @@
+"""The model along a chain, and its vector-Jacobian products: the only caller of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .schedule import StepTable
+
+Model = Callable[..., Any]
+
+
+def model_dtype(model: Model, default: torch.dtype) -> torch.dtype:
+    """The dtype of the model's first floating-point parameter, or `default` for a plain function."""
+    if isinstance(model, torch.nn.Module):
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                return parameter.dtype
+    return default
+
+
+def kwargs_of(model_kwargs: Mapping[str, Any], samples: Tensor, batch: int) -> dict[str, Any]:
+    """The model's arguments for `samples` (N,) of the batch: of tensors whose first dimension is B, those rows.
+
+    Tensors inside dicts, lists and tuples count as well.
+    """
+
+    def rows(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[samples] if value.ndim and len(value) == batch else value
+        return _rebuilt(value, rows)
+
+    return {name: rows(value) for name, value in model_kwargs.items()}
+
+
+def _rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A dict, list or tuple with `change` applied to what it holds; anything else as it is."""
+    if isinstance(value, Mapping):
+        return {key: change(entry) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(change, value))
+    return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from _tensors(entry)
+    elif type(value) in (list, tuple):
+        for entry in value:
+            yield from _tensors(entry)
+
+
+class Network:
+    """`model` at states of the chain `table`: (states (N, *shape), steps (N,), samples (N,)) -> (N, *shape).
+
+    The model sees the states in its own dtype, timesteps `(N,)`, and those tensors of `model_kwargs` whose first
+    dimension is B, one row per state. What comes back is what enters the chain: the model's output, or the table's
+    `effective_output` where it clips.
+    """
+
+    what = "model returned"
+
+    def __init__(
+        self,
+        model: Model,
+        table: StepTable,
+        model_kwargs: Mapping[str, Any],
+        example: Tensor,  # (B, *shape)
+    ) -> None:
+        self.model, self.table, self.model_kwargs = model, table, model_kwargs
+        self.batch, self.dtype = len(example), model_dtype(model, example.dtype)
+        self.timesteps = table.timesteps.to(example.device)
+        self._inputs: Tensor | None = None  # (rows, *shape), the states in the model's dtype
+
+    def __call__(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
+        output = self._call(self._input(states), self.timesteps[steps], samples, self.model_kwargs)
+        if self.table.clips:
+            return self.table.effective_output(states, output.to(states.dtype), steps)
+        return output
+
+    def vjp(
+        self,
+        states: Tensor,  # (N, *shape)
+        cotangents: Tensor,  # (N, *shape)
+        steps: Tensor,  # (N,)
+        samples: Tensor,  # (N,)
+        inputs: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, list[Tensor]]:
+        """J^T cotangents (N, *shape) by the states, and the same by `inputs`, summed over the rows.
+
+        The cotangents are scaled to a largest entry of 1 for the model, whose dtype may be narrow.
+        """
+        scale = cotangents.abs().amax().clamp_min(torch.finfo(cotangents.dtype).tiny)
+        with torch.enable_grad():
+            states = states.detach().requires_grad_()
+            output = self(states, steps, samples)
+            if not output.requires_grad:
+                return torch.zeros_like(states), [torch.zeros_like(value) for value in inputs]
+            found = torch.autograd.grad(
+                output,
+                [states, *inputs],
+                (cotangents / scale).to(output.dtype),
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        return found[0] * scale, [value * scale.to(value.dtype) for value in found[1:]]
+
+    def inputs(self, example: Tensor) -> list[Tensor]:
+        """The tensors besides the states that the output depends on and that require grad.
+
+        Those of `model_kwargs`, and the model's parameters. If the model is a plain function, they are found by calling
+        it once, for one row of `example` (B, *shape), under autograd.
+        """
+        given = [value for value in _tensors(self.model_kwargs) if value.requires_grad]
+        held: list[Tensor]
+        if isinstance(self.model, torch.nn.Module):
+            held = [value for value in self.model.parameters() if value.requires_grad]
+        else:
+            held = self._closure(example)
+        return list({id(value): value for value in given + held}.values())
+
+    def _closure(self, example: Tensor) -> list[Tensor]:
+        cut = {name: _detached(value) for name, value in self.model_kwargs.items()}
+        one = torch.zeros(1, dtype=torch.int64, device=example.device)
+        with torch.enable_grad():
+            output = self._call(self._input(example[:1].detach()), self.timesteps[one], one, cut)
+        leaves, seen, nodes = [], set(), [output.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if hasattr(node, "variable"):
+                leaves.append(node.variable)
+            nodes += [following for following, _ in node.next_functions]
+        return leaves
+
+    def _input(self, states: Tensor) -> Tensor:
+        """The states (N, *shape) in the model's dtype; without autograd in memory that the next call reuses."""
+        if states.dtype == self.dtype or torch.is_grad_enabled():
+            return states.to(self.dtype)
+        if self._inputs is None or len(self._inputs) < len(states):
+            self._inputs = torch.empty_like(states, dtype=self.dtype)
+        return self._inputs[: len(states)].copy_(states)
+
+    def _call(self, states: Tensor, timesteps: Tensor, samples: Tensor, model_kwargs: Mapping[str, Any]) -> Tensor:
+        output = self.model(states, timesteps, **kwargs_of(model_kwargs, samples, self.batch))
+        output = getattr(output, "sample", output)
+        if not isinstance(output, Tensor):
+            raise TypeError(f"model must return a tensor or an object with .sample, got {type(output).__name__}")
+        if output.shape != states.shape:
+            raise ValueError(f"model returned shape {tuple(output.shape)} for an input of shape {tuple(states.shape)}")
+        if output.device != states.device or not output.is_floating_point():
+            raise ValueError(f"model returned {output.dtype} on {output.device} for an input on {states.device}")
+        return output
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else _rebuilt(value, _detached)
