@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import gradients
+from .gradients import Gradient
 from .network import Model, Network
 from .schedule import NoiseSchedule
 from .solve import Callback, Solution, solve, warn_unless_converged
@@ -34,7 +37,7 @@ def sample(
     max_batch: int | None = None,
     sigma_min: float | None = None,
     cuda_graph: bool = False,
-    gradient: str | None = None,
+    gradient: str | Gradient | None = None,
     callback: Callback | None = None,
 ) -> Solution:
     """Sample from a diffusion model: the DDIM chain of `num_inference_steps` = S steps as one fixed point.
@@ -57,6 +60,9 @@ def sample(
     sigma_min: end the chain at this noise-to-signal ratio instead of the schedule's own end.
     cuda_graph: launch the iterations as CUDA graphs, for a model whose kernels are short; the same result, and some
         evaluations more, since the rows of a graph stay until half of them have settled. Needs a GPU and no window.
+    gradient: None, "exact", "implicit", "phantom", "residual", "adjoint", or an object of `deqkern.gradients`: makes
+        `value` differentiable by the noise, `step_noise`, tensors in `model_kwargs` and the model's parameters; once,
+        not twice. The gradient is the chain's at the states found, so a small `rtol` matters for it.
     callback: called with (iteration, x0_estimate (B, *shape), error_estimate (B,)) after each iteration.
 
     Raises ValueError or TypeError, before the model is called, for an argument that does not fit; ValueError if the
@@ -66,8 +72,7 @@ def sample(
     solver = default() if solver is None else solver
     check_arguments(model, "noise", noise, schedule, solver, rtol, max_iterations, model_kwargs, max_batch, callback)
     check_cuda_graph(cuda_graph, noise, solver)
-    if gradient is not None:
-        raise NotImplementedError(f"gradient={gradient!r}: gradients are not implemented yet, use gradient=None")
+    method = gradients.named(gradient)
     table = schedule.steps(num_inference_steps, eta=eta, sigma_min=sigma_min)
     _check_step_noise(step_noise, generator, noise, len(table.a), eta)
     network = Network(model, table, dict(model_kwargs or {}), noise)
@@ -85,6 +90,11 @@ def sample(
             cuda_graph=cuda_graph,
         )
     warn_unless_converged(solution)
+    if method is not None:
+        value = gradients.attach(
+            solution.value, network, solution.trajectory, noise, step_noise, method, rtol, max_batch
+        )
+        solution = replace(solution, value=value)
     return solution
 
 

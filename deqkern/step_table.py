@@ -110,7 +110,7 @@ class StepTable:
         """The chain of the gradient: y[0] = dL/dx[S], y[j] belongs to state S-j, J is that of the map at its states.
 
         Explicit:  y[j+1] = a y[j] + b J[S-1-j]^T y[j],        y[S] = dL/dx[0];    of step i = S-1-j.
-        Implicit:  y[j+1] = a' y[j] + b J[S-j]^T y[j+1],   a y[S] = dL/dx[0],      with a' of the step before, at first 1.
+        Implicit:  y[j+1] = a' y[j] + b J[S-j]^T y[j+1],   a y[S] = dL/dx[0];      a' of the step before, at first 1.
 
         What step i adds to dL/dtheta is b (d out / d theta)^T y: y[j] of an explicit step, y[j+1] of an implicit one.
         The chain draws no noise.

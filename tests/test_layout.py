@@ -22,6 +22,7 @@ LAYERS = [
     ["deqkern.trajectory"],
     ["deqkern.capture"],
     ["deqkern.solve"],
+    ["deqkern.gradients"],
     ["deqkern.sampling"],
     ["deqkern.calibration", "deqkern.inversion"],
     ["deqkern"],

@@ -1,0 +1,376 @@
+"""Gradients through a solved chain, for its first state, its step noise, `model_kwargs` and the model's parameters.
+
+With lam[S] = dL/dx[S] and J[i] = d out[i] / d x[i], an explicit chain has lam[i] = (a[i] + b[i] J[i]^T) lam[i+1] and
+dL/dtheta = sum_i b[i] (d out[i] / d theta)^T lam[i+1]. For implicit ones see `StepTable.transposed`. The model is
+called again where its Jacobian is needed: nothing but the states is kept from the solve.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .network import Network
+from .schedule import StepTable
+from .solve import ConvergenceWarning, Solution, solve
+from .solvers import Solver, default
+from .trajectory import start
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Step by step from the end, one vector-Jacobian product (VJP) of B rows each: S of them, the memory of one."""
+
+
+@dataclass(frozen=True)
+class Implicit:
+    """The transposed chain solved for all steps at once, by the engine of `sample`: one batched VJP per iteration.
+
+    The implicit function theorem at the solution (arXiv 1909.01377, section 3.1.2). One more batched VJP gives the
+    gradients of `model_kwargs` and parameters.
+    solver: `deqkern.solvers.default()` if None. rtol: relative error of the gradient of the first state; that of the
+    solve if None. max_iterations: S if None. callback: called with the `Solution` of the transposed chain.
+    """
+
+    solver: Solver | None = None
+    rtol: float | None = None
+    max_iterations: int | None = None
+    callback: Callable[[Solution], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.solver is not None and not isinstance(self.solver, Solver):
+            raise TypeError(f"solver must be a Solver, got {type(self.solver).__name__}")
+        if self.rtol is not None and not 0 <= self.rtol < float("inf"):
+            raise ValueError(f"rtol must be None or finite and >= 0, got {self.rtol}")
+        if self.max_iterations is not None and (not isinstance(self.max_iterations, int) or self.max_iterations < 1):
+            raise ValueError(f"max_iterations must be None or an int >= 1, got {self.max_iterations!r}")
+
+
+@dataclass(frozen=True)
+class Phantom:
+    """What `steps` damped iterations from the solution would let through: a truncated Neumann series.
+
+    The iteration is x <- (1 - tau) x + tau h(x) with the DDIM sum h, which freezes epsilon (arXiv 2111.05177, eq. 6).
+    Costs steps - 1 batched VJPs for the first state, one more for the rest. With one step no derivative of the model
+    takes part in the gradient of the noise, which is tau prod(alpha_next / alpha) dL/dx[S] at eta = 0.
+    """
+
+    steps: int = 5
+    tau: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"steps must be an int >= 1, got {self.steps!r}")
+        if not 0 < self.tau <= 1:
+            raise ValueError(f"tau must lie in (0, 1], got {self.tau}")
+
+
+@dataclass(frozen=True)
+class Adjoint:
+    """AdjointDEIS (arXiv 2405.15020): the continuous adjoint equation by an exponential integrator, step by step.
+
+    With P = alpha lam, half the log-SNR l = log(alpha/sigma) and the integrand V = alpha J_eps^T P,
+    dP/dl = (1 + eta^2) e^-l V. order 1 holds V at the cleaner end of a step; order 2 extrapolates it linearly from
+    the last two (2M). It approximates the gradient of the continuous process, not of the S-step chain. The first step
+    taken, and one with an end without noise or without signal, is the exact one. S VJPs of B rows.
+    """
+
+    order: int = 2
+
+    def __post_init__(self) -> None:
+        if self.order not in (1, 2):
+            raise ValueError(f"order must be 1 or 2, got {self.order!r}")
+
+
+Gradient = Exact | Implicit | Phantom | Adjoint
+
+# "residual" is what DEQ-DDIM's code computes with its own settings (arXiv 2210.12867).
+NAMED: dict[str, Gradient] = {
+    "exact": Exact(),
+    "implicit": Implicit(),
+    "phantom": Phantom(),
+    "residual": Phantom(steps=1, tau=0.1),
+    "adjoint": Adjoint(),
+}
+
+_NO_NOISE = 1e-9  # an end of a step with less has no log-SNR to speak of
+
+
+def named(gradient: str | Gradient | None, names: Sequence[str] = tuple(NAMED)) -> Gradient | None:
+    """The gradient of that name, among `names`; an object of one of their kinds is returned as it is."""
+    if gradient is None:
+        return None
+    kinds = tuple(type(NAMED[name]) for name in names)
+    if isinstance(gradient, str) and gradient in names:
+        return NAMED[gradient]
+    if isinstance(gradient, kinds):
+        return gradient
+    classes = ", ".join(dict.fromkeys(kind.__name__ for kind in kinds))
+    raise ValueError(
+        f"gradient must be None, one of {', '.join(map(repr, names))} or a deqkern.gradients object ({classes}), "
+        f"got {gradient!r}"
+    )
+
+
+def attach(
+    solution_value: Tensor,  # (B, *shape)
+    network: Network,
+    states: Tensor,  # (S+1, B, *shape), as the chain of `network` runs
+    first: Tensor,  # (B, *shape)
+    step_noise: Tensor | None,  # (S, B, *shape)
+    gradient: Gradient,
+    rtol: float,
+    max_batch: int | None,
+) -> Tensor:
+    """`solution_value` with a gradient; as it is where nothing requires one, or under torch.no_grad().
+
+    Differentiating twice raises RuntimeError.
+    """
+    if not torch.is_grad_enabled():
+        return solution_value
+    inputs = network.inputs(first)
+    chain = _Chain(network, gradient, rtol, max_batch)
+    attached: Tensor = _Attached.apply(chain, solution_value, states, first, step_noise, *inputs)
+    return attached
+
+
+class _Attached(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        chain: _Chain,
+        value: Tensor,
+        states: Tensor,
+        first: Tensor,
+        step_noise: Tensor | None,
+        *inputs: Tensor,
+    ) -> Tensor:
+        ctx.chain, ctx.dtype = chain, first.dtype
+        ctx.save_for_backward(states, *inputs)  # they may not change in place before the gradient is taken
+        return value.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
+        states, *inputs = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[5:]
+        found = ctx.chain.pull(
+            states,
+            cotangent.to(states.dtype),
+            [value for value, want in zip(inputs, wanted, strict=True) if want],
+            ctx.needs_input_grad[4],
+        )
+        sums = iter(found.inputs)
+        noise = None if found.step_noise is None else found.step_noise.to(ctx.dtype)
+        return None, None, None, found.first.to(ctx.dtype), noise, *(next(sums) if want else None for want in wanted)
+
+
+@dataclass
+class _Pulled:
+    first: Tensor  # (B, *shape)
+    step_noise: Tensor | None  # (S, B, *shape)
+    inputs: list[Tensor]
+
+
+class _Chain:
+    """A solved chain, from whose end a cotangent is pulled back to all that it depends on."""
+
+    def __init__(self, network: Network, gradient: Gradient, rtol: float, max_batch: int | None) -> None:
+        self.network, self.gradient, self.rtol, self.max_batch = network, gradient, rtol, max_batch
+
+    def pull(self, states: Tensor, cotangent: Tensor, inputs: list[Tensor], with_noise: bool) -> _Pulled:
+        """The gradients by the first state, by the step noise if asked for, and by `inputs`."""
+        sums = _Sums(self.network, states, inputs, self.max_batch)
+        match self.gradient:
+            case Implicit():
+                chain = self._implicit(self.gradient, sums, cotangent)
+            case Phantom():
+                chain = self._phantom(self.gradient, sums, cotangent)
+            case Exact():
+                return self._walk(sums, cotangent, with_noise, _exact_walk(self.network.table))
+            case Adjoint():
+                return self._walk(sums, cotangent, with_noise, _adjoint_walk(self.network.table, self.gradient.order))
+        return self._collect(sums, chain, with_noise)
+
+    def _implicit(self, gradient: Implicit, sums: _Sums, cotangent: Tensor) -> Tensor:  # (S+1, B, *shape)
+        solver = gradient.solver or default()
+        table = self.network.table.transposed()
+        trajectory = start(_Transposed(sums), cotangent, table, solver, max_batch=self.max_batch)
+        found = solve(
+            trajectory,
+            solver,
+            rtol=self.rtol if gradient.rtol is None else gradient.rtol,
+            max_iterations=gradient.max_iterations,
+            dtype=cotangent.dtype,
+        )
+        if gradient.callback is not None:
+            gradient.callback(found)
+        if not bool(found.converged.all()):
+            warnings.warn(f"gradient: {found.message}", ConvergenceWarning, stacklevel=2)
+        return found.trajectory
+
+    def _phantom(self, gradient: Phantom, sums: _Sums, cotangent: Tensor) -> Tensor:  # (S+1, B, *shape)
+        table, map = self.network.table.transposed(), _Transposed(sums)
+        steps, batch = len(table.a), len(cotangent)
+        rows = torch.arange(steps * batch, device=cotangent.device)
+        a, b, frozen = (v.tolist() for v in (table.a, table.b, table.slope_0))
+
+        def swept(first: Tensor, last: Tensor | None) -> Tensor:
+            """The chain from `first` whose J is frozen, but for what J^T does to `last` (S+1, B, *shape)."""
+            chain = [first]
+            if last is not None:
+                argument = last[1:] if table.implicit else last[:-1]
+                through = torch.empty_like(argument)
+                for part in rows.split(self.max_batch or len(rows)):
+                    through.flatten(0, 1)[part] = map(argument.flatten(0, 1)[part], part // batch, part % batch)
+            for j in range(steps):
+                rest = 0.0 if last is None else b[j] * (through[j] - frozen[j] * argument[j])
+                if table.implicit:
+                    chain.append((a[j] * chain[-1] + rest) / (1 - b[j] * frozen[j]))
+                else:
+                    chain.append((a[j] + b[j] * frozen[j]) * chain[-1] + rest)
+            return torch.stack(chain)
+
+        chain = gradient.tau * swept(cotangent, None)
+        for _ in range(gradient.steps - 1):
+            chain = torch.lerp(chain, swept(cotangent, chain), gradient.tau)
+        return chain
+
+    def _collect(self, sums: _Sums, chain: Tensor, with_noise: bool) -> _Pulled:
+        """What the solved transposed chain (S+1, B, *shape) says."""
+        table, (steps, batch) = self.network.table, (len(chain) - 1, chain.shape[1])
+        if sums.inputs:
+            rows = torch.arange(steps * batch, device=chain.device)
+            weight = table.b.to(chain)[:, None].expand(-1, batch).flatten()  # of row i * B + b
+            for part in rows.split(self.max_batch or len(rows)):
+                own = part // batch
+                place = (steps - 1 - own + int(table.implicit)) * batch + part % batch
+                cotangents = weight[part].view(-1, *[1] * (chain.ndim - 2)) * chain.flatten(0, 1)[place]
+                sums.add(cotangents, own, part % batch, 1.0)
+        first = chain[-1] * float(table.a[0]) if table.implicit else chain[-1]
+        noise = None
+        if with_noise:
+            noise = chain[:-1].flip(0) * table.n.to(chain).view(-1, *[1] * (chain.ndim - 1))
+        return _Pulled(first, noise, sums.total())
+
+    def _walk(self, sums: _Sums, cotangent: Tensor, with_noise: bool, walk: _Walk) -> _Pulled:
+        """lam[i] = keep[i] lam[i+1] + now[i] v + before[i] (the v before), v = of_lam[i] lam[i+1] + of_product[i] p,
+
+        p = J^T lam[i+1] with the J of the model at the state place[i].
+        """
+        table, lam, last = self.network.table, cotangent, torch.zeros_like(cotangent)
+        steps, samples = len(table.a), torch.arange(len(cotangent), device=cotangent.device)
+        noise = cotangent.new_empty(steps, *cotangent.shape) if with_noise else None
+        for i in reversed(range(steps)):
+            if noise is not None:
+                noise[i] = float(table.n[i]) * lam
+            own = torch.full_like(samples, walk.place[i])
+            through = torch.empty_like(lam)
+            for part in samples.split(self.max_batch or max(len(samples), 1)):
+                through[part] = sums.add(lam[part], own[part], samples[part], walk.weight[i])
+            v = walk.of_lam[i] * lam + walk.of_product[i] * through
+            lam, last = walk.keep[i] * lam + walk.now[i] * v + walk.before[i] * last, v
+        return _Pulled(lam, noise, sums.total())
+
+
+class _Sums:
+    """VJPs at the states of a chain, and what they add up to for `inputs`: in fp32 at least."""
+
+    def __init__(self, network: Network, states: Tensor, inputs: list[Tensor], max_batch: int | None) -> None:
+        self.network, self.states, self.inputs = network, states, inputs
+        self.sums = [torch.zeros_like(v, dtype=torch.promote_types(v.dtype, torch.float32)) for v in inputs]
+
+    def add(self, cotangents: Tensor, own: Tensor, samples: Tensor, weight: float) -> Tensor:
+        """J^T cotangents (N, *shape) of the chain's own steps (N,); `weight` times the same by the inputs is added."""
+        states = self.states[own + int(self.network.table.implicit), samples]
+        through, found = self.network.vjp(states, cotangents, own, samples, self.inputs)
+        for total, value in zip(self.sums, found, strict=True):
+            total.add_(value, alpha=weight)
+        return through
+
+    def total(self) -> list[Tensor]:
+        """The sums, in the dtypes of the inputs."""
+        return [total.to(value.dtype) for total, value in zip(self.sums, self.inputs, strict=True)]
+
+
+class _Transposed:
+    """The map of the transposed chain."""
+
+    what = "model has a gradient with"
+
+    def __init__(self, sums: _Sums) -> None:
+        self.network, self.states = sums.network, sums.states
+
+    def __call__(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
+        own = len(self.states) - 2 - steps
+        at = self.states[own + int(self.network.table.implicit), samples]
+        return self.network.vjp(at, states, own, samples)[0]
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """The coefficients of `_Chain._walk`, one per step."""
+
+    place: list[int]  # the state, and the timestep, where J is taken
+    of_lam: list[float]
+    of_product: list[float]
+    keep: list[float]
+    now: list[float]
+    before: list[float]
+    weight: list[float]  # of (d out / d theta)^T lam[i+1]
+
+
+def _exact_walk(table: StepTable) -> _Walk:
+    steps = len(table.a)
+    return _Walk(
+        place=list(range(steps)),
+        of_lam=[0.0] * steps,
+        of_product=[1.0] * steps,
+        keep=table.a.tolist(),
+        now=table.b.tolist(),
+        before=[0.0] * steps,
+        weight=table.b.tolist(),
+    )
+
+
+def _adjoint_walk(table: StepTable, order: int) -> _Walk:
+    """With s the noisy and t the clean end of step i, r the end t before, h = l_s - l_t < 0, c = 1 + eta^2:
+
+    alpha_s lam_s = alpha_t lam_t + c (E1 V_t + E2 (V_t - V_r) / (l_t - l_r)),     V_t = alpha_t^2 J_eps(x_t)^T lam_t,
+    E1 = int e^-l dl = e^-l_t - e^-l_s,               E2 = int e^-l (l - l_t) dl = e^-l_t (1 - (1 + h) e^-h).
+    """
+    walk = _exact_walk(table)
+    det = table.alpha * table.w - table.sigma * table.u
+    of_x, of_out = (-table.u / det).tolist(), (table.alpha / det).tolist()  # eps = of_x x + of_out out
+    alpha, sigma, alpha_next, sigma_next, n = (
+        v.tolist() for v in (table.alpha, table.sigma, table.alpha_next, table.sigma_next, table.n)
+    )
+    last: tuple[float, float] | None = None  # l_r, and the factor from V_r to what weighs (d out / d theta)^T lam_r
+    for i in reversed(range(len(alpha) - 1)):
+        if alpha[i] == 0 or alpha_next[i] == 0 or sigma_next[i] <= _NO_NOISE:
+            last = None
+            continue
+        ddpm = (sigma_next[i] / sigma[i]) ** 2 * (1 - (alpha[i] / alpha_next[i]) ** 2)
+        drift = 1 + (n[i] ** 2 / ddpm if ddpm > 0 else 0.0)
+        level, level_s = math.log(alpha_next[i] / sigma_next[i]), math.log(alpha[i] / sigma[i])
+        h = level_s - level
+        first = drift * (math.exp(-level) - math.exp(-level_s))
+        second = 0.0
+        theta = alpha_next[i] * of_out[i + 1]
+        if order == 2 and last is not None:
+            second = drift * math.exp(-level) * (1 - (1 + h) * math.exp(-h)) / (level - last[0])
+            walk.weight[i + 1] -= second * last[1]
+        walk.place[i] = i + 1
+        walk.of_lam[i], walk.of_product[i] = alpha_next[i] ** 2 * of_x[i + 1], alpha_next[i] ** 2 * of_out[i + 1]
+        walk.keep[i] = alpha_next[i] / alpha[i]
+        walk.now[i], walk.before[i] = (first + second) / alpha[i], -second / alpha[i]
+        walk.weight[i] = (first + second) * theta
+        last = (level, theta)
+    return walk

@@ -1,0 +1,357 @@
+"""Gradients of `sample` and `invert` against autograd through the sequential chain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from asserts import relative_error
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import deqkern
+from deqkern import NoiseSchedule, Solution, gradients, models, solvers
+from deqkern.gradients import Adjoint, Exact, Implicit, Phantom
+from deqkern.network import Network
+
+BATCH, SHAPE, STEPS = 3, (2, 5, 4), 8
+SEQUENTIAL: dict[str, Any] = {"rtol": 0.0, "solver": solvers.sequential()}
+
+
+class Tiny(torch.nn.Module):
+    """Two convolutions with a time and a condition in between."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.first = torch.nn.Conv2d(2, 6, 3, padding=1, dtype=dtype)
+        self.last = torch.nn.Conv2d(6, 2, 3, padding=1, dtype=dtype)
+        self.time = torch.nn.Linear(1, 6, dtype=dtype)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        hidden = self.first(x) + self.time((t.to(x) / 1000)[:, None])[:, :, None, None]
+        if condition is not None:
+            hidden = hidden + condition[:, :, None, None]
+        return 0.5 * x + self.last(torch.tanh(hidden))
+
+
+def chain(model: Any, noise: Tensor, schedule: NoiseSchedule, steps: int, z: Tensor | None, **kwargs: Any) -> Tensor:
+    """The sequential chain, under autograd."""
+    table, x = schedule.steps(steps, eta=0.0 if z is None else 1.0), noise
+    for i in range(steps):
+        out = model(x, table.timesteps[i].expand(len(x)), **kwargs)
+        if table.clips:
+            out = table.effective_output(x, out, torch.full((len(x),), i))
+        x = float(table.a[i]) * x + float(table.b[i]) * out
+        if z is not None:
+            x = x + float(table.n[i]) * z[i]
+    return x
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("max_batch", [None, 5])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        NoiseSchedule.linear(),
+        NoiseSchedule.scaled_linear(prediction_type="v_prediction", rescale_betas_zero_snr=True),
+        NoiseSchedule.cosine(prediction_type="sample"),
+        NoiseSchedule.flow(),
+        NoiseSchedule.linear(clip_sample=True),
+        NoiseSchedule.linear(thresholding=True),
+    ],
+    ids=["epsilon", "zero snr", "sample", "flow", "clip", "threshold"],
+)
+@pytest.mark.parametrize("gradient", ["exact", Implicit(rtol=1e-12)], ids=["exact", "implicit"])
+def test_equal_autograd_through_the_chain(
+    gradient: Any, schedule: NoiseSchedule, max_batch: int | None, eta: float
+) -> None:
+    if eta and schedule.prediction_type == "flow":
+        pytest.skip("flow matching draws no noise")
+    model, noise, condition = Tiny(), leaf(BATCH, *SHAPE), leaf(BATCH, 6)
+    z = leaf(STEPS, BATCH, *SHAPE) if eta else None
+    solution = deqkern.sample(
+        model, noise, schedule, STEPS, eta=eta, step_noise=z, gradient=gradient, max_batch=max_batch,
+        model_kwargs={"condition": condition}, **SEQUENTIAL,
+    )  # fmt: skip
+    inputs = [noise, condition, *model.parameters(), *([] if z is None else [z])]
+    expected = chain(model, noise, schedule, STEPS, z, condition=condition)
+    torch.testing.assert_close(solution.value, expected, rtol=1e-9, atol=1e-9)
+    cotangent = torch.randn_like(noise)
+    wanted = torch.autograd.grad(expected, inputs, cotangent)
+    for found, right in zip(torch.autograd.grad(solution.value, inputs, cotangent), wanted, strict=True):
+        assert found.shape == right.shape and (found - right).norm() <= 1e-9 * right.norm()
+
+
+@pytest.mark.parametrize("gradient", [Exact(), Implicit(rtol=1e-13)], ids=["exact", "implicit"])
+def test_gradcheck(gradient: Any) -> None:
+    model, steps = Tiny(), 4
+    names = [name for name, _ in model.named_parameters()]
+
+    def value(noise: Tensor, z: Tensor, condition: Tensor, *parameters: Tensor) -> Tensor:
+        def call(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+            held = dict(zip(names, parameters, strict=True))
+            return torch.func.functional_call(model, held, (x, t, condition))
+
+        return deqkern.sample(
+            call, noise, NoiseSchedule.linear(), steps, eta=1.0, step_noise=z, gradient=gradient,
+            model_kwargs={"condition": condition}, **SEQUENTIAL,
+        ).value  # fmt: skip
+
+    shape = (1, 2, 2, 3)
+    assert torch.autograd.gradcheck(
+        value, (leaf(*shape), leaf(steps, *shape), leaf(1, 6), *model.parameters()), fast_mode=True
+    )
+
+
+@pytest.mark.parametrize(("steps", "tau"), [(1, 1.0), (2, 1.0), (5, 0.7)])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_phantom_is_what_damped_iterations_let_through(steps: int, tau: float, kind: str) -> None:
+    """By its definition: unrolled from the solution, on the chain that freezes epsilon."""
+    schedule, model = NoiseSchedule.linear(prediction_type=kind), Tiny()
+    noise, z = leaf(BATCH, *SHAPE), leaf(STEPS, BATCH, *SHAPE)
+    table = schedule.steps(STEPS, eta=1.0)
+    solution = deqkern.sample(
+        model, noise, schedule, STEPS, eta=1.0, step_noise=z, gradient=Phantom(steps, tau), **SEQUENTIAL
+    )
+    a, b, n, frozen = (v.tolist() for v in (table.a, table.b, table.n, table.slope_0))
+    states = list(solution.trajectory.detach())
+    for _ in range(steps):
+        swept = [noise]
+        for i in range(STEPS):
+            argument = states[i]  # x[0] counts as one of the unknown states
+            rest = model(argument, table.timesteps[i].expand(BATCH)) - frozen[i] * argument
+            swept.append((a[i] + b[i] * frozen[i]) * swept[-1] + b[i] * rest + n[i] * z[i])
+        states = [(1 - tau) * old + tau * new for old, new in zip(states, swept, strict=True)]
+    inputs, cotangent = [noise, z, *model.parameters()], torch.randn_like(noise)
+    wanted = torch.autograd.grad(states[-1], inputs, cotangent)
+    for found, right in zip(torch.autograd.grad(solution.value, inputs, cotangent), wanted, strict=True):
+        assert (found - right).norm() <= 1e-9 * right.norm()
+
+
+def test_residual_is_that_of_deq_ddim() -> None:
+    """2 tau / sqrt(abar) (x0 - target) for a squared distance: the model has no part in it."""
+    schedule, noise, target = NoiseSchedule.linear(), leaf(BATCH, *SHAPE), torch.randn(BATCH, *SHAPE).double()
+    solution = deqkern.sample(Tiny(), noise, schedule, STEPS, gradient="residual", **SEQUENTIAL)
+    (found,) = torch.autograd.grad((solution.value - target).square().sum(), noise)
+    table = schedule.steps(STEPS)
+    expected = 0.2 * float(table.alpha_next[-1] / table.alpha[0]) * (solution.value - target)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-10, atol=1e-10)
+
+
+class Parts:
+    """A model that holds its parts where no one sees them."""
+
+    def __init__(self, model: Tiny, offset: Tensor) -> None:
+        self.model, self.offset = model, offset
+
+    def __call__(self, x: Tensor, t: Tensor, extra: dict[str, Tensor]) -> Tensor:
+        return self.model(x, t, extra["condition"]) + self.offset.exp()
+
+
+@pytest.mark.parametrize("gradient", ["exact", "implicit", "phantom", "residual", "adjoint"])
+def test_a_plain_function_has_its_parameters_found(gradient: str) -> None:
+    model, offset, noise, condition = Tiny(), leaf(2, 1, 1), leaf(BATCH, *SHAPE), leaf(BATCH, 6)
+    scaled = 2 * condition  # not a leaf: it must not be passed by
+    solution = deqkern.sample(
+        Parts(model, offset), noise, NoiseSchedule.linear(), STEPS, gradient=gradient,
+        model_kwargs={"extra": {"condition": scaled}}, **SEQUENTIAL,
+    )  # fmt: skip
+    inputs = [noise, condition, offset, *model.parameters()]
+    found = torch.autograd.grad(solution.value.square().sum(), inputs)
+    assert all(value.norm() > 0 for value in found)
+    if gradient == "exact":
+        value = chain(
+            Parts(model, offset), noise, NoiseSchedule.linear(), STEPS, None, extra={"condition": 2 * condition}
+        )
+        for left, right in zip(found, torch.autograd.grad(value.square().sum(), inputs), strict=True):
+            assert (left - right).norm() <= 1e-9 * right.norm()
+
+
+def test_a_frozen_model_still_gives_the_gradient_of_the_noise() -> None:
+    model, noise = Tiny().eval().requires_grad_(False), leaf(BATCH, *SHAPE)
+    for gradient in ("exact", "implicit"):
+        solution = deqkern.sample(model, noise, NoiseSchedule.linear(), STEPS, gradient=gradient, rtol=1e-12)
+        (found,) = torch.autograd.grad(solution.value.sum(), noise)
+        (expected,) = torch.autograd.grad(chain(model, noise, NoiseSchedule.linear(), STEPS, None).sum(), noise)
+        assert (found - expected).norm() <= 1e-9 * expected.norm()
+
+
+def test_no_gradient_where_none_is_wanted() -> None:
+    noise = leaf(1, *SHAPE)
+    assert not deqkern.sample(Tiny(), noise, NoiseSchedule.linear(), STEPS).value.requires_grad
+    with torch.no_grad():
+        assert not deqkern.sample(Tiny(), noise, NoiseSchedule.linear(), STEPS, gradient="exact").value.requires_grad
+    frozen = Tiny().requires_grad_(False)
+    found = deqkern.sample(frozen, noise.detach(), NoiseSchedule.linear(), STEPS, gradient="exact")
+    assert not found.value.requires_grad
+
+
+def test_differentiating_twice_raises() -> None:
+    noise = leaf(1, *SHAPE)
+    value = deqkern.sample(Tiny(), noise, NoiseSchedule.linear(), STEPS, gradient="implicit").value
+    (once,) = torch.autograd.grad(value.square().sum(), noise, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        once.sum().backward()
+
+
+def test_states_or_parameters_changed_in_place_raise() -> None:
+    noise, model = leaf(1, *SHAPE), Tiny()
+    solution = deqkern.sample(model, noise, NoiseSchedule.linear(), STEPS, gradient="exact")
+    solution.trajectory.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        solution.value.sum().backward()
+
+
+def test_a_gradient_that_does_not_converge_warns() -> None:
+    noise, seen = leaf(BATCH, *SHAPE), []
+    gradient = Implicit(rtol=1e-9, max_iterations=2, callback=seen.append)
+    value = deqkern.sample(Tiny(), noise, NoiseSchedule.linear(), 20, gradient=gradient).value
+    with pytest.warns(deqkern.ConvergenceWarning, match="gradient: 0 of 3 samples"):
+        value.sum().backward()
+    assert [solution.iterations for solution in seen] == [2] and isinstance(seen[0], Solution)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("gradient", ["exact", "implicit"])
+def test_half_precision_keeps_small_gradients(dtype: torch.dtype, gradient: str) -> None:
+    wide, scale = Tiny(torch.float32), 1e-7  # a loss that is a mean over many pixels
+    narrow = Tiny(torch.float32)
+    narrow.load_state_dict(wide.state_dict())
+    narrow = narrow.to(dtype)
+    noise = torch.randn(BATCH, *SHAPE).to(dtype).requires_grad_()
+    value = deqkern.sample(narrow, noise, NoiseSchedule.linear(), STEPS, gradient=gradient, rtol=1e-3).value
+    (value.float().square() * scale).sum().backward()
+    full = noise.detach().float().requires_grad_()
+    (chain(wide, full, NoiseSchedule.linear(), STEPS, None).square() * scale).sum().backward()
+    for found, expected in [(noise.grad, full.grad), (narrow.last.weight.grad, wide.last.weight.grad)]:
+        assert found is not None and expected is not None and found.dtype is dtype
+        assert (found.float() - expected).norm() <= 0.1 * expected.norm()
+
+
+class Wide(torch.nn.Module):
+    """Holds many activations per sample, few states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = torch.nn.Parameter(torch.randn(4096, 4))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        hidden = torch.tanh(x @ self.inside.T)  # (N, 4096)
+        return hidden @ self.inside / 4096
+
+
+def test_the_memory_of_exact_does_not_grow_with_the_steps() -> None:
+    peaks = []
+    for steps in (5, 10, 40):
+        noise = torch.randn(64, 4, requires_grad=True)
+        value = deqkern.sample(Wide(), noise, NoiseSchedule.linear(), steps, gradient="exact", **SEQUENTIAL).value
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            value.sum().backward()
+        live = peak = 0
+        for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+            if event.name() == "[memory]":
+                live += event.nbytes()
+                peak = max(peak, live)
+        peaks.append(peak)
+    assert peaks[0] >= 4 * 64 * 4096, "the allocator was not watched"
+    assert peaks[1] <= 1.01 * peaks[0] and peaks[2] <= 1.01 * peaks[0], peaks
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_order_of_the_adjoint(order: int, eta: float) -> None:
+    """Against the closed form for a Gaussian, by the noise; its Jacobian does not depend on the states.
+
+    P = alpha lam grows by e^l / (1 + e^(2l) v)^(1/2) for the ODE, and by the square of that for the SDE.
+    """
+    total, variance, errors = 8192, torch.linspace(0.1, 2, 5, dtype=torch.float64), []
+    schedule = NoiseSchedule.linear(0.1 / total, 20 / total, total)
+    abar = schedule.alphas_cumprod
+    assert abar is not None
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        level = abar[t.long()][:, None]
+        return (1 - level).sqrt() / (level * variance + 1 - level) * x
+
+    counts = (64, 128, 256, 512)
+    for steps in counts:
+        table = schedule.steps(steps, eta=eta, sigma_min=0.1)
+        noise = leaf(2, 5)
+        found = gradients._Chain(Network(model, table, {}, noise), Adjoint(order), 0.0, None).pull(
+            torch.zeros(steps + 1, 2, 5, dtype=torch.float64), torch.ones_like(noise), [], False
+        )
+        ends = [(table.alpha[0], table.sigma[0]), (table.alpha_next[-1], table.sigma_next[-1])]
+        grown = [(a / s) / (1 + (a / s) ** 2 * variance).sqrt() for a, s in ends]
+        expected = ends[1][0] / ends[0][0] * (grown[0] / grown[1]) ** (1 + eta**2)
+        errors.append(float(relative_error(found.first, expected.expand(2, 5)).max()))
+    slopes = [math.log2(errors[k] / errors[k + 1]) for k in range(len(counts) - 1)]
+    assert abs(slopes[-1] - order) <= 0.2, (errors, slopes)
+
+
+def test_the_adjoint_of_order_2_is_near_the_exact_gradient() -> None:
+    """By the noise, the condition and the parameters, for a chain of many steps through a smooth model."""
+    model, condition = Tiny(), leaf(1, 6)
+    with torch.no_grad():
+        for parameter in model.last.parameters():
+            parameter.mul_(0.1)
+    found: dict[str, list[Tensor]] = {}
+    noise = leaf(1, *SHAPE)
+    for name, gradient in {"exact": Exact(), "1": Adjoint(1), "2": Adjoint(2)}.items():
+        value = deqkern.sample(
+            model, noise, NoiseSchedule.linear(), 200, gradient=gradient, sigma_min=0.08,
+            model_kwargs={"condition": condition}, **SEQUENTIAL,
+        ).value  # fmt: skip
+        found[name] = list(torch.autograd.grad(value.sum(), [noise, condition, *model.parameters()]))
+    for exact, first, second in zip(*found.values(), strict=True):
+        errors = [float((other - exact).norm() / exact.norm()) for other in (first, second)]
+        assert errors[0] <= 0.2 and errors[1] <= 0.05, errors
+
+
+@pytest.mark.parametrize("name", ["digits", "photos"])
+def test_trained_models_need_at_most_ten_products(name: str) -> None:
+    loaded, seen = models.load(name), []
+    generator = torch.Generator().manual_seed(4)
+    noise = torch.randn(1, *loaded.shape, generator=generator).requires_grad_()
+    value = deqkern.sample(
+        loaded.model, noise, loaded.schedule, 50, rtol=1e-5, gradient=Implicit(callback=seen.append)
+    ).value
+    cotangent = torch.randn(value.shape, generator=generator)
+    (found,) = torch.autograd.grad(value, noise, cotangent)
+    (expected,) = torch.autograd.grad(chain(loaded.model, noise, loaded.schedule, 50, None), noise, cotangent)
+    assert seen[0].converged.all() and seen[0].iterations <= 10
+    assert relative_error(found, expected).max() <= 1e-3
+
+
+@pytest.mark.parametrize(
+    ("gradient", "words"),
+    [
+        ("ift", "gradient must be None, one of 'exact'"),
+        (1, "gradient must be None"),
+        (lambda: Adjoint(3), "order must be 1 or 2"),
+        (lambda: Phantom(steps=0), "steps must be an int >= 1"),
+        (lambda: Phantom(tau=0.0), "tau must lie in"),
+        (lambda: Implicit(rtol=-1.0), "rtol must be None or finite"),
+        (lambda: Implicit(max_iterations=0), "max_iterations must be"),
+    ],
+)
+def test_bad_gradients(gradient: Any, words: str) -> None:
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        raise AssertionError("the model was called")
+
+    make: Callable[[], Any] = gradient if callable(gradient) else lambda: gradient
+    with pytest.raises(ValueError, match=words):
+        deqkern.sample(model, torch.zeros(1, *SHAPE), NoiseSchedule.linear(), STEPS, gradient=make())
+
+
+def test_the_adjoint_needs_a_schedule_that_does_not_clip() -> None:
+    with pytest.raises(ValueError, match="schedule clips or thresholds"):
+        deqkern.sample(
+            Tiny(), torch.zeros(1, *SHAPE), NoiseSchedule.linear(clip_sample=True), STEPS, gradient="adjoint"
+        )
