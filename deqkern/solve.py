@@ -73,7 +73,7 @@ class _Workspace:
         self.gamma = x.new_zeros(steps, batch, m)
         self.norms = wide.new_zeros(steps, batch, 3)
         self.moments = wide.new_zeros(steps, batch, len(bands) - 1, 2)
-        self.errors = wide.new_tensor([torch.inf, torch.inf, 1.0, torch.inf]).repeat(batch, 1)
+        self.errors = wide.new_tensor([torch.inf, torch.inf, 1.0, torch.inf, torch.inf]).repeat(batch, 1)
         self.status = wide.new_zeros(3 * batch, dtype=torch.int64)  # one piece, so that one copy tells the host
         self.window, self.diverged = self.status[: 2 * batch].view(batch, 2), self.status[2 * batch :]
         self.window[:, 1] = size
