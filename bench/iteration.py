@@ -84,7 +84,7 @@ class _Kernels(Work):
     def _progress(self) -> None:
         """On a window of its own, since every step stays active here."""
         window = self.window.clone()
-        errors = torch.ones(len(window), 4, dtype=torch.float64)
+        errors = torch.ones(len(window), 5, dtype=torch.float64)
         ops.progress(
             *(self.norms, self.scale, 0.0, 0.0, 0.1, 1e3, SIZE.steps, False, errors, window, self.diverged),
         )

@@ -202,7 +202,7 @@ def _progress(size: Size) -> Callable[[torch.device], Arguments]:
             "growth": 1e3,
             "size": size.steps,
             "implicit": True,  # so that every step stays active
-            "errors": torch.ones(size.batch, 4, **double),
+            "errors": torch.ones(size.batch, 5, **double),
             "window": open_windows(size, device),
             "diverged": torch.zeros(size.batch, dtype=torch.int64, device=device),
         }

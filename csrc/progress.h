@@ -3,7 +3,9 @@
 //   change = max_i |g[i+1]| / min(|x[i+1]|, |x[0]|)             inf while the window does not reach the end
 //   ratio = change / min(last change, 1), held within contraction .. 1
 //   rho = sqrt(ratio last_ratio),        left = change rho / max(1 - rho^2, 0.1)
+//   residual = max_i |r[i+1]| / |x[i+1]|                        over the active steps; inf if a norm is not finite
 //
+// 0 / 0 is 0, and anything else over 0 is inf; |x[0]| may be inf.
 // The new window begins at the first step that is not settled, |r[i+1]| > tolerance |x[i+1]|, but past the first active
 // step of an explicit chain, which is exact. A sample has converged when its window is empty, or left <= rtol, rtol > 0.
 // It diverged if a norm is not finite, or |g[S]| > growth times the smallest one before; it then keeps what is exact.
@@ -16,7 +18,7 @@ namespace deqkern {
 struct Progress {
   const double* norms;  // (S, B, 3): |r|^2, |g|^2, |x|^2
   const double* scale;  // (B,): |x[0]|
-  double* errors;       // (B, 4), updated: left, change, ratio, smallest |g[S]|
+  double* errors;       // (B, 5), updated: left, change, ratio, smallest |g[S]|, residual
   int64_t* window;      // (B, 2), updated
   int64_t* diverged;    // (B,), written
   int64_t S, B;

@@ -89,6 +89,7 @@ class Run:
             "nfe": self.solution.nfe.tolist(),
             "converged": self.solution.converged.tolist(),
             "error_estimate": _spread(self.solution.error_estimate),
+            "residual": _spread(self.solution.residual),
             "true_error": None if self.true_error is None else _spread(self.true_error),
             "seconds": round(self.seconds, 3),
             "message": self.solution.message,

@@ -44,8 +44,8 @@ def invert(
     x[S] is known, and every step is solved for its start: x[i] = (x[i+1] - b[i] out(x[i])) / a[i]. `value` of the
     result is x[0], `trajectory` the chain as `sample` would run it.
 
-    model, schedule, num_inference_steps, model_kwargs, max_batch, cuda_graph: as in `sample`, and they must be the same
-        when the noise is turned back into a sample. So must `sigma_min`.
+    model, schedule, num_inference_steps, model_kwargs, max_batch: as in `sample`, and they must be the same when the
+        noise is turned back into a sample. So must `sigma_min`. cuda_graph: as in `sample`; of the joint solve.
     sample: (B, *shape) fp32, bf16, fp16 or fp64, as the noise of `sample`.
     method: "joint" solves all steps at once, like `sample`; what it leaves unconverged goes on stepwise. "stepwise"
         solves one step after the other by a fixed point each: fewest evaluations, most sequential calls. "naive" takes
@@ -56,7 +56,8 @@ def invert(
     sigma_min: the chain ends at this noise-to-signal ratio, where the sample is taken to be, instead of the schedule's
         own end: the last steps to sigma = 0 lose what inversion would need. None keeps the schedule's end.
     round_trip: also run the chain forward from the result, step by step (S more calls): `Solution.round_trip`.
-    callback: called with (iteration, noise_estimate (B, *shape), error_estimate (B,)) after each joint iteration.
+    callback: called with (iteration, noise_estimate (B, *shape), error_estimate (B,)) after each iteration; the
+        estimate is NaN if naive.
 
     Raises ValueError or TypeError for an argument that does not fit, and for a schedule that clips or thresholds: what
     is cut off cannot be found again. A sample that does not converge is reported in the `Solution` and by one
@@ -66,6 +67,8 @@ def invert(
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
     if solver is not None and method != "joint":
         raise ValueError(f"solver is for method='joint', got method={method!r}")
+    if cuda_graph is True and method != "joint":
+        raise ValueError(f"cuda_graph=True is for method='joint', got method={method!r}")
     if not isinstance(round_trip, bool):
         raise TypeError(f"round_trip must be a bool, got {type(round_trip).__name__}")
     solver = default() if solver is None else solver
@@ -86,18 +89,25 @@ def invert(
     every, steps = torch.arange(len(sample), device=sample.device), len(table.a)
     with torch.no_grad():
         if method == "naive":  # the same coefficients, as if the steps were explicit
-            found = run(every, replace(table, implicit=False), sequential(), steps, rtol=0.0)
-            unknown = torch.full_like(found.error_estimate, torch.nan)
+            follow = callback and _without_estimate(callback)
+            found = run(every, replace(table, implicit=False), sequential(), steps, rtol=0.0, callback=follow)
+            unknown, history = (torch.full_like(v, torch.nan) for v in (found.error_estimate, found.history))
             message = f"naive inversion in {steps} steps: its error is not known"
-            found = replace(found, converged=unknown > 0, error_estimate=unknown, message=message)
+            found = replace(
+                found, converged=unknown > 0, error_estimate=unknown, residual=unknown, history=history, message=message
+            )
         elif method == "stepwise":
-            found = run(every, table, stepwise(), max_iterations or STEP_LIMIT * steps, rtol=rtol)
+            limit = max_iterations or STEP_LIMIT * steps
+            found = run(every, table, stepwise(), limit, rtol=rtol, callback=callback)
         else:
             limit = max_iterations or JOINT_LIMIT
             found = run(every, table, solver, limit, rtol=rtol, callback=callback, cuda_graph=cuda_graph)
             left = (~found.converged).nonzero().flatten()
             if len(left) and max_iterations is None:
-                found = _merge(found, run(left, table, stepwise(), STEP_LIMIT * steps, rtol=rtol), left)
+                follow = callback and _continued(callback, found, left)
+                found = _merge(
+                    found, run(left, table, stepwise(), STEP_LIMIT * steps, rtol=rtol, callback=follow), left
+                )
         found = replace(found, trajectory=found.trajectory.flip(0))
         if round_trip:
             again = sampling.sample(
@@ -122,6 +132,21 @@ def stepwise() -> Solver:
     return Solver(slope=Secant(), window=1, name="stepwise")
 
 
+def _without_estimate(callback: Callback) -> Callback:
+    return lambda iteration, value, estimate: callback(iteration, value, torch.full_like(estimate, torch.nan))
+
+
+def _continued(callback: Callback, joint: Solution, left: Tensor) -> Callback:
+    """`callback` for the iterations on the samples `left` (n,) that come after those of `joint`."""
+
+    def follow(iteration: int, value: Tensor, estimate: Tensor) -> None:
+        values, estimates = joint.value.clone(), joint.error_estimate.clone()
+        values[left], estimates[left] = value, estimate
+        callback(joint.iterations + iteration, values, estimates)
+
+    return follow
+
+
 def _merge(joint: Solution, again: Solution, left: Tensor) -> Solution:
     """`joint` with the samples `left` (n,) taken from `again`, whose iterations came after its own."""
     value, trajectory, nfe = joint.value.clone(), joint.trajectory.clone(), joint.nfe.clone()
@@ -129,6 +154,8 @@ def _merge(joint: Solution, again: Solution, left: Tensor) -> Solution:
     nfe[left.cpu()] += again.nfe
     converged, estimate = joint.converged.clone(), joint.error_estimate.clone()
     converged[left], estimate[left] = again.converged, again.error_estimate
+    residual = joint.residual.clone()
+    residual[left] = again.residual
     later = joint.history[-1].repeat(len(again.history), 1)
     later[:, left] = again.history
     message = f"{joint.message}; {len(left)} of the samples went on step by step: {again.message}"
@@ -137,6 +164,7 @@ def _merge(joint: Solution, again: Solution, left: Tensor) -> Solution:
         trajectory=trajectory,
         converged=converged,
         error_estimate=estimate,
+        residual=residual,
         iterations=joint.iterations + again.iterations,
         nfe=nfe,
         history=torch.cat([joint.history, later]),

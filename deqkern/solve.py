@@ -37,6 +37,8 @@ class Solution:
     trajectory: (S+1, B, *shape) fp32 (fp64 if the input is), all states, the noise first.
     converged: (B,) bool.
     error_estimate: (B,) fp64, the relative error left in `value`, as estimated.
+    residual: (B,) fp64, the largest one-step residual of any step relative to its state, |r[i+1]| / |x[i+1]|, at the
+        last iteration in which the sample was open.
     iterations: sequential batched model calls (a batch cut by `max_batch` counts once).
     nfe: (B,) int64, model evaluations per sample.
     history: (iterations, B) fp64, the error estimate after each iteration.
@@ -48,6 +50,7 @@ class Solution:
     trajectory: Tensor
     converged: Tensor
     error_estimate: Tensor
+    residual: Tensor
     iterations: int
     nfe: Tensor
     history: Tensor
@@ -73,7 +76,7 @@ class _Workspace:
         self.gamma = x.new_zeros(steps, batch, m)
         self.norms = wide.new_zeros(steps, batch, 3)
         self.moments = wide.new_zeros(steps, batch, len(bands) - 1, 2)
-        self.errors = wide.new_tensor([torch.inf, torch.inf, 1.0, torch.inf]).repeat(batch, 1)
+        self.errors = wide.new_tensor([torch.inf, torch.inf, 1.0, torch.inf, torch.inf]).repeat(batch, 1)
         self.status = wide.new_zeros(3 * batch, dtype=torch.int64)  # one piece, so that one copy tells the host
         self.window, self.diverged = self.status[: 2 * batch].view(batch, 2), self.status[2 * batch :]
         self.window[:, 1] = size
@@ -249,7 +252,7 @@ def solve(
         if callback is not None:
             callback(k + 1, trajectory.images(last).to(dtype, copy=True), history[-1].clone())
     converged = (window[:, 0] >= steps).to(trajectory.x.device)
-    estimate = work.errors[:, 0].clone()
+    estimate, residual = work.errors[:, 0].clone(), work.errors[:, 4].clone()
     fallen_back = int(iteration.fallen_back.sum())
     del iteration, work, run  # their memory makes room for the states
     states = trajectory.x.new_empty(steps + 1, batch, *shape)
@@ -264,6 +267,7 @@ def solve(
         trajectory=states,
         converged=converged,
         error_estimate=estimate,
+        residual=residual,
         iterations=len(history),
         nfe=trajectory.nfe,
         history=torch.stack(history) if history else torch.zeros(0, batch, dtype=torch.float64),

@@ -25,9 +25,10 @@ def progress_kernel(
     BLOCK: tl.constexpr,
 ):
     """change = max_i |g[i+1]| / min(|x[i+1]|, |x[0]|),  ratio = change / min(last change, 1) within contraction .. 1,
-    rho = sqrt(ratio last_ratio),  left = change rho / max(1 - rho^2, 0.1);  and the next window.
+    rho = sqrt(ratio last_ratio),  left = change rho / max(1 - rho^2, 0.1),
+    residual = max_i |r[i+1]| / |x[i+1]| over the active steps;  and the next window.
 
-    norms (S, B, 3), scale (B,), errors (B, 4) float64; window (B, 2), diverged (B,) int64. Grid (B,): a program walks
+    norms (S, B, 3), scale (B,), errors (B, 5) float64; window (B, 2), diverged (B,) int64. Grid (B,): a program walks
     its steps BLOCK at a time. In float64.
     """
     sample = tl.program_id(0)
@@ -38,6 +39,7 @@ def progress_kernel(
         return
     largest = tl.load(scale + sample)
     change = tl.zeros([BLOCK], tl.float64)
+    unsolved = tl.zeros([BLOCK], tl.float64)  # the largest relative residual of an active step
     finite = tl.full([BLOCK], 1, tl.int32)
     first = tl.zeros([BLOCK], tl.int64) + steps  # the first step that is not settled
     for start in range(0, steps, BLOCK):
@@ -51,20 +53,23 @@ def progress_kernel(
         finite = tl.where(good, finite, 0)
         residual, correction, state = tl.sqrt(residual), tl.sqrt(correction), tl.sqrt(state)
         # a state that is larger than the noise is taken for an overshoot, not for the scale of the data
-        relative = correction / tl.where((state > 0) & (state < largest), state, largest)
-        change = tl.where(relative > change, relative, change)
+        relative = correction / tl.where(state < largest, state, largest)
+        change = tl.where(relative > change, relative, change)  # 0 / 0 is not larger
+        relative = residual / state
+        unsolved = tl.where((i >= begin) & (i < end) & (relative > unsolved), relative, unsolved)
         settled = (i < begin) | ((i < end) & (residual <= tolerance * state)) | (i >= steps)
         first = tl.where(settled, first, tl.minimum(first, i))
     last = tl.sqrt(tl.load(norms + ((steps - 1) * batch + sample) * 3 + 1))
     whole = end == steps
-    smallest = tl.load(errors + 4 * sample + 3)
-    failed = (tl.min(finite, 0) == 0) | (whole & (last > growth * smallest))
+    smallest = tl.load(errors + 5 * sample + 3)
+    broken = tl.min(finite, 0) == 0
+    failed = broken | (whole & (last > growth * smallest))
     reached = tl.where(whole, tl.max(change, 0), float("inf"))
-    before = tl.load(errors + 4 * sample + 1)
+    before = tl.load(errors + 5 * sample + 1)
     before = tl.where(before < 1e-300, 1e-300, tl.where(before > 1.0, 1.0, before))
     ratio = reached / before
     ratio = tl.where(ratio < contraction, contraction, tl.where(ratio > 1.0, 1.0, ratio))
-    square = ratio * tl.load(errors + 4 * sample + 2)
+    square = ratio * tl.load(errors + 5 * sample + 2)
     left = reached * tl.sqrt(square) / tl.where(square < 0.9, 1.0 - square, 0.1)
     exact = begin
     if not IMPLICIT:
@@ -73,10 +78,11 @@ def progress_kernel(
     left = tl.where((frontier >= steps) & (left > tolerance), tolerance, left)
     converged = (frontier >= steps) | ((failed == 0) & (rtol > 0) & (left <= rtol))
     opened = tl.where(converged, steps, frontier)
-    tl.store(errors + 4 * sample, left)
-    tl.store(errors + 4 * sample + 1, reached)
-    tl.store(errors + 4 * sample + 2, ratio)
-    tl.store(errors + 4 * sample + 3, tl.where(whole & (last < smallest), last, smallest))
+    tl.store(errors + 5 * sample, left)
+    tl.store(errors + 5 * sample + 1, reached)
+    tl.store(errors + 5 * sample + 2, ratio)
+    tl.store(errors + 5 * sample + 3, tl.where(whole & (last < smallest), last, smallest))
+    tl.store(errors + 5 * sample + 4, tl.where(broken, float("inf"), tl.max(unsolved, 0)))
     tl.store(window + 2 * sample, opened)
     tl.store(window + 2 * sample + 1, tl.minimum(opened + held, steps))
     tl.store(diverged + sample, failed.to(tl.int64))
@@ -91,7 +97,7 @@ def progress(
     growth: float,
     size: int,
     implicit: bool,
-    errors: torch.Tensor,  # (B, 4) float64, updated
+    errors: torch.Tensor,  # (B, 5) float64, updated
     window: torch.Tensor,  # (B, 2) int64, updated
     diverged: torch.Tensor,  # (B,) int64, written
 ) -> None:

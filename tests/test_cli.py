@@ -11,8 +11,8 @@ from asserts import assert_close
 from test_models import save_tiny_model, save_tiny_profile
 from typer.testing import CliRunner
 
-from deqkern import plots
-from deqkern.cli import Preset, app, relative_error
+from deqkern import models, plots
+from deqkern.cli import Chains, Preset, app, relative_error
 
 
 def run(*arguments: object, code: int = 0) -> Any:
@@ -86,6 +86,12 @@ def test_json_is_strict_and_alone_on_stdout(model: Path, tmp_path: Path) -> None
         "out": str(tmp_path / "grid.png"),
     }
     assert (only["iterations"], only["nfe"], only["true_error"]) == (1, [10] * 3, None)
+    assert 0 < only["residual"]["max"] == max(only["residual"]["per_sample"])
+
+
+def test_the_summary_holds_the_residuals(model: Path) -> None:
+    run = Chains(models.load(model), 10, 3, 0.0, 0).run(Preset.default, None, rtol=1e-4)
+    assert run.summary()["residual"]["per_sample"] == run.solution.residual.tolist()
 
 
 def test_the_seed_chooses_the_noise(model: Path, tmp_path: Path) -> None:

@@ -81,7 +81,9 @@ def test_naive_inversion_makes_one_call_per_step_and_claims_nothing() -> None:
         warnings.simplefilter("error")
         found = deqkern.invert(model, data_of(model, 2), SCHEDULE, STEPS, method="naive")
     assert model.calls == [2] * STEPS and found.nfe.tolist() == [STEPS] * 2
-    assert not found.converged.any() and found.error_estimate.isnan().all()
+    assert not found.converged.any()
+    for unknown in (found.error_estimate, found.residual, found.history):
+        assert unknown.isnan().all()
 
 
 class Conditioned:
@@ -106,6 +108,59 @@ def test_what_the_joint_solve_leaves_goes_on_stepwise(monkeypatch: pytest.Monkey
     assert found.round_trip is not None and found.round_trip.max() <= 1e-4
     torch.testing.assert_close(found.value, joint.value, rtol=1e-3, atol=1e-3)
     assert (found.nfe > 2 * STEPS).all()
+
+
+def mixed(model: GaussianMixture) -> Tensor:
+    """(3, *SHAPE), of which the last is solved in four iterations and the second takes far more."""
+    return data_of(model, 3) * torch.tensor([1.0, 0.3, 2.0]).view(3, 1, 1, 1)
+
+
+@pytest.mark.filterwarnings("ignore::deqkern.ConvergenceWarning")
+def test_what_each_solve_reached_is_reported_for_its_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(2))
+    sample, seen = mixed(model), list[tuple[int, Tensor, Tensor]]()
+    joint = deqkern.invert(model, sample, SCHEDULE, STEPS, rtol=1e-5, max_iterations=4)
+    left = (~joint.converged).nonzero().flatten()
+    assert 0 < len(left) < 3
+    again = deqkern.invert(model, sample[left], SCHEDULE, STEPS, rtol=1e-5, method="stepwise")
+    monkeypatch.setattr(inversion, "JOINT_LIMIT", 4)
+    found = deqkern.invert(model, sample, SCHEDULE, STEPS, rtol=1e-5, callback=lambda *args: seen.append(args))
+    torch.testing.assert_close(found.residual[joint.converged], joint.residual[joint.converged])
+    torch.testing.assert_close(found.residual[left], again.residual, rtol=1e-2, atol=1e-7)
+    assert found.iterations == 4 + again.iterations
+    assert [number for number, _, _ in seen] == list(range(1, found.iterations + 1))
+    assert torch.equal(torch.stack([estimate for _, _, estimate in seen]), found.history)
+    assert torch.equal(seen[-1][1], found.value)
+    for _, value, _ in seen[4:]:
+        assert torch.equal(value[joint.converged], joint.value[joint.converged])
+    torch.testing.assert_close(seen[3][1], joint.value)
+
+
+@pytest.mark.filterwarnings("ignore::deqkern.ConvergenceWarning")
+def test_the_residual_is_that_of_the_states_before_the_last_iteration() -> None:
+    model = mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(2))
+    sample, table = data_of(model, 3), SCHEDULE.steps(STEPS, sigma_min=0.08).reversed()
+    before = deqkern.invert(model, sample, SCHEDULE, STEPS, max_iterations=1).trajectory.flip(0)
+    after = deqkern.invert(model, sample, SCHEDULE, STEPS, max_iterations=2)
+    expected = []
+    for i in range(STEPS):
+        out = model(before[i + 1], table.timesteps[i].expand(3))
+        residual = table.a[i] * before[i] + table.b[i] * out - before[i + 1]
+        expected.append(residual.flatten(1).norm(dim=1) / before[i + 1].flatten(1).norm(dim=1))
+    assert (torch.stack(expected).amax(0) > 1e-3).all()
+    torch.testing.assert_close(after.residual, torch.stack(expected).amax(0).double(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["joint", "stepwise", "naive"])
+def test_the_callback_sees_every_iteration(method: str) -> None:
+    model = mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(2))
+    seen: list[tuple[int, Tensor, Tensor]] = []
+    sample = data_of(model, 2)
+    found = deqkern.invert(model, sample, SCHEDULE, STEPS, method=method, callback=lambda *args: seen.append(args))
+    assert [number for number, _, _ in seen] == list(range(1, found.iterations + 1))
+    assert torch.equal(seen[-1][1], found.value) and not torch.equal(seen[0][1], found.value)
+    estimates = torch.stack([estimate for _, _, estimate in seen])
+    torch.testing.assert_close(estimates, found.history, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_sample_that_is_given_up_is_flagged() -> None:
@@ -159,6 +214,9 @@ def test_flow_matching() -> None:
         (SCHEDULE, {"rtol": -1.0}, ValueError, "rtol must be"),
         (SCHEDULE, {"sigma_min": -0.1}, ValueError, "sigma_min must be"),
         (SCHEDULE, {"cuda_graph": True}, ValueError, "cuda_graph=True needs"),
+        (SCHEDULE, {"cuda_graph": True, "method": "stepwise"}, ValueError, "cuda_graph=True is for method='joint'"),
+        (SCHEDULE, {"cuda_graph": True, "method": "naive"}, ValueError, "cuda_graph=True is for method='joint'"),
+        (SCHEDULE, {"cuda_graph": 1, "method": "naive"}, TypeError, "cuda_graph must be a bool"),
     ],
 )
 def test_bad_options(schedule: NoiseSchedule, options: dict[str, Any], error: type[Exception], words: str) -> None:

@@ -169,6 +169,57 @@ def test_the_solution_holds_what_it_says() -> None:
         solution.iterations = 3  # type: ignore[misc]
 
 
+def residuals(
+    model: Callable[..., Tensor], trajectory: Tensor, schedule: NoiseSchedule, step_noise: Tensor | None = None
+) -> Tensor:
+    """|a x[i] + b out(x[i]) + n z[i] - x[i+1]| / |x[i+1]| (S, B) of the states (S+1, B, *shape), eta = 1 with noise."""
+    table, x = schedule.steps(len(trajectory) - 1, eta=0.0 if step_noise is None else 1.0), trajectory
+    found = []
+    for i in range(len(x) - 1):
+        after = table.a[i] * x[i] + table.b[i] * model(x[i], table.timesteps[i].expand(x.shape[1]))
+        if step_noise is not None:
+            after = after + table.n[i] * step_noise[i]
+        found.append((after - x[i + 1]).flatten(1).norm(dim=1) / x[i + 1].flatten(1).norm(dim=1))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("name", ["default", "parataa", "picard", "deq_ddim"])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_the_residual_is_that_of_the_states_before_the_last_iteration(name: str, eta: float) -> None:
+    model = problems.mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(3))
+    noise, z = torch.randn(3, *SHAPE), torch.randn(25, 3, *SHAPE) if eta else None
+    options: dict[str, Any] = {"eta": eta, "step_noise": z, "rtol": 0.0, "solver": getattr(solvers, name)()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", deqkern.ConvergenceWarning)
+        before = deqkern.sample(model, noise, SCHEDULE, 25, max_iterations=1, **options)
+        after = deqkern.sample(model, noise, SCHEDULE, 25, max_iterations=2, **options)
+    assert after.residual.shape == (3,) and after.residual.dtype is torch.float64
+    expected = residuals(model, before.trajectory, SCHEDULE, z).amax(0).double()
+    assert (expected > 1e-3).all()
+    torch.testing.assert_close(after.residual, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_the_residual_at_the_end_is_rounding() -> None:
+    model = problems.mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(3))
+    noise = torch.randn(3, *SHAPE)
+    exact = deqkern.sample(model, noise, SCHEDULE, 50, rtol=0.0)
+    assert exact.converged.all() and exact.iterations < 50
+    assert (exact.residual > 0).all() and (exact.residual <= 1e-6).all()
+    assert (residuals(model, exact.trajectory, SCHEDULE) <= 1e-6).all()
+    loose = deqkern.sample(model, noise, SCHEDULE, 50, rtol=1e-2)
+    assert (loose.residual > 10 * exact.residual).all()
+
+
+def test_the_residual_of_a_sample_is_its_own() -> None:
+    easy, hard = torch.full((1, 1, 8, 8), 0.3), torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = problems.digits_density(SCHEDULE)
+    together = deqkern.sample(model, torch.cat([easy, hard]), SCHEDULE, 50, rtol=1e-3)
+    assert together.nfe[0] != together.nfe[1]
+    for b, noise in enumerate((easy, hard)):
+        alone = deqkern.sample(model, noise, SCHEDULE, 50, rtol=1e-3)
+        torch.testing.assert_close(together.residual[b], alone.residual[0], rtol=1e-2, atol=1e-7)
+
+
 def test_converged_samples_and_settled_steps_are_not_evaluated_again() -> None:
     easy, hard = torch.full((1, 1, 8, 8), 0.3), torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     model = problems.digits_density(SCHEDULE)

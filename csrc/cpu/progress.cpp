@@ -15,6 +15,7 @@ DEQKERN_INLINE double root(double value) { return value < 0.0 ? NAN : __builtin_
 
 struct Chain {
   double change = 0.0;    // the largest relative correction
+  double unsolved = 0.0;  // the largest relative residual of an active step
   double last = 0.0;      // |g[S]|
   int64_t frontier;       // the first step that is not settled
   bool is_finite = true;
@@ -28,8 +29,9 @@ Chain look(const Progress& op, int64_t b, Window window) {
     chain.is_finite = chain.is_finite && finite(norms[0]) && finite(norms[1]) && finite(norms[2]);
     const double residual = root(norms[0]), correction = root(norms[1]), state = root(norms[2]);
     // A state that is larger than the noise is taken for an overshoot, not for the scale of the data.
-    const double relative = correction / (state > 0.0 && state < op.scale[b] ? state : op.scale[b]);
-    if (relative > chain.change) chain.change = relative;
+    const double relative = correction / (state < op.scale[b] ? state : op.scale[b]);
+    if (relative > chain.change) chain.change = relative;  // 0 / 0 is not
+    if (i >= window.begin && i < window.end && residual / state > chain.unsolved) chain.unsolved = residual / state;
     if (i == chain.frontier && i < window.end && residual <= op.tolerance * state) ++chain.frontier;
     chain.last = correction;
   }
@@ -37,7 +39,7 @@ Chain look(const Progress& op, int64_t b, Window window) {
 }
 
 void advance(const Progress& op, int64_t b, Window window) {
-  double* errors = op.errors + 4 * b;
+  double* errors = op.errors + 5 * b;
   const bool whole = window.end == op.S;
   const Chain chain = look(op, b, window);
   const double change = whole ? chain.change : INFINITY;
@@ -55,6 +57,7 @@ void advance(const Progress& op, int64_t b, Window window) {
   errors[1] = change;
   errors[2] = ratio;
   if (whole && !(chain.last >= errors[3])) errors[3] = chain.last == chain.last ? chain.last : errors[3];
+  errors[4] = chain.is_finite ? chain.unsolved : INFINITY;
   op.window[2 * b] = converged ? op.S : frontier;
   op.window[2 * b + 1] = smaller(op.window[2 * b] + op.size, op.S);
   op.diverged[b] = diverged;

@@ -205,7 +205,7 @@ def progress(
     check.real("contraction", contraction, 0.0)
     check.real("growth", growth, 0.0)
     check.integer("size", size, 1, steps)
-    check.array("errors", errors, (batch, 4), torch.float64, device)
+    check.array("errors", errors, (batch, 5), torch.float64, device)
     check.array("window", window, (batch, 2), torch.int64, device)
     check.array("diverged", diverged, (batch,), torch.int64, device)
     _progress(norms, scale, rtol, tolerance, contraction, growth, size, implicit, errors, window, diverged)

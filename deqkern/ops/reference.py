@@ -247,7 +247,7 @@ def progress(
     growth: float,  # a last correction larger than this times the smallest one before it diverges
     size: int,  # steps in a window
     implicit: bool,
-    errors: Tensor,  # (B, 4) float64, updated: the error that is left, the change, its ratio, the smallest |g[S]|
+    errors: Tensor,  # (B, 5) float64, updated: error left, change, its ratio, smallest |g[S]|, largest relative |r|
     window: Tensor,  # (B, 2) int64, updated; begin = S is a sample that has converged
     diverged: Tensor,  # (B,) int64, written
 ) -> None:
@@ -256,6 +256,9 @@ def progress(
         change = max_i |g[i+1]| / min(|x[i+1]|, |x[0]|)             inf while the window does not reach the end
         ratio = change / min(last change, 1), held within contraction .. 1
         rho = sqrt(ratio last_ratio),        left = change rho / max(1 - rho^2, 0.1)
+        residual = max_i |r[i+1]| / |x[i+1]|                        over the active steps; inf if a norm is not finite
+
+    0 / 0 is 0, and anything else over 0 is inf; |x[0]| may be inf.
 
     `left` is what a contraction by rho, rho^2, rho^2, .. from now on would still bring: between a linear and a
     superlinear end. The new window begins at the first step that is not settled, |r[i+1]| > tolerance |x[i+1]|, but
@@ -265,16 +268,17 @@ def progress(
     """
     steps = norms.shape[0]
     residual, correction, state = norms.sqrt().unbind(-1)  # (S, B) each
-    _, change_before, ratio_before, smallest = errors.unbind(1)
+    _, change_before, ratio_before, smallest, _ = errors.unbind(1)
     begin, end = window.unbind(1)
     active, whole = begin < steps, end == steps
     index = torch.arange(steps, device=norms.device)[:, None]
-    relative = correction / torch.minimum(torch.where(state > 0, state, torch.inf), scale)
+    relative = correction / torch.where(state < scale, state, scale)
     change = torch.where(whole, relative.nan_to_num(0.0, torch.inf).amax(0), torch.inf)
     ratio = (change / change_before.clamp(1e-300, 1.0)).clamp(contraction, 1.0)
     rho = (ratio * ratio_before).sqrt()
     left = change * rho / (1 - rho.square()).clamp_min(0.1)
-    failed = active & (~norms.isfinite().all(-1).all(0) | (whole & (correction[-1] > growth * smallest)))
+    finite = norms.isfinite().all(-1).all(0)
+    failed = active & (~finite | (whole & (correction[-1] > growth * smallest)))
     exact = begin if implicit else torch.minimum(begin + 1, end)
     settled = (index < begin) | ((index < end) & (residual <= tolerance * state))
     frontier = torch.maximum(settled.long().cumprod(0).sum(0), exact)
@@ -283,7 +287,8 @@ def progress(
     converged = (frontier >= steps) | (~failed & (rtol > 0) & (left <= rtol))
     opened = torch.where(converged, steps, frontier)
     smallest_now = torch.where(whole, torch.fmin(smallest, correction[-1]), smallest)
-    now = torch.stack([left, change, ratio, smallest_now], 1)
+    unsolved = torch.where(_active(window, steps), (residual / state).nan_to_num(0.0, torch.inf), 0.0).amax(0)
+    now = torch.stack([left, change, ratio, smallest_now, torch.where(finite, unsolved, torch.inf)], 1)
     diverged.copy_(failed)
     errors.copy_(torch.where(active[:, None], now, errors))
     window.copy_(torch.where(active[:, None], torch.stack([opened, (opened + size).clamp_max(steps)], 1), window))

@@ -136,7 +136,7 @@ def check(op: str, arguments: Arguments, backend: str, rtol: float = 1e-5) -> No
     run(op, backend, arguments)
     for name, value in arguments.items():
         if name in WRITTEN[op]:
-            for part in range(3) if name == "norms" else [slice(None)]:
+            for part in range(value.shape[-1]) if name in ("norms", "errors") else [slice(None)]:
                 assert_close(value[..., part], expected[name][..., part], rtol, f"{op} {name}")
         elif isinstance(value, Tensor):
             assert torch.equal(value.nan_to_num(12345.0), inputs[name].nan_to_num(12345.0)), f"{op} changed {name}"
@@ -301,8 +301,8 @@ def progress(steps: int, batch: int, first: int = 0, implicit: bool = False, rto
     if steps > 2:
         norms[-2, batch // 2] = 0.0
         norms[-1, : batch // 5, 1] = torch.tensor([NAN, torch.inf, 1e12])[torch.randint(0, 3, ())]
-    errors = torch.rand(batch, 4, dtype=torch.float64) * 10.0 ** -torch.randint(0, 4, (batch, 1))
-    errors[0] = torch.tensor([torch.inf, torch.inf, 1.0, torch.inf])
+    errors = torch.rand(batch, 5, dtype=torch.float64) * 10.0 ** -torch.randint(0, 4, (batch, 1))
+    errors[0] = torch.tensor([torch.inf, torch.inf, 1.0, torch.inf, torch.inf])
     return {
         "norms": norms,
         "scale": torch.rand(batch, dtype=torch.float64) + 0.5,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 BACKENDS = inputs.backends("progress")
 INF = float("inf")
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in divide")  # numpy, where Triton is interpreted
 
 
 @BACKENDS
@@ -26,7 +27,7 @@ def sample(
     correction: list[float],
     state: list[float],
     *,
-    errors: tuple[float, float, float, float] = (INF, INF, 1.0, INF),
+    errors: tuple[float, ...] = (INF, INF, 1.0, INF, INF),
     window: tuple[int, int] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -49,24 +50,24 @@ def sample(
 
 
 def reached(backend: str, arguments: dict[str, Any]) -> tuple[Tensor, list[int], bool]:
-    """The errors (4,), the window and whether it diverged."""
+    """The errors (5,), the window and whether it diverged."""
     inputs.run("progress", backend, arguments)
     return arguments["errors"][0], arguments["window"][0].tolist(), bool(arguments["diverged"])
 
 
 @BACKENDS
 def test_what_is_left_follows_from_the_mean_contraction(backend: str) -> None:
-    arguments = sample([1.0] * 3, [0.1, 0.2, 0.08], [1.0, 2.0, 0.4], errors=(0.5, 0.8, 0.64, 1.0))
+    arguments = sample([1.0] * 3, [0.1, 0.2, 0.08], [1.0, 2.0, 0.4], errors=(0.5, 0.8, 0.64, 1.0, INF))
     errors, window, diverged = reached(backend, arguments)
     change, ratio = 0.2, 0.2 / 0.8  # the second state is larger than the noise, so the noise is its scale
     left = change * 0.4 / (1 - 0.4**2)
-    assert_close(errors, torch.tensor([left, change, ratio, 0.08], dtype=torch.float64))
+    assert_close(errors, torch.tensor([left, change, ratio, 0.08, 2.5], dtype=torch.float64))
     assert window == [1, 3] and not diverged
 
 
 @BACKENDS
 def test_no_contraction_is_believed_to_be_better_than_the_best(backend: str) -> None:
-    errors, window, _ = reached(backend, sample([1.0] * 2, [1e-9, 0.05], [1.0, 1.0], errors=(1.0, 1.0, 0.1, 1.0)))
+    errors, window, _ = reached(backend, sample([1.0] * 2, [1e-9, 0.05], [1.0, 1.0], errors=(1.0, 1.0, 0.1, 1.0, 1.0)))
     assert_close(errors[:3], torch.tensor([0.05 * 0.1 / 0.99, 0.05, 0.1], dtype=torch.float64))
     assert window == [2, 2]
 
@@ -86,7 +87,7 @@ def test_the_plain_step_of_an_explicit_chain_is_exact(backend: str, implicit: bo
 
 @BACKENDS
 def test_exact_mode_ends_with_the_last_step_only(backend: str) -> None:
-    arguments = sample([1e-4, 1e-4, 1.0], [1e-9] * 3, [1.0] * 3, errors=(1e-9, 1e-9, 0.1, 1.0), rtol=0.0)
+    arguments = sample([1e-4, 1e-4, 1.0], [1e-9] * 3, [1.0] * 3, errors=(1e-9, 1e-9, 0.1, 1.0, 1.0), rtol=0.0)
     assert reached(backend, arguments)[1] == [2, 3]
     errors, window, _ = reached(backend, arguments)  # the last step is the first active one now
     assert window == [3, 3] and errors[0] <= 1e-3
@@ -104,20 +105,85 @@ def test_nothing_is_known_before_the_window_reaches_the_end(backend: str) -> Non
 def test_a_norm_that_is_not_finite_diverges(backend: str, value: float, part: int) -> None:
     arguments = sample([1e-5] * 4, [1e-5] * 4, [1.0] * 4)
     arguments["norms"][2, 0, part] = value
-    _, window, diverged = reached(backend, arguments)
-    assert diverged and window == [1, 4]
+    errors, window, diverged = reached(backend, arguments)
+    assert diverged and window == [1, 4] and errors[4] == INF and not errors.isnan().any()
 
 
 @BACKENDS
 def test_growth_diverges(backend: str) -> None:
     for last, expected in ((999.0, False), (1001.0, True)):
-        arguments = sample([1.0] * 2, [1.0, last], [1.0] * 2, errors=(1.0, 1.0, 1.0, 1.0))
+        arguments = sample([1.0] * 2, [1.0, last], [1.0] * 2, errors=(1.0, 1.0, 1.0, 1.0, 1.0))
         assert reached(backend, arguments)[2] == expected
 
 
 @BACKENDS
 def test_a_sample_that_has_converged_keeps_everything(backend: str) -> None:
-    arguments = sample([float("nan")] * 2, [1.0] * 2, [1.0] * 2, errors=(1e-3, 2e-3, 0.3, 4e-3), window=(2, 2))
+    arguments = sample([float("nan")] * 2, [1.0] * 2, [1.0] * 2, errors=(1e-3, 2e-3, 0.3, 4e-3, 5e-3), window=(2, 2))
     errors, window, diverged = reached(backend, arguments)
-    assert_close(errors, torch.tensor([1e-3, 2e-3, 0.3, 4e-3], dtype=torch.float64))
+    assert_close(errors, torch.tensor([1e-3, 2e-3, 0.3, 4e-3, 5e-3], dtype=torch.float64))
     assert window == [2, 2] and not diverged
+
+
+@BACKENDS
+@pytest.mark.parametrize("scale", [1.0, INF, 0.0])
+@pytest.mark.parametrize(("correction", "change"), [(0.0, 0.5), (1e-6, INF)])
+def test_a_state_of_norm_zero_has_no_scale_but_its_own(
+    backend: str, scale: float, correction: float, change: float
+) -> None:
+    """Only a correction of zero is small beside it, whatever the scale."""
+    arguments = sample([0.0] * 3, [correction, 0.0, 0.5], [0.0, 0.0, 1.0], errors=(1.0, 1.0, 1.0, 1.0, 1.0))
+    errors, _, diverged = reached(backend, arguments | {"scale": torch.tensor([scale], dtype=torch.float64)})
+    assert errors[1] == (change if scale else INF) and not errors.isnan().any() and not diverged
+
+
+@BACKENDS
+def test_from_zero_with_an_infinite_scale_nothing_has_converged(backend: str) -> None:
+    arguments = sample([1.0] * 3, [1.0] * 3, [0.0] * 3, scale=torch.tensor([INF], dtype=torch.float64))
+    errors, window, diverged = reached(backend, arguments)
+    assert errors[[0, 1, 4]].tolist() == [INF] * 3 and window == [1, 3] and not diverged
+
+
+@BACKENDS
+def test_an_infinite_scale_leaves_the_states(backend: str) -> None:
+    arguments = sample([1.0] * 3, [0.1, 0.2, 0.3], [1.0, 4.0, 2.0], scale=torch.tensor([INF], dtype=torch.float64))
+    assert_close(reached(backend, arguments)[0][1], torch.tensor(0.15, dtype=torch.float64))
+
+
+@BACKENDS
+@pytest.mark.parametrize(
+    ("window", "residual"), [((0, 5), 8.0), ((1, 5), 4.0), ((1, 3), 0.5), ((2, 3), 0.25), ((4, 5), 4.0)]
+)
+def test_the_residual_is_the_largest_of_the_active_steps(
+    backend: str, window: tuple[int, int], residual: float
+) -> None:
+    """Relative to the state, however large it is; also where the window does not reach the end."""
+    arguments = sample([4.0, 1.0, 1.0, 3.0, 2.0], [1.0] * 5, [0.5, 2.0, 4.0, 1.0, 0.5], window=window)
+    assert_close(reached(backend, arguments)[0][4], torch.tensor(residual, dtype=torch.float64))
+
+
+@BACKENDS
+@pytest.mark.parametrize(
+    ("part", "residual"), [((0.0, 0.0), 0.25), ((1e-9, 0.0), INF), ((0.0, 2.0), 0.25), ((1.0, 2.0), 0.5)]
+)
+def test_the_residual_of_a_state_of_norm_zero(backend: str, part: tuple[float, float], residual: float) -> None:
+    arguments = sample([0.5, part[0]], [1.0] * 2, [2.0, part[1]])
+    assert reached(backend, arguments)[0][4] == residual
+
+
+@BACKENDS
+def test_the_residual_is_kept_once_a_sample_has_converged(backend: str) -> None:
+    """Beside one that is open, and from the iteration on which it converges in."""
+    both = {
+        "norms": torch.full((2, 2, 3), 0.25, dtype=torch.float64),
+        "scale": torch.ones(2, dtype=torch.float64),
+        "errors": torch.tensor([[1e-3, 1e-3, 0.1, 1.0, 7.0], [1.0, 1.0, 1.0, 1.0, 7.0]], dtype=torch.float64),
+        "window": torch.tensor([[2, 2], [0, 2]]),
+        "diverged": torch.tensor([9, 9]),
+    }
+    arguments = sample([0.0], [0.0], [0.0]) | both | {"size": 2}
+    arguments["norms"][:, 1, 0] = 1e-8
+    for _ in range(2):
+        inputs.run("progress", backend, arguments)
+        assert_close(arguments["errors"][:, 4], torch.tensor([7.0, 2e-4], dtype=torch.float64))
+        assert arguments["window"].tolist() == [[2, 2], [2, 2]]
+        arguments["norms"].fill_(torch.nan)
