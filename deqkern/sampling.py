@@ -74,6 +74,8 @@ def sample(
     check_cuda_graph(cuda_graph, noise, solver)
     method = gradients.named(gradient)
     table = schedule.steps(num_inference_steps, eta=eta, sigma_min=sigma_min)
+    if isinstance(method, gradients.Adjoint) and table.clips:
+        raise ValueError("schedule clips or thresholds x0: gradient='adjoint' needs one that does not")
     _check_step_noise(step_noise, generator, noise, len(table.a), eta)
     network = Network(model, table, dict(model_kwargs or {}), noise)
     with torch.no_grad():

@@ -37,7 +37,7 @@ class Solution:
     trajectory: (S+1, B, *shape) fp32 (fp64 if the input is), all states, the noise first.
     converged: (B,) bool.
     error_estimate: (B,) fp64, the relative error left in `value`, as estimated.
-    residual: (B,) fp64, the largest one-step residual of any step relative to its state, |r[i+1]| / |x[i+1]|, at the
+    residual: (B,) fp64, the largest one-step residual of a step relative to its state, |r[i+1]| / |x[i+1]|, at the
         last iteration in which the sample was open.
     iterations: sequential batched model calls (a batch cut by `max_batch` counts once).
     nfe: (B,) int64, model evaluations per sample.

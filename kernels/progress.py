@@ -26,7 +26,7 @@ def progress_kernel(
 ):
     """change = max_i |g[i+1]| / min(|x[i+1]|, |x[0]|),  ratio = change / min(last change, 1) within contraction .. 1,
     rho = sqrt(ratio last_ratio),  left = change rho / max(1 - rho^2, 0.1),
-    residual = max_i |r[i+1]| / |x[i+1]| over the active steps;  and the next window.
+    residual = max_i |r[i+1]| / |x[i+1]| of steps that are not exact now;  and the next window.
 
     norms (S, B, 3), scale (B,), errors (B, 5) float64; window (B, 2), diverged (B,) int64. Grid (B,): a program walks
     its steps BLOCK at a time. In float64.
@@ -37,9 +37,12 @@ def progress_kernel(
     if begin >= steps:
         tl.store(diverged + sample, 0)
         return
+    exact = begin
+    if not IMPLICIT:
+        exact = tl.minimum(begin + 1, end)
     largest = tl.load(scale + sample)
     change = tl.zeros([BLOCK], tl.float64)
-    unsolved = tl.zeros([BLOCK], tl.float64)  # the largest relative residual of an active step
+    unsolved = tl.zeros([BLOCK], tl.float64)  # the largest relative residual of an active step that is not exact now
     finite = tl.full([BLOCK], 1, tl.int32)
     first = tl.zeros([BLOCK], tl.int64) + steps  # the first step that is not settled
     for start in range(0, steps, BLOCK):
@@ -56,7 +59,7 @@ def progress_kernel(
         relative = correction / tl.where(state < largest, state, largest)
         change = tl.where(relative > change, relative, change)  # 0 / 0 is not larger
         relative = residual / state
-        unsolved = tl.where((i >= begin) & (i < end) & (relative > unsolved), relative, unsolved)
+        unsolved = tl.where((i >= exact) & (i < end) & (relative > unsolved), relative, unsolved)
         settled = (i < begin) | ((i < end) & (residual <= tolerance * state)) | (i >= steps)
         first = tl.where(settled, first, tl.minimum(first, i))
     last = tl.sqrt(tl.load(norms + ((steps - 1) * batch + sample) * 3 + 1))
@@ -71,9 +74,6 @@ def progress_kernel(
     ratio = tl.where(ratio < contraction, contraction, tl.where(ratio > 1.0, 1.0, ratio))
     square = ratio * tl.load(errors + 5 * sample + 2)
     left = reached * tl.sqrt(square) / tl.where(square < 0.9, 1.0 - square, 0.1)
-    exact = begin
-    if not IMPLICIT:
-        exact = tl.minimum(begin + 1, end)
     frontier = tl.where(failed, exact, tl.maximum(tl.min(first, 0), exact))
     left = tl.where((frontier >= steps) & (left > tolerance), tolerance, left)
     converged = (frontier >= steps) | ((failed == 0) & (rtol > 0) & (left <= rtol))

@@ -42,6 +42,7 @@ def chain(model: Any, noise: Tensor, schedule: NoiseSchedule, steps: int, z: Ten
     table, x = schedule.steps(steps, eta=0.0 if z is None else 1.0), noise
     for i in range(steps):
         out = model(x, table.timesteps[i].expand(len(x)), **kwargs)
+        out = getattr(out, "sample", out)
         if table.clips:
             out = table.effective_output(x, out, torch.full((len(x),), i))
         x = float(table.a[i]) * x + float(table.b[i]) * out

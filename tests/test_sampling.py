@@ -194,7 +194,7 @@ def test_the_residual_is_that_of_the_states_before_the_last_iteration(name: str,
         before = deqkern.sample(model, noise, SCHEDULE, 25, max_iterations=1, **options)
         after = deqkern.sample(model, noise, SCHEDULE, 25, max_iterations=2, **options)
     assert after.residual.shape == (3,) and after.residual.dtype is torch.float64
-    expected = residuals(model, before.trajectory, SCHEDULE, z).amax(0).double()
+    expected = residuals(model, before.trajectory, SCHEDULE, z)[2:].amax(0).double()  # two are exact by then
     assert (expected > 1e-3).all()
     torch.testing.assert_close(after.residual, expected, rtol=1e-3, atol=1e-6)
 
@@ -423,7 +423,7 @@ BAD: list[tuple[str, type[Exception], dict[str, Any]]] = [
     ("max_batch", ValueError, {"max_batch": 0}),
     ("max_batch", ValueError, {"max_batch": 1.5}),
     ("sigma_min", ValueError, {"sigma_min": -1.0}),
-    ("gradient", NotImplementedError, {"gradient": "implicit"}),
+    ("gradient", ValueError, {"gradient": "ift"}),
     ("callback", TypeError, {"callback": 3}),
     ("model", TypeError, {"model": 3}),
     ("model_kwargs", TypeError, {"model_kwargs": [1]}),

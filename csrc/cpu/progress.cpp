@@ -15,13 +15,13 @@ DEQKERN_INLINE double root(double value) { return value < 0.0 ? NAN : __builtin_
 
 struct Chain {
   double change = 0.0;    // the largest relative correction
-  double unsolved = 0.0;  // the largest relative residual of an active step
+  double unsolved = 0.0;  // the largest relative residual of an active step that is not exact now
   double last = 0.0;      // |g[S]|
   int64_t frontier;       // the first step that is not settled
   bool is_finite = true;
 };
 
-Chain look(const Progress& op, int64_t b, Window window) {
+Chain look(const Progress& op, int64_t b, Window window, int64_t exact) {
   Chain chain;
   chain.frontier = window.begin;
   for (int64_t i = 0; i < op.S; ++i) {
@@ -31,7 +31,7 @@ Chain look(const Progress& op, int64_t b, Window window) {
     // A state that is larger than the noise is taken for an overshoot, not for the scale of the data.
     const double relative = correction / (state < op.scale[b] ? state : op.scale[b]);
     if (relative > chain.change) chain.change = relative;  // 0 / 0 is not
-    if (i >= window.begin && i < window.end && residual / state > chain.unsolved) chain.unsolved = residual / state;
+    if (i >= exact && i < window.end && residual / state > chain.unsolved) chain.unsolved = residual / state;
     if (i == chain.frontier && i < window.end && residual <= op.tolerance * state) ++chain.frontier;
     chain.last = correction;
   }
@@ -41,7 +41,8 @@ Chain look(const Progress& op, int64_t b, Window window) {
 void advance(const Progress& op, int64_t b, Window window) {
   double* errors = op.errors + 5 * b;
   const bool whole = window.end == op.S;
-  const Chain chain = look(op, b, window);
+  const int64_t exact = op.implicit ? window.begin : smaller(window.begin + 1, window.end);
+  const Chain chain = look(op, b, window, exact);
   const double change = whole ? chain.change : INFINITY;
   const double before = errors[1] < 1e-300 ? 1e-300 : errors[1] > 1.0 ? 1.0 : errors[1];
   double ratio = change / before;
@@ -49,7 +50,6 @@ void advance(const Progress& op, int64_t b, Window window) {
   const double square = ratio * errors[2];  // rho^2
   double left = change * root(square) / (square < 0.9 ? 1.0 - square : 0.1);
   const bool diverged = !chain.is_finite || (whole && chain.last > op.growth * errors[3]);
-  const int64_t exact = op.implicit ? window.begin : smaller(window.begin + 1, window.end);
   const int64_t frontier = diverged ? exact : larger(chain.frontier, exact);
   if (frontier >= op.S && !(left < op.tolerance)) left = op.tolerance;
   const bool converged = frontier >= op.S || (!diverged && op.rtol > 0.0 && left <= op.rtol);

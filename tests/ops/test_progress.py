@@ -157,7 +157,7 @@ def test_the_residual_is_the_largest_of_the_active_steps(
     backend: str, window: tuple[int, int], residual: float
 ) -> None:
     """Relative to the state, however large it is; also where the window does not reach the end."""
-    arguments = sample([4.0, 1.0, 1.0, 3.0, 2.0], [1.0] * 5, [0.5, 2.0, 4.0, 1.0, 0.5], window=window)
+    arguments = sample([4.0, 1.0, 1.0, 3.0, 2.0], [1.0] * 5, [0.5, 2.0, 4.0, 1.0, 0.5], window=window, implicit=True)
     assert_close(reached(backend, arguments)[0][4], torch.tensor(residual, dtype=torch.float64))
 
 
@@ -166,7 +166,16 @@ def test_the_residual_is_the_largest_of_the_active_steps(
     ("part", "residual"), [((0.0, 0.0), 0.25), ((1e-9, 0.0), INF), ((0.0, 2.0), 0.25), ((1.0, 2.0), 0.5)]
 )
 def test_the_residual_of_a_state_of_norm_zero(backend: str, part: tuple[float, float], residual: float) -> None:
-    arguments = sample([0.5, part[0]], [1.0] * 2, [2.0, part[1]])
+    arguments = sample([0.5, part[0]], [1.0] * 2, [2.0, part[1]], implicit=True)
+    assert reached(backend, arguments)[0][4] == residual
+
+
+@BACKENDS
+@pytest.mark.parametrize(("window", "residual"), [((0, 3), 3.0), ((1, 3), 2.0), ((2, 3), 0.0), ((0, 1), 0.0)])
+def test_an_explicit_step_that_becomes_exact_has_no_residual(
+    backend: str, window: tuple[int, int], residual: float
+) -> None:
+    arguments = sample([9.0, 3.0, 2.0], [1.0] * 3, [1.0] * 3, window=window)
     assert reached(backend, arguments)[0][4] == residual
 
 
@@ -182,6 +191,7 @@ def test_the_residual_is_kept_once_a_sample_has_converged(backend: str) -> None:
     }
     arguments = sample([0.0], [0.0], [0.0]) | both | {"size": 2}
     arguments["norms"][:, 1, 0] = 1e-8
+    arguments["implicit"] = True
     for _ in range(2):
         inputs.run("progress", backend, arguments)
         assert_close(arguments["errors"][:, 4], torch.tensor([7.0, 2e-4], dtype=torch.float64))
