@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+from . import gradients as gradients
 from . import slopes as slopes
 from . import solvers as solvers
 from .calibration import calibrate as calibrate
 from .inversion import invert as invert
+from .optimization import Optimize as Optimize
 from .sampling import sample as sample
 from .schedule import NoiseSchedule as NoiseSchedule
 from .slopes import SlopeProfile as SlopeProfile

@@ -135,9 +135,8 @@ def attach(
     """
     if not torch.is_grad_enabled():
         return solution_value
-    inputs = network.inputs(first)
-    chain = _Chain(network, gradient, rtol, max_batch)
-    attached: Tensor = _Attached.apply(chain, solution_value, states, first, step_noise, *inputs)
+    pullback = Pullback(network, gradient, rtol, max_batch)
+    attached: Tensor = _Attached.apply(pullback, solution_value, states, first, step_noise, *network.inputs(first))
     return attached
 
 
@@ -145,14 +144,14 @@ class _Attached(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        chain: _Chain,
+        pullback: Pullback,
         value: Tensor,
         states: Tensor,
         first: Tensor,
         step_noise: Tensor | None,
         *inputs: Tensor,
     ) -> Tensor:
-        ctx.chain, ctx.dtype = chain, first.dtype
+        ctx.pullback, ctx.dtype = pullback, first.dtype
         ctx.save_for_backward(states, *inputs)  # they may not change in place before the gradient is taken
         return value.detach()
 
@@ -161,7 +160,7 @@ class _Attached(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
         states, *inputs = ctx.saved_tensors
         wanted = ctx.needs_input_grad[5:]
-        found = ctx.chain.pull(
+        found = ctx.pullback(
             states,
             cotangent.to(states.dtype),
             [value for value, want in zip(inputs, wanted, strict=True) if want],
@@ -173,33 +172,44 @@ class _Attached(torch.autograd.Function):
 
 
 @dataclass
-class _Pulled:
-    first: Tensor  # (B, *shape)
-    step_noise: Tensor | None  # (S, B, *shape)
+class Pulled:
+    """The gradients of a chain: by its first state (B, *shape), its step noise (S, B, *shape) and other inputs.
+
+    products: VJPs per sample that it took, but for the one more per step by `inputs`.
+    """
+
+    first: Tensor
+    step_noise: Tensor | None
     inputs: list[Tensor]
+    products: Tensor  # (B,) int64
 
 
-class _Chain:
-    """A solved chain, from whose end a cotangent is pulled back to all that it depends on."""
+class Pullback:
+    """Pulls a cotangent back from the end of a solved chain to all that it depends on."""
 
     def __init__(self, network: Network, gradient: Gradient, rtol: float, max_batch: int | None) -> None:
         self.network, self.gradient, self.rtol, self.max_batch = network, gradient, rtol, max_batch
 
-    def pull(self, states: Tensor, cotangent: Tensor, inputs: list[Tensor], with_noise: bool) -> _Pulled:
+    def __call__(
+        self,
+        states: Tensor,  # (S+1, B, *shape), the solution
+        cotangent: Tensor,  # (B, *shape), dL/dx[S]
+        inputs: Sequence[Tensor] = (),
+        with_noise: bool = False,
+    ) -> Pulled:
         """The gradients by the first state, by the step noise if asked for, and by `inputs`."""
         sums = _Sums(self.network, states, inputs, self.max_batch)
         match self.gradient:
             case Implicit():
-                chain = self._implicit(self.gradient, sums, cotangent)
+                return self._implicit(self.gradient, sums, cotangent, with_noise)
             case Phantom():
-                chain = self._phantom(self.gradient, sums, cotangent)
+                return self._phantom(self.gradient, sums, cotangent, with_noise)
             case Exact():
                 return self._walk(sums, cotangent, with_noise, _exact_walk(self.network.table))
             case Adjoint():
                 return self._walk(sums, cotangent, with_noise, _adjoint_walk(self.network.table, self.gradient.order))
-        return self._collect(sums, chain, with_noise)
 
-    def _implicit(self, gradient: Implicit, sums: _Sums, cotangent: Tensor) -> Tensor:  # (S+1, B, *shape)
+    def _implicit(self, gradient: Implicit, sums: _Sums, cotangent: Tensor, with_noise: bool) -> Pulled:
         solver = gradient.solver or default()
         table = self.network.table.transposed()
         trajectory = start(_Transposed(sums), cotangent, table, solver, max_batch=self.max_batch)
@@ -214,9 +224,9 @@ class _Chain:
             gradient.callback(found)
         if not bool(found.converged.all()):
             warnings.warn(f"gradient: {found.message}", ConvergenceWarning, stacklevel=2)
-        return found.trajectory
+        return self._collect(sums, found.trajectory, with_noise, found.nfe)
 
-    def _phantom(self, gradient: Phantom, sums: _Sums, cotangent: Tensor) -> Tensor:  # (S+1, B, *shape)
+    def _phantom(self, gradient: Phantom, sums: _Sums, cotangent: Tensor, with_noise: bool) -> Pulled:
         table, map = self.network.table.transposed(), _Transposed(sums)
         steps, batch = len(table.a), len(cotangent)
         rows = torch.arange(steps * batch, device=cotangent.device)
@@ -241,9 +251,9 @@ class _Chain:
         chain = gradient.tau * swept(cotangent, None)
         for _ in range(gradient.steps - 1):
             chain = torch.lerp(chain, swept(cotangent, chain), gradient.tau)
-        return chain
+        return self._collect(sums, chain, with_noise, torch.full((batch,), (gradient.steps - 1) * steps))
 
-    def _collect(self, sums: _Sums, chain: Tensor, with_noise: bool) -> _Pulled:
+    def _collect(self, sums: _Sums, chain: Tensor, with_noise: bool, products: Tensor) -> Pulled:
         """What the solved transposed chain (S+1, B, *shape) says."""
         table, (steps, batch) = self.network.table, (len(chain) - 1, chain.shape[1])
         if sums.inputs:
@@ -258,9 +268,9 @@ class _Chain:
         noise = None
         if with_noise:
             noise = chain[:-1].flip(0) * table.n.to(chain).view(-1, *[1] * (chain.ndim - 1))
-        return _Pulled(first, noise, sums.total())
+        return Pulled(first, noise, sums.total(), products)
 
-    def _walk(self, sums: _Sums, cotangent: Tensor, with_noise: bool, walk: _Walk) -> _Pulled:
+    def _walk(self, sums: _Sums, cotangent: Tensor, with_noise: bool, walk: _Walk) -> Pulled:
         """lam[i] = keep[i] lam[i+1] + now[i] v + before[i] (the v before), v = of_lam[i] lam[i+1] + of_product[i] p,
 
         p = J^T lam[i+1] with the J of the model at the state place[i].
@@ -277,13 +287,13 @@ class _Chain:
                 through[part] = sums.add(lam[part], own[part], samples[part], walk.weight[i])
             v = walk.of_lam[i] * lam + walk.of_product[i] * through
             lam, last = walk.keep[i] * lam + walk.now[i] * v + walk.before[i] * last, v
-        return _Pulled(lam, noise, sums.total())
+        return Pulled(lam, noise, sums.total(), torch.full((len(lam),), steps))
 
 
 class _Sums:
     """VJPs at the states of a chain, and what they add up to for `inputs`: in fp32 at least."""
 
-    def __init__(self, network: Network, states: Tensor, inputs: list[Tensor], max_batch: int | None) -> None:
+    def __init__(self, network: Network, states: Tensor, inputs: Sequence[Tensor], max_batch: int | None) -> None:
         self.network, self.states, self.inputs = network, states, inputs
         self.sums = [torch.zeros_like(v, dtype=torch.promote_types(v.dtype, torch.float32)) for v in inputs]
 
@@ -316,7 +326,7 @@ class _Transposed:
 
 @dataclass(frozen=True)
 class _Walk:
-    """The coefficients of `_Chain._walk`, one per step."""
+    """The coefficients of `Pullback._walk`, one per step."""
 
     place: list[int]  # the state, and the timestep, where J is taken
     of_lam: list[float]

@@ -9,17 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import sampling
+from . import gradients, sampling
+from .gradients import Gradient
 from .network import Model, Network, kwargs_of
+from .optimization import Optimize, optimize
 from .schedule import NoiseSchedule, StepTable
 from .slopes import Secant
 from .solve import Callback, Solution, relative_error, solve, warn_unless_converged
 from .solvers import Solver, default, sequential
 from .trajectory import start
 
-METHODS = ("joint", "stepwise", "naive")
+METHODS = ("joint", "stepwise", "naive", "optimize")
 # Iterations of the joint solve, and of one step of the stepwise one, after which a sample is given up.
 JOINT_LIMIT, STEP_LIMIT = 40, 20
+OPTIMIZER_STEPS = 100
+# Ratio of noise to signal at the clean end of the chain.
+SIGMA_MIN = 0.035
 
 
 def invert(
@@ -28,14 +33,15 @@ def invert(
     schedule: NoiseSchedule,
     num_inference_steps: int = 50,
     *,
-    method: str = "joint",
+    method: str | Optimize = "joint",
     solver: Solver | None = None,
-    rtol: float = 1e-4,
+    rtol: float | None = None,
     max_iterations: int | None = None,
-    sigma_min: float | None = 0.08,
+    sigma_min: float | None = SIGMA_MIN,
     model_kwargs: Mapping[str, Any] | None = None,
     max_batch: int | None = None,
     cuda_graph: bool = False,
+    gradient: str | Gradient | None = None,
     round_trip: bool = False,
     callback: Callback | None = None,
 ) -> Solution:
@@ -50,11 +56,17 @@ def invert(
     method: "joint" solves all steps at once, like `sample`; what it leaves unconverged goes on stepwise. "stepwise"
         solves one step after the other by a fixed point each: fewest evaluations, most sequential calls. "naive" takes
         out(x[i+1]) for out(x[i]), without iterating (arXiv 2010.02502, section 4.3): fast, and wrong by percents.
-    solver: of the joint solve; `deqkern.solvers.default()` if None.
-    rtol: relative 2-norm of the error that is left in each state, as estimated.
-    max_iterations: at most so many, of all steps together; 40 (joint) or 20 per step (stepwise) if None.
+        "optimize", or an `Optimize`, looks for the noise whose sample has the smallest loss, by default the squared
+        distance to `sample`; the result holds the best noise, its `history` the losses (evaluations, B), its `nfe`
+        counts vector-Jacobian products too. It works for schedules that clip as well.
+    solver: of the joint solve, and of those in the search; `deqkern.solvers.default()` if None.
+    rtol: relative 2-norm of the error that is left in each state, as estimated; if None 1e-4, in the search 1e-2.
+    max_iterations: at most so many, of all steps together; 40 (joint) or 20 per step (stepwise) if None. Of the
+        search, steps of the optimizer, 100 if None.
     sigma_min: the chain ends at this noise-to-signal ratio, where the sample is taken to be, instead of the schedule's
         own end: the last steps to sigma = 0 lose what inversion would need. None keeps the schedule's end.
+    gradient: None, "implicit", "phantom", "residual", or an `Implicit` or `Phantom` of `deqkern.gradients`: makes
+        `value` differentiable by the sample, tensors in `model_kwargs` and parameters; with "joint" or "stepwise".
     round_trip: also run the chain forward from the result, step by step (S more calls): `Solution.round_trip`.
     callback: called with (iteration, noise_estimate (B, *shape), error_estimate (B,)) after each iteration; the
         estimate is NaN if naive.
@@ -63,10 +75,17 @@ def invert(
     is cut off cannot be found again. A sample that does not converge is reported in the `Solution` and by one
     `ConvergenceWarning`.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
-    if solver is not None and method != "joint":
-        raise ValueError(f"solver is for method='joint', got method={method!r}")
+    if method == "optimize":
+        method = Optimize()
+    if not isinstance(method, Optimize) and method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))} or an Optimize, got {method!r}")
+    if solver is not None and method in ("stepwise", "naive"):
+        raise ValueError(f"solver is for method='joint' or 'optimize', got method={method!r}")
+    if rtol is None:
+        rtol = 1e-2 if isinstance(method, Optimize) else 1e-4
+    pulled = gradients.named(gradient, ("implicit", "phantom", "residual"))
+    if pulled is not None and method not in ("joint", "stepwise"):
+        raise ValueError(f"gradient={gradient!r} is for method='joint' or 'stepwise', got method={method!r}")
     if cuda_graph is True and method != "joint":
         raise ValueError(f"cuda_graph=True is for method='joint', got method={method!r}")
     if not isinstance(round_trip, bool):
@@ -76,54 +95,83 @@ def invert(
         model, "sample", sample, schedule, solver, rtol, max_iterations, model_kwargs, max_batch, callback
     )
     sampling.check_cuda_graph(cuda_graph, sample, solver)
-    table = schedule.steps(num_inference_steps, sigma_min=sigma_min).reversed()
     kwargs = dict(model_kwargs or {})
+    if isinstance(method, Optimize):
+        limit = max_iterations or OPTIMIZER_STEPS
+        found = optimize(
+            *(model, sample.detach(), schedule, num_inference_steps, method, solver, rtol, limit),
+            *(sigma_min, kwargs, max_batch, callback),
+        )
+    else:
+        table = schedule.steps(num_inference_steps, sigma_min=sigma_min).reversed()
+        with torch.no_grad():
+            found = _undo(
+                *(model, sample, table, method, solver, rtol, max_iterations),
+                *(kwargs, max_batch, cuda_graph, callback),
+            )
+        if pulled is not None:
+            network = Network(model, table, kwargs, sample)
+            value = gradients.attach(found.value, network, found.trajectory, sample, None, pulled, rtol, max_batch)
+            found = replace(found, value=value)
+        found = replace(found, trajectory=found.trajectory.flip(0))
+    if round_trip:
+        again = sampling.sample(
+            model,
+            found.trajectory[0],
+            schedule,
+            num_inference_steps,
+            solver=sequential(),
+            rtol=0.0,
+            model_kwargs=kwargs,
+            max_batch=max_batch,
+            sigma_min=sigma_min,
+        ).value
+        found = replace(found, round_trip=relative_error(again, sample.detach()))
+    if method != "naive":
+        warn_unless_converged(found)
+    return found
+
+
+def _undo(
+    model: Model,
+    sample: Tensor,  # (B, *shape)
+    table: StepTable,  # reversed
+    method: str,
+    solver: Solver,
+    rtol: float,
+    max_iterations: int | None,
+    model_kwargs: Mapping[str, Any],
+    max_batch: int | None,
+    cuda_graph: bool,
+    callback: Callback | None,
+) -> Solution:
+    """The chain from the sample to its noise, in that order."""
 
     def run(chosen: Tensor, table: StepTable, solver: Solver, limit: int, **options: Any) -> Solution:
         """Solve for the samples `chosen` (n,)."""
         known = sample[chosen]
-        network = Network(model, table, kwargs_of(kwargs, chosen, len(sample)), known)
+        network = Network(model, table, kwargs_of(model_kwargs, chosen, len(sample)), known)
         trajectory = start(network, known, table, solver, max_batch=max_batch)
         return solve(trajectory, solver, max_iterations=limit, dtype=sample.dtype, **options)
 
     every, steps = torch.arange(len(sample), device=sample.device), len(table.a)
-    with torch.no_grad():
-        if method == "naive":  # the same coefficients, as if the steps were explicit
-            follow = callback and _without_estimate(callback)
-            found = run(every, replace(table, implicit=False), sequential(), steps, rtol=0.0, callback=follow)
-            unknown, history = (torch.full_like(v, torch.nan) for v in (found.error_estimate, found.history))
-            message = f"naive inversion in {steps} steps: its error is not known"
-            found = replace(
-                found, converged=unknown > 0, error_estimate=unknown, residual=unknown, history=history, message=message
-            )
-        elif method == "stepwise":
-            limit = max_iterations or STEP_LIMIT * steps
-            found = run(every, table, stepwise(), limit, rtol=rtol, callback=callback)
-        else:
-            limit = max_iterations or JOINT_LIMIT
-            found = run(every, table, solver, limit, rtol=rtol, callback=callback, cuda_graph=cuda_graph)
-            left = (~found.converged).nonzero().flatten()
-            if len(left) and max_iterations is None:
-                follow = callback and _continued(callback, found, left)
-                found = _merge(
-                    found, run(left, table, stepwise(), STEP_LIMIT * steps, rtol=rtol, callback=follow), left
-                )
-        found = replace(found, trajectory=found.trajectory.flip(0))
-        if round_trip:
-            again = sampling.sample(
-                model,
-                found.trajectory[0],
-                schedule,
-                num_inference_steps,
-                solver=sequential(),
-                rtol=0.0,
-                model_kwargs=kwargs,
-                max_batch=max_batch,
-                sigma_min=sigma_min,
-            ).value
-            found = replace(found, round_trip=relative_error(again, sample))
-    if method != "naive":
-        warn_unless_converged(found)
+    if method == "naive":  # the same coefficients, as if the steps were explicit
+        follow = callback and _without_estimate(callback)
+        found = run(every, replace(table, implicit=False), sequential(), steps, rtol=0.0, callback=follow)
+        unknown, history = (torch.full_like(v, torch.nan) for v in (found.error_estimate, found.history))
+        message = f"naive inversion in {steps} steps: its error is not known"
+        return replace(
+            found, converged=unknown > 0, error_estimate=unknown, residual=unknown, history=history, message=message
+        )
+    if method == "stepwise":
+        return run(every, table, stepwise(), max_iterations or STEP_LIMIT * steps, rtol=rtol, callback=callback)
+    limit = max_iterations or JOINT_LIMIT
+    found = run(every, table, solver, limit, rtol=rtol, callback=callback, cuda_graph=cuda_graph)
+    left = (~found.converged).nonzero().flatten()
+    if len(left) and max_iterations is None:
+        follow = callback and _continued(callback, found, left)
+        again = run(left, table, stepwise(), STEP_LIMIT * steps, rtol=rtol, callback=follow)
+        found = _merge(found, again, left)
     return found
 
 

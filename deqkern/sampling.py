@@ -33,6 +33,7 @@ def sample(
     max_iterations: int | None = None,
     step_noise: Tensor | None = None,  # (S, B, *shape)
     generator: torch.Generator | None = None,
+    guess: Tensor | None = None,  # (S+1, B, *shape)
     model_kwargs: Mapping[str, Any] | None = None,
     max_batch: int | None = None,
     sigma_min: float | None = None,
@@ -55,6 +56,8 @@ def sample(
     max_iterations: at most so many; S if None, which is always enough.
     step_noise: (S, B, *shape), the noise of each step, eta > 0 only; else drawn from `generator` in the order of the
         sequential chain.
+    guess: the states to start from, such as the `trajectory` of a solve with nearly the same noise; its first one is
+        not looked at. The solver's own guess if None.
     model_kwargs: tensors in it whose first dimension is B are repeated for every step.
     max_batch: rows in one model call, to limit memory; the result does not depend on it.
     sigma_min: end the chain at this noise-to-signal ratio instead of the schedule's own end.
@@ -77,10 +80,18 @@ def sample(
     if isinstance(method, gradients.Adjoint) and table.clips:
         raise ValueError("schedule clips or thresholds x0: gradient='adjoint' needs one that does not")
     _check_step_noise(step_noise, generator, noise, len(table.a), eta)
+    _check_guess(guess, noise, len(table.a))
     network = Network(model, table, dict(model_kwargs or {}), noise)
     with torch.no_grad():
         trajectory = start(
-            network, noise, table, solver, step_noise=step_noise, generator=generator, max_batch=max_batch
+            network,
+            noise,
+            table,
+            solver,
+            guess=guess,
+            step_noise=step_noise,
+            generator=generator,
+            max_batch=max_batch,
         )
         solution = solve(
             trajectory,
@@ -148,6 +159,19 @@ def check_cuda_graph(cuda_graph: bool, noise: Tensor, solver: Solver) -> None:
         raise ValueError(f"cuda_graph=True needs noise on a CUDA device, got {noise.device}")
     if cuda_graph and solver.window is not None:
         raise ValueError("cuda_graph=True needs a solver without a window: the rows of a graph do not move")
+
+
+def _check_guess(guess: Tensor | None, noise: Tensor, steps: int) -> None:
+    if guess is None:
+        return
+    if not isinstance(guess, Tensor) or guess.dtype not in _DTYPES:
+        raise TypeError("guess must be an fp32, bf16, fp16 or fp64 tensor")
+    if guess.shape != (steps + 1, *noise.shape):
+        raise ValueError(f"guess must have shape {(steps + 1, *noise.shape)}, got {tuple(guess.shape)}")
+    if guess.device != noise.device:
+        raise ValueError(f"guess is on {guess.device}, noise on {noise.device}")
+    if not bool(guess.isfinite().all()):
+        raise ValueError("guess must be finite")
 
 
 def _check_step_noise(

@@ -203,8 +203,11 @@ class NoiseSchedule:
 
         `eta` scales the noise of each step (arXiv 2010.02502, eq. 16): 0 is DDIM, 1 is like DDPM. `sigma_min` ends the
         chain at that ratio sigma / alpha of noise to signal instead of at the clean sample: at the first timestep t_min
-        whose ratio is no less (for flow matching, at that ratio itself). The S steps are then spread evenly from t_min
-        to the timestep at which the chain would start without it, and each begins where the one before it ended.
+        whose ratio is no less (for flow matching, at that ratio itself). The S steps then lead there from the timestep
+        at which the chain would start without it, each from where the one before it ended: evenly spaced in
+        log(alpha^2 / sigma^2), as near as whole timesteps can be (as in arXiv 2206.00927). Steps that are even
+        in t are so long at the clean end that some images have no start there (docs/inversion.md). The steps of flow
+        matching keep their spacing.
 
         Raises ValueError or TypeError, naming the argument.
         """
@@ -259,7 +262,19 @@ class NoiseSchedule:
             raise ValueError(
                 f"num_inference_steps={count} is more than the {top - lowest} steps that sigma_min={sigma_min} leaves"
             )
-        return [round(lowest + (top - lowest) * k / count) for k in range(count, -1, -1)]
+        log_snr = (abar / (1 - abar)).log()[lowest : top + 1]
+        if log_snr[-1] == -math.inf:
+            log_snr[-1] = 2 * log_snr[-2] - log_snr[-3] if top - lowest > 1 else log_snr[-2] - 1
+        target = torch.lerp(log_snr[0], log_snr[-1], torch.arange(count + 1, dtype=torch.float64) / count)
+        right = torch.searchsorted(-log_snr, -target).clamp(1, len(log_snr) - 1)
+        before, after = log_snr[right - 1], log_snr[right]
+        part = ((before - target) / (before - after).clamp_min(_TINY)).clamp(0, 1)
+        chain = [lowest, *(lowest + right - 1 + part).round().int().tolist()[1:-1], top]
+        for k in range(1, count):  # timesteps are whole numbers, and no two are the same
+            chain[k] = max(chain[k], chain[k - 1] + 1)
+        for k in range(count - 1, 0, -1):
+            chain[k] = min(chain[k], chain[k + 1] - 1)
+        return chain[::-1]
 
     def _flow_levels(self, count: int) -> tuple[Tensor, Tensor]:  # (S,) float32, (S+1,) float64
         if self._flow_scheduler is not None:

@@ -101,13 +101,15 @@ def start(
     table: StepTable,
     solver: Solver,
     *,
+    guess: Tensor | None = None,  # (S+1, B, *shape)
     step_noise: Tensor | None = None,  # (S, B, *shape)
     generator: torch.Generator | None = None,
     max_batch: int | None = None,
 ) -> Trajectory:
-    """The chain of `table` from its first state, in the solver's basis, with the solver's first guess of the others.
+    """The chain of `table` from its first state, in the solver's basis, with a first guess of the others.
 
-    Step noise that is not given is drawn from `generator`, in the order of the sequential chain.
+    The guess is the solver's own if none is given; the first state of a given one is not looked at. Step noise that is
+    not given is drawn from `generator`, in the order of the sequential chain.
     """
     shape, device, steps, batch = tuple(first.shape[1:]), first.device, len(table.a), len(first)
     spectral = solver.basis == "spectral" and len(shape) == 3
@@ -122,7 +124,10 @@ def start(
         for i in range(steps):
             drawn = _draw(first, generator) if step_noise is None else step_noise[i]
             basis.forward(drawn, z[i], samples)
-    if solver.start == "constant":
+    if guess is not None:
+        for i in range(steps):
+            basis.forward(guess[i + 1], x[i + 1], samples)
+    elif solver.start == "constant":
         x[1:] = x[0]
     else:
         slope = slope_of(table, solver.slope.initial(table, basis))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.metadata
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,17 @@ def address(value: Tensor | None) -> int:
     return 0 if value is None else value.data_ptr()
 
 
-def test_kernels_is_no_package_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another package has that name, and other libraries import it when they find it."""
-    monkeypatch.syspath_prepend(str(SOURCE))
-    monkeypatch.delitem(sys.modules, "kernels", raising=False)
-    with pytest.raises(ImportError, match=r"deqkern\.kernels"):
-        importlib.import_module("kernels")
+def test_kernels_is_no_package_of_its_own(tmp_path: Path) -> None:
+    """Another package has that name, and transformers asks for it: the folder must not stand in its way.
+
+    Without an __init__.py it is a namespace portion, which libraries take for absent and any real package comes before.
+    """
+    find = f"import sys; sys.path.insert(0, {str(SOURCE)!r}); import kernels; print(kernels.__file__)"
+    assert in_new_python(find).strip() == "None"
+    real = tmp_path / "kernels" / "__init__.py"
+    real.parent.mkdir()
+    real.touch()
+    assert in_new_python(f"import sys; sys.path.append({str(tmp_path)!r}); {find}").strip() == str(real)
 
 
 def test_the_extension_needs_no_torch() -> None:

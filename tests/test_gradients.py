@@ -285,9 +285,8 @@ def test_the_order_of_the_adjoint(order: int, eta: float) -> None:
     for steps in counts:
         table = schedule.steps(steps, eta=eta, sigma_min=0.1)
         noise = leaf(2, 5)
-        found = gradients._Chain(Network(model, table, {}, noise), Adjoint(order), 0.0, None).pull(
-            torch.zeros(steps + 1, 2, 5, dtype=torch.float64), torch.ones_like(noise), [], False
-        )
+        pullback = gradients.Pullback(Network(model, table, {}, noise), Adjoint(order), 0.0, None)
+        found = pullback(torch.zeros(steps + 1, 2, 5, dtype=torch.float64), torch.ones_like(noise))
         ends = [(table.alpha[0], table.sigma[0]), (table.alpha_next[-1], table.sigma_next[-1])]
         grown = [(a / s) / (1 + (a / s) ** 2 * variance).sqrt() for a, s in ends]
         expected = ends[1][0] / ends[0][0] * (grown[0] / grown[1]) ** (1 + eta**2)

@@ -23,7 +23,7 @@ LAYERS = [
     ["deqkern.capture"],
     ["deqkern.solve"],
     ["deqkern.gradients"],
-    ["deqkern.sampling"],
+    ["deqkern.sampling", "deqkern.optimization"],
     ["deqkern.calibration", "deqkern.inversion"],
     ["deqkern"],
     ["deqkern.models", "deqkern.plots"],

@@ -390,8 +390,27 @@ def test_sigma_min_joins_up(spacing: str, count: int, sigma_min: float) -> None:
     ratio = ((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod).sqrt()
     last = int((ratio >= sigma_min).nonzero()[0])
     assert table.alpha_next[-1] == schedule.alphas_cumprod[last].sqrt()
-    gaps = -torch.cat([table.timesteps, torch.tensor([last])]).diff()
-    assert (gaps > 0).all() and gaps.max() - gaps.min() <= 1
+    chain = torch.cat([table.timesteps, torch.tensor([last])])
+    assert (chain.diff() < 0).all()
+    even = torch.linspace(float(ratio[chain[0]].log()), float(ratio[last].log()), count + 1, dtype=torch.float64)
+    level = ratio.log()
+    error = (level[chain] - even).abs()
+    room = torch.maximum(
+        level[(chain + 1).clamp_max(999)] - level[chain], level[chain] - level[(chain - 1).clamp_min(0)]
+    )
+    assert (error[room < (even[0] - even[-1]) / count / 4] <= room[room < (even[0] - even[-1]) / count / 4]).all()
+
+
+def test_sigma_min_at_zero_terminal_snr() -> None:
+    """The first timestep has no log-SNR; the chain still begins there, and its steps lengthen smoothly."""
+    schedule = NoiseSchedule.linear(
+        rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing"
+    )
+    assert schedule.alphas_cumprod is not None and schedule.alphas_cumprod[-1] == 0
+    table = schedule.steps(20, sigma_min=0.05)
+    assert table.timesteps[0] == 999 and table.timesteps[1] < 999 and (table.timesteps.diff() < 0).all()
+    assert table.timesteps[10] <= 900, "no pile of steps at the noise"
+    assert schedule.steps(1, sigma_min=0.05).timesteps.tolist() == [999]
 
 
 @pytest.mark.parametrize("count", [1, 7, 50])

@@ -1,0 +1,210 @@
+"""`invert(method="optimize")`: the noise whose sample has a small loss, by gradients through the chain."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .gradients import Gradient, Pullback, named
+from .network import Model, Network
+from .schedule import NoiseSchedule
+from .solve import Callback, ConvergenceWarning, Solution, solve
+from .solvers import Solver
+from .trajectory import start
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def squared_distance(value: Tensor, sample: Tensor) -> Tensor:
+    """|value - sample|^2 (B,), the objective of DEQ-DDIM (arXiv 2210.12867, section 4)."""
+    return (value - sample).flatten(1).square().sum(1)
+
+
+def adam(parameters: list[Tensor]) -> torch.optim.Optimizer:
+    """Adam with a step of 0.2."""
+    return torch.optim.Adam(parameters, lr=0.2)
+
+
+@dataclass(frozen=True)
+class Optimize:
+    """What `invert` minimises, and how: `invert(..., method=Optimize(...))`; "optimize" is all defaults.
+
+    loss: (value (B, *shape), sample (B, *shape)) -> (B,), or a scalar for the whole batch; differentiable. Masks,
+        features and priors go in here. Per-sample losses let each sample keep its own best noise.
+    optimizer: makes a torch optimizer from a list of tensors; called with a closure, so that L-BFGS works too.
+    gradient: as in `sample`. "residual", DEQ-DDIM's, takes no derivative of the model: not the gradient, but where
+        tried the cheapest way down (docs/inversion.md). noise: (B, *shape), where to start; standard normal if None, drawn from `generator`.
+    stop: end when every loss is at most this.
+    """
+
+    loss: Loss = squared_distance
+    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] = adam
+    gradient: str | Gradient = "residual"
+    noise: Tensor | None = None
+    generator: torch.Generator | None = None
+    stop: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("loss", "optimizer"):
+            if not callable(getattr(self, name)):
+                raise TypeError(f"{name} must be callable, got {type(getattr(self, name)).__name__}")
+        if named(self.gradient) is None:
+            raise ValueError("gradient must not be None: optimizing needs one")
+        if self.noise is not None and not isinstance(self.noise, Tensor):
+            raise TypeError(f"noise must be a tensor, got {type(self.noise).__name__}")
+        if self.generator is not None and not isinstance(self.generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, got {type(self.generator).__name__}")
+        if self.stop is not None and math.isnan(self.stop):
+            raise ValueError("stop must not be NaN")
+
+    def first(self, sample: Tensor) -> Tensor:  # (B, *shape) fp32 or fp64
+        """The noise to start from."""
+        if self.noise is not None:
+            if self.noise.shape != sample.shape or self.noise.device != sample.device:
+                raise ValueError(
+                    f"noise must have shape {tuple(sample.shape)} on {sample.device}, "
+                    f"got {tuple(self.noise.shape)} on {self.noise.device}"
+                )
+            drawn = self.noise.detach()
+        else:
+            device = sample.device if self.generator is None else self.generator.device
+            drawn = torch.randn(sample.shape, generator=self.generator, device=device).to(sample.device)
+        return drawn.to(torch.promote_types(sample.dtype, torch.float32), copy=True)
+
+
+@dataclass
+class _Best:
+    """The best noise of each sample so far, and what its solve said."""
+
+    loss: Tensor  # (B,) float64
+    states: Tensor  # (S+1, B, *shape)
+    converged: Tensor
+    error_estimate: Tensor
+    residual: Tensor
+
+    def take(self, loss: Tensor, found: Solution) -> None:
+        better = loss < self.loss
+        self.loss = torch.where(better, loss, self.loss)
+        self.states[:, better] = found.trajectory[:, better]
+        for name in ("converged", "error_estimate", "residual"):
+            setattr(self, name, torch.where(better, getattr(found, name), getattr(self, name)))
+
+
+class _Search:
+    """The closure that the optimizer calls: sample, loss, gradient."""
+
+    def __init__(
+        self, network: Network, sample: Tensor, solver: Solver, options: Optimize, rtol: float, max_batch: int | None
+    ) -> None:
+        gradient = named(options.gradient)
+        assert gradient is not None
+        self.network, self.sample, self.solver, self.options = network, sample, solver, options
+        self.rtol, self.max_batch = rtol, max_batch
+        self.pullback = Pullback(network, gradient, rtol, max_batch)
+        self.noise = options.first(sample)
+        self.noise.requires_grad_()
+        self.last: Solution | None = None
+        self.best: _Best | None = None
+        self.iterations, self.nfe = 0, torch.zeros(len(sample), dtype=torch.int64)
+        self.history: list[Tensor] = []
+
+    def __call__(self) -> float:
+        """The loss at the noise as it is, with the gradient left in `noise.grad`."""
+        noise = self.noise.detach()
+        guess = None if self.last is None else self.last.trajectory
+        trajectory = start(self.network, noise, self.network.table, self.solver, guess=guess, max_batch=self.max_batch)
+        self.last = found = solve(trajectory, self.solver, rtol=self.rtol, dtype=noise.dtype)
+        with torch.enable_grad():
+            value = found.value.detach().requires_grad_()
+            losses = self._losses(value)
+            total = losses.sum()
+            if not total.requires_grad:
+                raise ValueError("loss must be differentiable: what it returned does not depend on the value")
+            (cotangent,) = torch.autograd.grad(total, value)
+        pulled = self.pullback(found.trajectory, cotangent)
+        self.noise.grad = pulled.first
+        self.iterations += found.iterations
+        self.nfe += found.nfe + pulled.products
+        each = losses.detach().double().expand(len(noise))
+        self.history.append(each)
+        if self.best is None:
+            self.best = _Best(
+                torch.full_like(each, torch.inf),
+                found.trajectory.clone(),
+                found.converged,
+                found.error_estimate,
+                found.residual,
+            )
+        self.best.take(each, found)
+        return float(total)
+
+    def _losses(self, value: Tensor) -> Tensor:
+        losses = self.options.loss(value, self.sample.to(value.dtype))
+        if not isinstance(losses, Tensor):
+            raise TypeError(f"loss must return a tensor, got {type(losses).__name__}")
+        if losses.shape not in ((), (len(value),)):
+            raise ValueError(f"loss must return a scalar or {(len(value),)}, got shape {tuple(losses.shape)}")
+        if not self.history and not bool(losses.isfinite().all()):
+            raise ValueError(f"loss must be finite, got {losses.detach().tolist()}")
+        return losses
+
+    @property
+    def over(self) -> bool:
+        """Whether every sample has a loss of `stop`, or a loss is not finite any more."""
+        if not self.history:
+            return False
+        assert self.best is not None
+        if not bool(self.history[-1].isfinite().all()):
+            return True
+        return self.options.stop is not None and bool((self.best.loss <= self.options.stop).all())
+
+
+def optimize(
+    model: Model,
+    sample: Tensor,  # (B, *shape)
+    schedule: NoiseSchedule,
+    num_inference_steps: int,
+    options: Optimize,
+    solver: Solver,
+    rtol: float,
+    max_iterations: int,
+    sigma_min: float | None,
+    model_kwargs: Mapping[str, Any],
+    max_batch: int | None,
+    callback: Callback | None,
+) -> Solution:
+    """See `invert`; the arguments are checked. Every solve starts from the states of the one before."""
+    network = Network(model, schedule.steps(num_inference_steps, sigma_min=sigma_min), model_kwargs, sample)
+    search = _Search(network, sample, solver, options, rtol, max_batch)
+    optimizer = options.optimizer([search.noise])
+    steps = 0
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # of an inexact gradient on the way
+        while steps < max_iterations and not search.over:
+            optimizer.step(search)
+            steps += 1
+            if callback is not None:
+                callback(steps, search.noise.detach().to(sample.dtype, copy=True), search.history[-1].clone())
+        if not search.over:
+            search()  # the last step has not been looked at
+    best = search.best
+    assert best is not None
+    reached = best.converged if options.stop is None else best.converged & (best.loss <= options.stop)
+    return Solution(
+        value=best.states[0].to(sample.dtype, copy=True),
+        trajectory=best.states,
+        converged=reached,
+        error_estimate=best.error_estimate,
+        residual=best.residual,
+        iterations=search.iterations,
+        nfe=search.nfe,
+        history=torch.stack(search.history),
+        message=f"loss {float(best.loss.median()):.3g} (median), {float(best.loss.max()):.3g} (largest) after "
+        f"{steps} steps of the optimizer; {int(reached.sum())} of {len(sample)} samples converged (rtol {rtol:g})",
+    )
