@@ -218,7 +218,8 @@ class _Step(Trajectory):
         return ""
 
     def select(self, rows: Tensor) -> None:
-        self._counts = torch.ones_like(self.nfe)
+        super().select(rows)
+        self._counts = torch.ones_like(self.nfe)  # the map sees all of the batch
 
     def evaluate(self, out: Tensor) -> None:
         samples = torch.arange(self.batch, device=out.device)

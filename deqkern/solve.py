@@ -110,12 +110,20 @@ class _Iteration:
         m = self.solver.history_size
         return (k % len(self.work.e), k % (m + 1), min(k, m), self.any_fallen)
 
+    def outputs(self, k: int) -> Tensor:
+        """Where iteration k finds what the map gives (S, B, D), in the basis."""
+        return self.work.e[k % len(self.work.e)]
+
     def run(self, k: int) -> None:
         """Iteration k = 0, 1, .. over the rows that the trajectory has selected."""
+        self.trajectory.evaluate(self.outputs(k))
+        self.update(k)
+
+    def update(self, k: int) -> None:
+        """Iteration k once its `outputs` are there."""
         work, solver, trajectory, bands = self.work, self.solver, self.trajectory, self.trajectory.basis.bands
         x, window, m = trajectory.x, work.window, solver.history_size
-        e, e_prev = work.e[k % len(work.e)], work.e[(k + 1) % len(work.e)]
-        trajectory.evaluate(e)
+        e, e_prev = self.outputs(k), self.outputs(k + 1)
         if isinstance(solver.slope, Secant) and (k or solver.slope.start is None):
             dx = self.moved if k else self.arguments  # with the first e_prev: from zero to the first states
             ops.band_moments(dx, e, e_prev, bands, window, work.moments)
@@ -152,7 +160,7 @@ class _Iteration:
         window: (B, 2), what was active in iteration k. Both are on the CPU. Raises ValueError if it was the map
         that gave NaN or infinity.
         """
-        x, e = self.trajectory.x, self.work.e[k % len(self.work.e)]
+        x, e = self.trajectory.x, self.outputs(k)
         for b in diverged.nonzero().flatten().tolist():
             begin, end = window[b].tolist()
             bad = ~e[begin:end, b].isfinite().all(-1).cpu()
@@ -208,6 +216,99 @@ def open_rows(window: Tensor, steps: int) -> Tensor:
     return ((index >= window[:, 0]) & (index < window[:, 1])).flatten().nonzero().flatten()
 
 
+class Solve:
+    """A solve in progress: the only iteration loop is `while solve.open: solve.iterate()`.
+
+    Who calls the map otherwise does, in place of `iterate`: `select`, the outputs of `trajectory.rows` into
+    `iteration.outputs(k)`, `iteration.update(k)`, `settle`, with k = `solve.count`.
+    """
+
+    def __init__(
+        self,
+        trajectory: Trajectory,
+        solver: Solver,
+        *,
+        rtol: float,
+        max_iterations: int | None = None,
+        cuda_graph: bool = False,
+    ) -> None:
+        self.trajectory, self.rtol, self.cuda_graph = trajectory, rtol, cuda_graph
+        self.iteration = _Iteration(trajectory, solver, rtol)
+        self.mailbox = _Mailbox(self.iteration.work.status)
+        self.run: _Iteration | CapturedIterations = self.iteration
+        self.history: list[Tensor] = []
+        self.limit = trajectory.steps if max_iterations is None else max_iterations
+        if not self.iteration.implicit:
+            self.limit = min(self.limit, trajectory.steps)  # by then every step is exact
+        self.window, _ = self.mailbox.read()
+
+    @property
+    def count(self) -> int:
+        """Iterations that are done."""
+        return len(self.history)
+
+    @property
+    def open(self) -> bool:
+        """Whether there is another iteration to do."""
+        return self.count < self.limit and bool((self.window[:, 0] < self.trajectory.steps).any())
+
+    def iterate(self) -> None:
+        """One iteration."""
+        self.select()
+        self.run.run(self.count)
+        self.settle()
+
+    def select(self) -> None:
+        """Choose the rows that the next iteration evaluates."""
+        rows = open_rows(self.window, self.trajectory.steps)
+        if not self.cuda_graph or 2 * len(rows) <= self.trajectory.selected or not self.count:
+            self.trajectory.select(rows)
+            if self.cuda_graph:  # a graph goes on evaluating the rows it was captured with
+                self.run = CapturedIterations(self.iteration, self.trajectory.x.device)
+
+    def settle(self) -> None:
+        """Wait for what the iteration reached, and take note of it."""
+        self.trajectory.count()
+        before, (self.window, diverged) = self.window, self.mailbox.read()
+        if bool(diverged.any()):
+            self.iteration.fall_back(diverged, before, self.count)
+        self.history.append(self.iteration.work.errors[:, 0].clone())
+
+    def value(self, dtype: torch.dtype) -> Tensor:
+        """The last state as it is now (B, *shape)."""
+        trajectory = self.trajectory
+        first, batch = trajectory.steps * trajectory.batch, trajectory.batch
+        rows = torch.arange(first, first + batch, device=trajectory.x.device)
+        return trajectory.images(rows).to(dtype, copy=True)
+
+    def solution(self, dtype: torch.dtype) -> Solution:
+        """The result. Gives the memory of the iteration back: the solve is over."""
+        trajectory, history, errors = self.trajectory, self.history, self.iteration.work.errors
+        steps, batch = trajectory.steps, trajectory.batch
+        converged = (self.window[:, 0] >= steps).to(trajectory.x.device)
+        estimate, residual = errors[:, 0].clone(), errors[:, 4].clone()
+        fallen_back = int(self.iteration.fallen_back.sum())
+        del self.iteration, self.run, self.mailbox, errors  # their memory makes room for the states
+        states = trajectory.x.new_empty(steps + 1, batch, *trajectory.basis.shape)
+        rows = torch.arange((steps + 1) * batch, device=states.device)
+        trajectory.basis.inverse(trajectory.x.flatten(0, 1), states.flatten(0, 1), rows)
+        missed = int((~converged).sum())
+        message = f"{batch - missed} of {batch} samples converged in {len(history)} iterations (rtol {self.rtol:g})"
+        if fallen_back:
+            message += f"; {fallen_back} diverged and went on with plain iteration"
+        return Solution(
+            value=states[-1].to(dtype, copy=True),
+            trajectory=states,
+            converged=converged,
+            error_estimate=estimate,
+            residual=residual,
+            iterations=len(history),
+            nfe=trajectory.nfe,
+            history=torch.stack(history) if history else torch.zeros(0, batch, dtype=torch.float64),
+            message=message,
+        )
+
+
 def solve(
     trajectory: Trajectory,
     solver: Solver,
@@ -223,50 +324,9 @@ def solve(
     rtol = 0 goes on until every step is exact. cuda_graph: launch iterations as graphs; no solver.window then. Raises
     ValueError if the map gives NaN.
     """
-    steps, batch, shape = trajectory.steps, trajectory.batch, trajectory.basis.shape
-    iteration = _Iteration(trajectory, solver, rtol)
-    work, mailbox = iteration.work, _Mailbox(iteration.work.status)
-    run: _Iteration | CapturedIterations = iteration
-    history: list[Tensor] = []
-    last = torch.arange(steps * batch, (steps + 1) * batch, device=trajectory.x.device)
-    limit = steps if max_iterations is None else max_iterations
-    if not iteration.implicit:
-        limit = min(limit, steps)  # by then every step is exact
-    window, diverged = mailbox.read()
-    while len(history) < limit and bool((window[:, 0] < steps).any()):
-        k = len(history)
-        rows = open_rows(window, steps)
-        if not cuda_graph or 2 * len(rows) <= trajectory.selected or not k:
-            trajectory.select(rows)
-            if cuda_graph:  # a graph goes on evaluating the rows it was captured with
-                run = CapturedIterations(iteration, trajectory.x.device)
-        run.run(k)
-        trajectory.count()
-        before, (window, diverged) = window, mailbox.read()
-        if bool(diverged.any()):
-            iteration.fall_back(diverged, before, k)
-        history.append(work.errors[:, 0].clone())
+    running = Solve(trajectory, solver, rtol=rtol, max_iterations=max_iterations, cuda_graph=cuda_graph)
+    while running.open:
+        running.iterate()
         if callback is not None:
-            callback(k + 1, trajectory.images(last).to(dtype, copy=True), history[-1].clone())
-    converged = (window[:, 0] >= steps).to(trajectory.x.device)
-    estimate, residual = work.errors[:, 0].clone(), work.errors[:, 4].clone()
-    fallen_back = int(iteration.fallen_back.sum())
-    del iteration, work, run  # their memory makes room for the states
-    states = trajectory.x.new_empty(steps + 1, batch, *shape)
-    rows = torch.arange((steps + 1) * batch, device=states.device)
-    trajectory.basis.inverse(trajectory.x.flatten(0, 1), states.flatten(0, 1), rows)
-    missed = int((~converged).sum())
-    message = f"{batch - missed} of {batch} samples converged in {len(history)} iterations (rtol {rtol:g})"
-    if fallen_back:
-        message += f"; {fallen_back} diverged and went on with plain iteration"
-    return Solution(
-        value=states[-1].to(dtype, copy=True),
-        trajectory=states,
-        converged=converged,
-        error_estimate=estimate,
-        residual=residual,
-        iterations=len(history),
-        nfe=trajectory.nfe,
-        history=torch.stack(history) if history else torch.zeros(0, batch, dtype=torch.float64),
-        message=message,
-    )
+            callback(running.count, running.value(dtype), running.history[-1].clone())
+    return running.solution(dtype)

@@ -81,6 +81,11 @@ class Trajectory:
         return image
 
     @property
+    def rows(self) -> Tensor:
+        """The selected rows (N,) int64, on the device."""
+        return self._rows
+
+    @property
     def selected(self) -> int:
         """The number of selected rows."""
         return len(self._rows)
