@@ -72,7 +72,7 @@ def main(
         (name, count, sigma_min)
         for name in names or ["digits", "photos"]
         for count in steps or [50]
-        for sigma_min in sigma_mins or [0.08, deqkern.inversion.SIGMA_MIN]
+        for sigma_min in sigma_mins or [deqkern.inversion.SIGMA_MIN]
     ]
     print("| model | S | sigma_min | slopes start | " + " | ".join(f"{look} its" for look in LOOKS) + " |")
     print("|" + "---|" * (4 + len(LOOKS)))

@@ -3,9 +3,15 @@
 from pathlib import Path
 
 from . import gradients as gradients
+from . import nn as nn
 from . import slopes as slopes
 from . import solvers as solvers
 from .calibration import calibrate as calibrate
+from .fixed_point import PathIndependence as PathIndependence
+from .fixed_point import fixed_point as fixed_point
+from .fixed_point import jacobian_regularization as jacobian_regularization
+from .fixed_point import path_independence as path_independence
+from .fixed_point import spectral_radius as spectral_radius
 from .inversion import invert as invert
 from .optimization import Optimize as Optimize
 from .sampling import sample as sample

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .network import Network
 from .schedule import StepTable
@@ -140,6 +139,21 @@ def attach(
     return attached
 
 
+class Once(torch.autograd.Function):
+    """`value`, from which no second derivative reaches the `sources`.
+
+    torch's once_differentiable lets a wrong one through, zero, where the first cotangent requires no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *sources: Tensor) -> Tensor:
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[None, ...]:
+        raise RuntimeError("the gradient of a solve cannot be differentiated again")
+
+
 class _Attached(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -152,23 +166,29 @@ class _Attached(torch.autograd.Function):
         *inputs: Tensor,
     ) -> Tensor:
         ctx.pullback, ctx.dtype = pullback, first.dtype
-        ctx.save_for_backward(states, *inputs)  # they may not change in place before the gradient is taken
+        ctx.save_for_backward(
+            states, first, step_noise, *inputs
+        )  # they may not change in place before the gradient is taken
         return value.detach()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
-        states, *inputs = ctx.saved_tensors
+        states, first, step_noise, *inputs = ctx.saved_tensors
         wanted = ctx.needs_input_grad[5:]
-        found = ctx.pullback(
-            states,
-            cotangent.to(states.dtype),
-            [value for value, want in zip(inputs, wanted, strict=True) if want],
-            ctx.needs_input_grad[4],
-        )
-        sums = iter(found.inputs)
-        noise = None if found.step_noise is None else found.step_noise.to(ctx.dtype)
-        return None, None, None, found.first.to(ctx.dtype), noise, *(next(sums) if want else None for want in wanted)
+        with torch.no_grad():
+            found = ctx.pullback(
+                states,
+                cotangent.detach().to(states.dtype),
+                [value for value, want in zip(inputs, wanted, strict=True) if want],
+                ctx.needs_input_grad[4],
+            )
+            sums = iter(found.inputs)
+            noise = None if found.step_noise is None else found.step_noise.to(ctx.dtype)
+            pulled = [found.first.to(ctx.dtype), noise, *(next(sums) if want else None for want in wanted)]
+        if torch.is_grad_enabled():  # create_graph
+            sources = [value for value in (first, step_noise, *inputs) if value is not None and value.requires_grad]
+            pulled = [value if value is None else Once.apply(value, *sources) for value in pulled]
+        return None, None, None, *pulled
 
 
 @dataclass

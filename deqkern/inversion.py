@@ -24,7 +24,7 @@ METHODS = ("joint", "stepwise", "naive", "optimize")
 JOINT_LIMIT, STEP_LIMIT = 40, 20
 OPTIMIZER_STEPS = 100
 # Ratio of noise to signal at the clean end of the chain.
-SIGMA_MIN = 0.035
+SIGMA_MIN = 0.08
 
 
 def invert(

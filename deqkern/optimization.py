@@ -39,7 +39,8 @@ class Optimize:
         features and priors go in here. Per-sample losses let each sample keep its own best noise.
     optimizer: makes a torch optimizer from a list of tensors; called with a closure, so that L-BFGS works too.
     gradient: as in `sample`. "residual", DEQ-DDIM's, takes no derivative of the model: not the gradient, but where
-        tried the cheapest way down (docs/inversion.md). noise: (B, *shape), where to start; standard normal if None, drawn from `generator`.
+        tried the cheapest way down (docs/inversion.md).
+    noise: (B, *shape), where to start; standard normal if None, drawn from `generator`.
     stop: end when every loss is at most this.
     """
 

@@ -17,8 +17,6 @@ from .trajectory import Trajectory
 
 Callback = Callable[[int, Tensor, Tensor], None]
 
-# No step need be settled better than this many roundings, in its one-step residual relative to the state.
-ROUNDINGS = 1.7
 # No contraction from one iteration to the next is believed to be better than this.
 CONTRACTION = 0.1
 # A last correction that is larger than this times the smallest one before it: the iteration diverges.
@@ -92,8 +90,7 @@ class _Iteration:
         table, device, steps = trajectory.table, trajectory.x.device, trajectory.steps
         self.size = min(solver.window or steps, steps)
         self.trajectory, self.solver, self.work = trajectory, solver, _Workspace(trajectory, solver, self.size)
-        # A step whose one-step residual is below is settled: it is not evaluated again.
-        self.rtol, self.tolerance = rtol, max(rtol / (2 * steps), ROUNDINGS * torch.finfo(trajectory.x.dtype).eps)
+        self.rtol, self.tolerance = rtol, trajectory.settled(rtol)
         x, self.implicit = trajectory.x, table.implicit
         self.arguments = x[1:] if self.implicit else x[:-1]  # the states that the model is called at
         self.moved = self.work.g_ring[0] if self.implicit else self.work.dx  # their last change, if nothing mixes
@@ -104,7 +101,7 @@ class _Iteration:
         slope = slope_of(table, shrinkage)[:, None].to(x.dtype)  # (S, 1, K)
         self.slope = slope.expand(-1, trajectory.batch, -1).contiguous()  # (S, B, K)
         self.frozen = table.slope_0.to(device, x.dtype)[:, None, None]
-        self.scale = trajectory.x[0].double().norm(dim=-1)  # (B,)
+        self.scale = trajectory.scale  # (B,)
         self.fallen_back = torch.zeros(trajectory.batch, dtype=torch.bool, device=device)
         self.any_fallen = False
 
@@ -163,14 +160,14 @@ class _Iteration:
         window: (B, 2), what was active in iteration k. Both are on the CPU. Raises ValueError if it was the map
         that gave NaN or infinity.
         """
-        x, e, timesteps = self.trajectory.x, self.outputs(k), self.trajectory.table.timesteps
+        x, e = self.trajectory.x, self.outputs(k)
         for b in diverged.nonzero().flatten().tolist():
             begin, end = window[b].tolist()
             bad = ~e[begin:end, b].isfinite().all(-1).cpu()
             if bad.any():
-                where = timesteps[begin:end][bad].tolist()
+                where = self.trajectory.where(begin + bad.nonzero().flatten())
                 what = self.trajectory.map.what
-                raise ValueError(f"{what} NaN or infinity at iteration {k + 1}, timesteps {where} (sample {b})")
+                raise ValueError(f"{what} NaN or infinity at iteration {k + 1}{where} (sample {b})")
             exact = begin if self.implicit else begin + 1
             x[exact + 1 :, b] = x[exact, b]
         self.fallen_back |= (diverged != 0).to(x.device)

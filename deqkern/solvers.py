@@ -85,6 +85,20 @@ def parataa(history_size: int = 3) -> Solver:
     )
 
 
+def anderson(history_size: int = 5, beta: float = 1.0) -> Solver:
+    """Anderson mixing of type II (Walker and Ni 2011) for `deqkern.fixed_point`; history_size 0 is damped iteration."""
+    return Solver(
+        slope=Frozen(),
+        history_size=history_size,
+        scope="row",
+        ridge=1e-8,
+        beta=beta,
+        start="constant",
+        basis="identity",
+        name="anderson",
+    )
+
+
 def picard(window: int | None = None) -> Solver:
     """Plain iteration on the DDIM sum; with a window, ParaDiGMS (arXiv 2305.16317)."""
     return Solver(slope=Frozen(), window=window, start="constant", basis="identity", name="picard")

@@ -13,6 +13,9 @@ from .slopes import slope_of
 from .solvers import Solver
 from .spectral import Basis
 
+# No step need be settled better than this many roundings, in its one-step residual relative to the state.
+ROUNDINGS = 1.7
+
 
 class Map(Protocol):
     """What the chain is linear in, at states (N, *shape) of steps (N,) and samples (N,): (N, *shape)."""
@@ -54,6 +57,19 @@ class Trajectory:
     def batch(self) -> int:
         """B."""
         return self.x.shape[1]
+
+    @property
+    def scale(self) -> Tensor:
+        """The norm (B,) float64 that corrections are relative to where a state is larger."""
+        return self.x[0].double().norm(dim=-1)
+
+    def settled(self, rtol: float) -> float:
+        """A step whose one-step residual, relative to its state, is at most this is not evaluated again."""
+        return max(rtol / (2 * self.steps), ROUNDINGS * torch.finfo(self.x.dtype).eps)
+
+    def where(self, steps: Tensor) -> str:
+        """What an error about the map says of `steps` (N,) bool or int64."""
+        return f", timesteps {self.table.timesteps[steps].tolist()}"
 
     def images(self, rows: Tensor) -> Tensor:
         """The states `rows` (N,) of all S+1, as samples (N, *shape). The memory is reused by the next call."""

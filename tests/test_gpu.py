@@ -147,3 +147,23 @@ def test_step_noise_from_a_generator_on_either_device(device: str) -> None:
         for _ in range(2)
     )
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("solver", [solvers.anderson(), solvers.picard()], ids=lambda solver: solver.name)
+def test_fixed_points_and_their_gradients_are_those_of_the_cpu(solver: Solver) -> None:
+    generator = torch.Generator().manual_seed(4)
+    weight, x = 0.05 * torch.randn(64, 64, generator=generator), torch.randn(5, 64, generator=generator)
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for device in ("cpu", "cuda"):
+        held, injected = weight.to(device).requires_grad_(), x.to(device)
+        solution = deqkern.fixed_point(
+            lambda z: torch.tanh(z @ held + injected),  # noqa: B023
+            torch.zeros_like(injected),
+            solver=solver,
+            rtol=1e-5,
+        )
+        assert solution.converged.all() and solution.value.device.type == device
+        (grad,) = torch.autograd.grad(solution.value.square().sum(), held)
+        found[device] = solution.value.detach().cpu(), grad.cpu()
+    for cpu, cuda in zip(*found.values(), strict=True):
+        assert relative_error(cuda, cpu).max() <= 1e-3

@@ -194,12 +194,15 @@ def test_no_gradient_where_none_is_wanted() -> None:
     assert not found.value.requires_grad
 
 
-def test_differentiating_twice_raises() -> None:
-    noise = leaf(1, *SHAPE)
-    value = deqkern.sample(Tiny(), noise, NoiseSchedule.linear(), STEPS, gradient="implicit").value
-    (once,) = torch.autograd.grad(value.square().sum(), noise, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        once.sum().backward()
+@pytest.mark.parametrize("power", [1, 2])
+def test_differentiating_twice_raises(power: int) -> None:
+    """Also for a loss whose own derivative is constant."""
+    noise, model = leaf(1, *SHAPE), Tiny()
+    value = deqkern.sample(model, noise, NoiseSchedule.linear(), STEPS, gradient="implicit").value
+    once = torch.autograd.grad(value.pow(power).sum(), [noise, model.last.weight], create_graph=True)
+    for gradient in once:
+        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+            torch.autograd.grad(gradient.square().sum(), [noise, model.first.weight], retain_graph=True)
 
 
 def test_states_or_parameters_changed_in_place_raise() -> None:

@@ -1,0 +1,57 @@
+"""Modules of torch.nn that solve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .fixed_point import check_options, fixed_point
+from .gradients import Implicit, Phantom
+from .solve import Solution
+from .solvers import Solver, anderson
+
+
+class DEQ(torch.nn.Module):
+    """A deep equilibrium layer (arXiv 1909.01377): the z that solves z = f(z, *inputs).
+
+    f: a module or function, called with the whole batch. solver, rtol, max_iterations, gradient: as in
+    `deqkern.fixed_point`. `solution` is the `Solution` of the last call, without its graph; None before the first.
+    """
+
+    solution: Solution | None
+
+    def __init__(
+        self,
+        f: Callable[..., Any],
+        *,
+        solver: Solver | None = None,
+        rtol: float = 1e-3,
+        max_iterations: int = 40,
+        gradient: str | Implicit | Phantom | None = "implicit",
+    ) -> None:
+        super().__init__()
+        self.solver = anderson() if solver is None else solver
+        self.gradient = check_options(f, self.solver, rtol, max_iterations, gradient)
+        self.f, self.rtol, self.max_iterations = f, rtol, max_iterations
+        self.solution = None
+
+    def forward(self, z0: Any, *inputs: Any) -> Any:
+        """Z, as z0: a tensor (B, *shape), or a tuple or list of tensors. Also differentiable in eval mode."""
+        solution = fixed_point(
+            lambda z: self.f(z, *inputs),
+            z0,
+            solver=self.solver,
+            rtol=self.rtol,
+            max_iterations=self.max_iterations,
+            gradient=self.gradient,
+        )
+        value: Any = solution.value
+        cut = value.detach() if isinstance(value, torch.Tensor) else type(value)(part.detach() for part in value)
+        self.solution = replace(solution, value=cut)
+        return value
+
+    def extra_repr(self) -> str:
+        return f"solver={self.solver.name}, rtol={self.rtol:g}, max_iterations={self.max_iterations}"
