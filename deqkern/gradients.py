@@ -35,7 +35,8 @@ class Implicit:
     The implicit function theorem at the solution (arXiv 1909.01377, section 3.1.2). One more batched VJP gives the
     gradients of `model_kwargs` and parameters.
     solver: `deqkern.solvers.default()` if None. rtol: relative error of the gradient of the first state; that of the
-    solve if None. max_iterations: S if None. callback: called with the `Solution` of the transposed chain.
+        solve if None. max_iterations: S if None, at least 40 for an inversion.
+    callback: called with the `Solution` of the transposed chain.
     """
 
     solver: Solver | None = None
@@ -99,6 +100,8 @@ NAMED: dict[str, Gradient] = {
     "adjoint": Adjoint(),
 }
 
+# Iterations at most on an implicit chain, which may take more than it has steps.
+IMPLICIT_LIMIT = 40
 _NO_NOISE = 1e-9  # an end of a step with less has no log-SNR to speak of
 
 
@@ -237,7 +240,7 @@ class Pullback:
             trajectory,
             solver,
             rtol=self.rtol if gradient.rtol is None else gradient.rtol,
-            max_iterations=gradient.max_iterations,
+            max_iterations=gradient.max_iterations or max(len(table.a), IMPLICIT_LIMIT),
             dtype=cotangent.dtype,
         )
         if gradient.callback is not None:

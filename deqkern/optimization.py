@@ -143,7 +143,7 @@ class _Search:
                 found.residual,
             )
         self.best.take(each, found)
-        return float(total)
+        return float(total.detach())
 
     def _losses(self, value: Tensor) -> Tensor:
         losses = self.options.loss(value, self.sample.to(value.dtype))

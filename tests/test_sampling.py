@@ -489,3 +489,24 @@ def test_fp64_states(solver: solvers.Solver) -> None:
     solution = deqkern.sample(model, noise, SCHEDULE, 20, solver=solver, rtol=1e-11)
     assert solution.value.dtype is solution.trajectory.dtype is torch.float64 and solution.converged.all()
     assert relative_error(solution.value, x).max() <= 1e-10
+
+
+def test_a_guess_saves_iterations_and_changes_nothing_else() -> None:
+    model, noise = problems.mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(3)), torch.randn(2, *SHAPE)
+    cold = deqkern.sample(model, noise, SCHEDULE, 25, rtol=1e-3)
+    near = deqkern.sample(model, noise + 1e-4, SCHEDULE, 25, rtol=1e-3)
+    warm = deqkern.sample(model, noise, SCHEDULE, 25, rtol=1e-3, guess=near.trajectory)
+    assert warm.iterations <= cold.iterations // 2
+    assert relative_error(warm.value, by_hand(model, noise, SCHEDULE, 25)).max() <= 3e-3
+    far = deqkern.sample(model, noise, SCHEDULE, 25, rtol=0.0, guess=torch.randn(26, *noise.shape))
+    assert relative_error(far.value, by_hand(model, noise, SCHEDULE, 25)).max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("guess", "error"),
+    [(1.0, TypeError), (torch.zeros(26, 2, *SHAPE).int(), TypeError), (torch.zeros(25, 2, *SHAPE), ValueError),
+     (torch.full((26, 2, *SHAPE), torch.nan), ValueError)],
+)  # fmt: skip
+def test_bad_guesses(guess: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="guess"):
+        deqkern.sample(never, NOISE, SCHEDULE, 25, guess=guess)

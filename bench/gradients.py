@@ -1,0 +1,160 @@
+"""Gradients through the chains of the shipped models: their price and their error, and what optimising with them takes.
+
+    python bench/gradients.py --out bench/results/gradients.json
+
+First table: the gradient of the noise of two losses, against autograd through the sequential chain ("exact"). Products
+are batched vector-Jacobian products, one after the other; those per sample count as model evaluations. Second: the
+order of AdjointDEIS, on a Gaussian, against its closed form. Third: DEQ-DDIM's objective |value - image|^2 from random
+noise to its stop, 0.5, with Adam: evaluations (products included) and sequential calls, real images.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+import deqkern
+from deqkern import NoiseSchedule, Optimize, Solution, models, solvers
+from deqkern.gradients import Adjoint, Exact, Gradient, Implicit, Phantom, Pullback
+from deqkern.network import Network
+from deqkern.solve import relative_error
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+from train import BATCHES
+
+Row = dict[str, Any]
+
+
+def methods(seen: list[Solution]) -> dict[str, Gradient]:
+    """The gradients that are compared; an implicit one leaves its solve in `seen`."""
+    return {
+        "implicit, rtol 1e-5": Implicit(callback=seen.append),
+        "implicit, rtol 1e-2": Implicit(rtol=1e-2, callback=seen.append),
+        "phantom, 2 steps": Phantom(2),
+        "phantom, 5 steps": Phantom(5),
+        "residual": Phantom(1, 0.1),
+        "adjoint, order 1": Adjoint(1),
+        "adjoint, order 2": Adjoint(2),
+    }
+
+
+def measure_errors(name: str, eta: float, batch: int, steps: int) -> list[Row]:
+    """All methods on one chain."""
+    loaded, generator = models.load(name), torch.Generator().manual_seed(1000)
+    loaded.model.requires_grad_(False)
+    noise = torch.randn(batch, *loaded.shape, generator=generator)
+    z = torch.randn(steps, *noise.shape, generator=generator) if eta else None
+    solution = deqkern.sample(loaded.model, noise, loaded.schedule, steps, eta=eta, step_noise=z, rtol=1e-5)
+    network = Network(loaded.model, loaded.schedule.steps(steps, eta=eta), {}, noise)
+    pixel = torch.zeros_like(noise)
+    pixel[:, :, 5, 5] = 1
+    image = BATCHES[name](torch.Generator().manual_seed(77), batch)
+    rows = []
+    for loss, cotangent in {"distance": solution.value - image, "a pixel": pixel}.items():
+        exact = Pullback(network, Exact(), 0.0, None)(solution.trajectory, cotangent).first
+        seen: list[Solution] = []
+        for label, gradient in methods(seen).items():
+            found = Pullback(network, gradient, 1e-5, None)(solution.trajectory, cotangent)
+            calls = seen.pop().iterations if seen else steps if isinstance(gradient, Adjoint) else gradient.steps - 1
+            error = relative_error(found.first, exact)
+            cosine = torch.cosine_similarity(found.first.flatten(1), exact.flatten(1))
+            row: Row = {"model": name, "eta": eta, "loss": loss, "gradient": label, "calls": calls}
+            row |= {"products": found.products.tolist(), "error": error.tolist(), "cosine": cosine.tolist()}
+            rows.append(row)
+            cells = [name, f"{eta:g}", loss, label, calls, f"{statistics.median(row['products']):g}"]
+            cells += [f"{float(error.median()):.0e}, {float(error.max()):.0e}", f"{float(cosine.median()):.2f}"]
+            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    return rows
+
+
+def measure_order(order: int, eta: float) -> Row:
+    """Errors of AdjointDEIS on a Gaussian, in float64."""
+    total, variance = 16384, torch.linspace(0.1, 2, 5, dtype=torch.float64)
+    schedule = NoiseSchedule.linear(0.1 / total, 20 / total, total)
+    abar = schedule.alphas_cumprod
+    assert abar is not None
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        level = abar[t.long()][:, None]
+        return (1 - level).sqrt() / (level * variance + 1 - level) * x
+
+    errors = {}
+    for steps in (32, 64, 128, 256, 512):
+        table, noise = schedule.steps(steps, eta=eta, sigma_min=0.1), torch.zeros(1, 5, dtype=torch.float64)
+        pullback = Pullback(Network(model, table, {}, noise), Adjoint(order), 0.0, None)
+        found = pullback(torch.zeros(steps + 1, 1, 5, dtype=torch.float64), torch.ones_like(noise)).first
+        ends = [(table.alpha[0], table.sigma[0]), (table.alpha_next[-1], table.sigma_next[-1])]
+        grown = [(a / s) / (1 + (a / s) ** 2 * variance).sqrt() for a, s in ends]
+        expected = ends[1][0] / ends[0][0] * (grown[0] / grown[1]) ** (1 + eta**2)
+        errors[steps] = float(relative_error(found, expected[None]))
+    values = list(errors.values())
+    slopes = [math.log2(before / after) for before, after in zip(values, values[1:], strict=False)]
+    cells = ["SDE" if eta else "ODE", order, *(f"{e:.1e}" for e in values), " ".join(f"{s:.2f}" for s in slopes)]
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    return {"order": order, "eta": eta, "error": errors, "slopes": slopes}
+
+
+def measure_search(name: str, batch: int, steps: int, limit: int) -> list[Row]:
+    """Evaluations until the median loss is below DEQ-DDIM's stop."""
+    loaded, rows = models.load(name), []
+    loaded.model.requires_grad_(False)
+    images = BATCHES[name](torch.Generator().manual_seed(77), batch)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    cases: list[tuple[str, str | Gradient, Any, float]] = [
+        ("sequential, exact", "exact", solvers.sequential(), 0.0),
+        ("joint, residual", "residual", None, 1e-2),
+        ("joint, implicit (rtol 0.1)", Implicit(rtol=0.1), None, 1e-2),
+    ]
+    for label, gradient, solver, rtol in cases:
+        found = deqkern.invert(
+            loaded.model, images, loaded.schedule, steps, method=Optimize(gradient=gradient, noise=noise, stop=0.5),
+            solver=solver, rtol=rtol, sigma_min=None, max_iterations=limit,
+        )  # fmt: skip
+        best = found.history.cummin(0).values.median(1).values
+        row = {"model": name, "steps": steps, "method": label, "loss": best.tolist(), "nfe": found.nfe.tolist()}
+        row |= {"calls": found.iterations, "optimizer_steps": len(best)}
+        rows.append(row)
+        cells = [name, steps, label, len(best), f"{float(best[0]):.0f}", f"{float(best[-1]):.2f}"]
+        print(
+            "| " + " | ".join(map(str, [*cells, f"{statistics.median(row['nfe']):g}", found.iterations])) + " |",
+            flush=True,
+        )
+    return rows
+
+
+def main(
+    names: Annotated[list[str] | None, typer.Option("--models", help="digits, photos")] = None,
+    batch: Annotated[int, typer.Option(help="samples per case")] = 4,
+    steps: Annotated[int, typer.Option(help="S of the first table")] = 50,
+    search_steps: Annotated[int, typer.Option(help="S of the third table")] = 20,
+    limit: Annotated[int, typer.Option(help="steps of the optimizer")] = 150,
+    out: Annotated[Path | None, typer.Option(help="JSON to write")] = None,
+) -> None:
+    """Measure, print the tables, write the figures."""
+    warnings.simplefilter("ignore", deqkern.ConvergenceWarning)
+    results: dict[str, list[Row]] = {"errors": [], "order": [], "search": []}
+    print("| model | eta | loss | gradient | calls | products | error (median, largest) | cosine |\n|" + "---|" * 8)
+    for name in names or ["digits", "photos"]:
+        for eta in (0.0, 1.0):
+            results["errors"] += measure_errors(name, eta, batch, steps)
+    print("\n| chain | order | S=32 | 64 | 128 | 256 | 512 | slopes |\n|" + "---|" * 8)
+    for eta in (0.0, 1.0):
+        results["order"] += [measure_order(order, eta) for order in (1, 2)]
+    print("\n| model | S | method | optimizer steps | first loss | last loss | nfe | calls forward |\n|" + "---|" * 8)
+    for name in names or ["digits", "photos"]:
+        results["search"] += measure_search(name, batch, search_steps, limit)
+    if out:
+        out.write_text(json.dumps({"samples": batch} | results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,137 @@
+"""`invert(method="optimize")`: noises found by their loss, batch by batch, with the best ones kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from problems import GaussianMixture
+from torch import Tensor
+
+import deqkern
+from deqkern import NoiseSchedule, Optimize, models, solvers
+from deqkern.gradients import Implicit
+
+SCHEDULE, SHAPE, STEPS = NoiseSchedule.linear(), (1, 6, 6), 15
+HALF = (torch.arange(6) < 3).float()
+
+
+def masked(value: Tensor, sample: Tensor) -> Tensor:
+    return ((value - sample) * HALF).flatten(1).square().sum(1)
+
+
+def problem(batch: int) -> tuple[Any, Tensor, Tensor]:
+    """A mixture of wide modes, samples of its chain, and other noises to start from."""
+    generator = torch.Generator().manual_seed(5)
+    model = GaussianMixture(SCHEDULE, 0.5 * torch.randn(3, 36, generator=generator), 0.7)
+    noise, start = torch.randn(2, batch, *SHAPE, generator=generator).unbind()
+    made = deqkern.sample(model, noise, SCHEDULE, STEPS, sigma_min=0.3, solver=solvers.sequential(), rtol=0.0).value
+    return model, made, noise + 0.3 * start
+
+
+@pytest.mark.parametrize("gradient", ["residual", "implicit", "exact", "phantom", "adjoint", Implicit(rtol=0.1)])
+def test_the_loss_falls_and_the_best_noise_is_returned(gradient: Any) -> None:
+    model, sample, start = problem(3)
+    told: list[tuple[int, Tensor]] = []
+    method = Optimize(gradient=gradient, noise=start, optimizer=lambda p: torch.optim.Adam(p, lr=0.05))
+    found = deqkern.invert(
+        model, sample, SCHEDULE, STEPS, method=method, sigma_min=0.3, rtol=1e-3, max_iterations=25, round_trip=True,
+        callback=lambda step, noise, loss: told.append((step, loss)),
+    )  # fmt: skip
+    assert found.history.shape == (26, 3) and [step for step, _ in told] == list(range(1, 26))
+    best = found.history.amin(0)
+    assert (best <= 0.2 * found.history[0]).all()
+    again = deqkern.sample(model, found.value, SCHEDULE, STEPS, sigma_min=0.3, solver=solvers.sequential(), rtol=0.0)
+    loss = (again.value - sample).flatten(1).square().sum(1).double()
+    torch.testing.assert_close(loss, best, rtol=0.1, atol=1e-3)
+    torch.testing.assert_close(found.trajectory[0], found.value)
+    assert found.round_trip is not None
+    torch.testing.assert_close(found.round_trip**2 * sample.flatten(1).square().sum(1), loss, rtol=1e-3, atol=1e-6)
+    assert found.converged.all() and "25 steps of the optimizer" in found.message
+
+
+def test_a_masked_loss_leaves_the_rest_free_and_each_sample_stops_for_itself() -> None:
+    model, sample, start = problem(2)
+    blank = sample * HALF
+    method = Optimize(loss=masked, noise=start, stop=0.05, optimizer=lambda p: torch.optim.Adam(p, lr=0.1))
+    found = deqkern.invert(model, blank, SCHEDULE, STEPS, method=method, sigma_min=0.3, max_iterations=200)
+    assert found.converged.all() and len(found.history) < 200
+    assert (found.history.amin(0) <= 0.05).all() and (found.history[-1].amin() <= 0.05)
+
+
+def test_a_scalar_loss_and_lbfgs() -> None:
+    model, sample, start = problem(2)
+    calls: list[int] = []
+
+    def scalar(value: Tensor, target: Tensor) -> Tensor:
+        calls.append(len(value))
+        return (value - target).square().mean()
+
+    method = Optimize(
+        loss=scalar, noise=start, gradient="exact", optimizer=lambda p: torch.optim.LBFGS(p, lr=0.5, max_iter=4)
+    )
+    found = deqkern.invert(model, sample, SCHEDULE, STEPS, method=method, sigma_min=0.3, rtol=1e-4, max_iterations=5)
+    assert len(found.history) == len(calls) > 6, "a step of L-BFGS looks more than once"
+    assert (found.history[:, 0] == found.history[:, 1]).all() and found.history.amin() <= 0.2 * found.history[0, 0]
+
+
+def test_solves_start_from_the_states_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sample, start = problem(2)
+    method = Optimize(noise=start, optimizer=lambda p: torch.optim.SGD(p, lr=1e-4))
+    warm = deqkern.invert(model, sample, SCHEDULE, STEPS, method=method, sigma_min=0.3, max_iterations=4)
+    cold = deqkern.sample(model, start, SCHEDULE, STEPS, sigma_min=0.3)
+    assert warm.iterations <= cold.iterations + 4 * 2
+
+
+def test_the_start_is_drawn_from_the_generator() -> None:
+    model, sample, _ = problem(2)
+    values = [
+        deqkern.invert(
+            model, sample, SCHEDULE, STEPS, sigma_min=0.3, max_iterations=1,
+            method=Optimize(generator=torch.Generator().manual_seed(seed)),
+        ).value
+        for seed in (1, 1, 2)
+    ]  # fmt: skip
+    assert torch.equal(values[0], values[1]) and not torch.equal(values[0], values[2])
+
+
+def test_it_works_where_the_schedule_clips_and_leaves_parameters_alone() -> None:
+    loaded = models.load("digits")
+    schedule = NoiseSchedule.linear(clip_sample=True)
+    sample = torch.zeros(1, *loaded.shape)
+    found = deqkern.invert(loaded.model, sample, schedule, 5, method="optimize", sigma_min=None, max_iterations=2)
+    assert len(found.history) == 3 and found.history.isfinite().all()
+    assert all(parameter.grad is None for parameter in loaded.model.parameters())
+
+
+def test_an_unreached_stop_is_said() -> None:
+    model, sample, start = problem(2)
+    with pytest.warns(deqkern.ConvergenceWarning, match="0 of 2 samples converged") as caught:
+        found = deqkern.invert(
+            model, sample, SCHEDULE, STEPS, method=Optimize(noise=start, stop=1e-9), sigma_min=0.3, max_iterations=2
+        )
+    assert not found.converged.any() and caught[0].filename == __file__
+
+
+BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    (lambda: Optimize(loss=1), TypeError, "loss must be callable"),  # type: ignore[arg-type]
+    (lambda: Optimize(optimizer=1), TypeError, "optimizer must be callable"),  # type: ignore[arg-type]
+    (lambda: Optimize(gradient="ift"), ValueError, "gradient must be"),
+    (lambda: Optimize(gradient=None), ValueError, "gradient must not be None"),  # type: ignore[arg-type]
+    (lambda: Optimize(noise=torch.zeros(3)), ValueError, "noise must have shape"),
+    (lambda: Optimize(generator=1), TypeError, "generator must be"),  # type: ignore[arg-type]
+    (lambda: Optimize(stop=float("nan")), ValueError, "stop must not be NaN"),
+    (lambda: Optimize(loss=lambda v, s: (v - s).square()), ValueError, "loss must return a scalar or"),
+    (lambda: Optimize(loss=lambda v, s: v.sum() / 0), ValueError, "loss must be finite"),
+    (lambda: Optimize(loss=lambda v, s: 1.0), TypeError, "loss must return a tensor"),  # type: ignore[arg-type,return-value]
+    (lambda: Optimize(loss=lambda v, s: s.sum()), ValueError, "loss must be differentiable"),
+]
+
+
+@pytest.mark.parametrize(("make", "error", "words"), BAD)
+def test_bad_options(make: Callable[[], Any], error: type[Exception], words: str) -> None:
+    model, sample, _ = problem(1)
+    with pytest.raises(error, match=words):
+        deqkern.invert(model, sample, SCHEDULE, STEPS, method=make(), sigma_min=0.3)
