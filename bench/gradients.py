@@ -29,6 +29,8 @@ from deqkern.network import Network
 from deqkern.solve import relative_error
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+import itertools
+
 from train import BATCHES
 
 Row = dict[str, Any]
@@ -97,7 +99,7 @@ def measure_order(order: int, eta: float) -> Row:
         expected = ends[1][0] / ends[0][0] * (grown[0] / grown[1]) ** (1 + eta**2)
         errors[steps] = float(relative_error(found, expected[None]))
     values = list(errors.values())
-    slopes = [math.log2(before / after) for before, after in zip(values, values[1:], strict=False)]
+    slopes = [math.log2(before / after) for before, after in itertools.pairwise(values)]
     cells = ["SDE" if eta else "ODE", order, *(f"{e:.1e}" for e in values), " ".join(f"{s:.2f}" for s in slopes)]
     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
     return {"order": order, "eta": eta, "error": errors, "slopes": slopes}

@@ -2,8 +2,9 @@
 
     python bench/inversion.py --models digits --seeds 8 --out bench/results/inversion-digits.json
 
-The images are scikit-learn's digits and patches of its photographs, as in examples/train.py; no model made them. The
-first table is the joint solve alone, looked at while it runs; the second one the methods as `invert` runs them.
+The images are scikit-learn's digits and patches of its photographs, as in examples/train.py; no model made them.
+`mixture` and `density` are analytic: five narrow Gaussians with draws from them, the kernel density of the digits with
+digits. The first table is the joint solve alone, looked at while it runs; the second the methods as `invert` runs them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import statistics
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,14 +22,42 @@ import typer
 from torch import Tensor
 
 import deqkern
-from deqkern import models, solvers
+from deqkern import NoiseSchedule, SlopeProfile, models, solvers
 from deqkern.solve import relative_error
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+import problems
 from train import BATCHES
 
 CASES: list[tuple[str, float]] = [("joint", 1e-3), ("joint", 1e-4), ("stepwise", 1e-4), ("naive", 0.0)]
 LOOKS = (8, 10, 12, 14, 16, 18)  # iterations of the joint solve
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, and images that it did not make."""
+
+    model: Any
+    schedule: NoiseSchedule
+    profile: SlopeProfile | None
+    images: Tensor
+
+    @classmethod
+    def of(cls, name: str, draw: int, count: int) -> Case:
+        """One of the shipped models, or of the analytic problems."""
+        generator, schedule = torch.Generator().manual_seed(draw), NoiseSchedule.linear()
+        if name == "density":
+            model = problems.digits_density(schedule)
+            index = torch.randint(len(model.means), (count,), generator=generator)
+            return cls(model, schedule, None, model.means[index].view(-1, 1, 8, 8))
+        if name == "mixture":
+            model = problems.mixture(schedule, (3, 8, 8), generator)
+            noise = torch.randn(count, model.means.shape[1], generator=generator)
+            images = model.means[torch.arange(count) % len(model.means)] + model.width * noise
+            return cls(model, schedule, None, images.view(-1, 3, 8, 8))
+        loaded = models.load(name)
+        return cls(loaded.model, loaded.schedule, loaded.profile, BATCHES[name](generator, count))
 
 
 def spread(values: Tensor) -> str:
@@ -35,7 +65,7 @@ def spread(values: Tensor) -> str:
     return f"{float(values.median()):.0e}, {float(values.max()):.0e}"
 
 
-def while_running(loaded: Any, images: Tensor, count: int, sigma_min: float, profile: bool) -> dict[int, list[float]]:
+def while_running(case: Case, count: int, sigma_min: float, profile: bool) -> dict[int, list[float]]:
     """The round trip (B,) of the joint solve after so many iterations."""
     noises: dict[int, Tensor] = {}
 
@@ -44,72 +74,79 @@ def while_running(loaded: Any, images: Tensor, count: int, sigma_min: float, pro
             noises[iteration] = value
 
     deqkern.invert(
-        loaded.model, images, loaded.schedule, count, sigma_min=sigma_min, rtol=1e-7, max_iterations=max(LOOKS),
-        solver=solvers.default(profile=loaded.profile if profile else None), callback=look,
+        case.model, case.images, case.schedule, count, sigma_min=sigma_min, rtol=1e-7, max_iterations=max(LOOKS),
+        solver=solvers.default(profile=case.profile if profile else None), callback=look,
     )  # fmt: skip
     found = {}
     for iteration, noise in noises.items():
         again = deqkern.sample(
-            loaded.model, noise, loaded.schedule, count, sigma_min=sigma_min, solver=solvers.sequential(), rtol=0.0
+            case.model, noise, case.schedule, count, sigma_min=sigma_min, solver=solvers.sequential(), rtol=0.0
         )
-        found[iteration] = relative_error(again.value, images).tolist()
+        found[iteration] = relative_error(again.value, case.images).tolist()
     return found
 
 
+def line(*cells: object) -> None:
+    """One line of a table."""
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def run_methods(case: Case, count: int, sigma_min: float, tried: list[tuple[str, float]]) -> list[dict[str, Any]]:
+    """Each method, as `invert` runs it."""
+    rows = []
+    for method, rtol in tried:
+        found = deqkern.invert(
+            case.model, case.images, case.schedule, count, method=method, rtol=rtol or 1e-4, round_trip=True,
+            sigma_min=sigma_min,
+        )  # fmt: skip
+        assert found.round_trip is not None
+        row: dict[str, Any] = {"method": method, "rtol": rtol, "converged": int(found.converged.sum())}
+        row |= {"iterations": found.iterations, "nfe": found.nfe.tolist(), "message": found.message}
+        rows.append(row | {"round_trip": found.round_trip.tolist()})
+    return rows
+
+
 def main(
-    names: Annotated[list[str] | None, typer.Option("--models", help="digits, photos")] = None,
+    names: Annotated[list[str] | None, typer.Option("--models", help="digits, photos, mixture, density")] = None,
     steps: Annotated[list[int] | None, typer.Option(help="S")] = None,
-    sigma_mins: Annotated[list[float] | None, typer.Option("--sigma-min", help="ends of the chain")] = None,
+    sigma_min: Annotated[float, typer.Option(help="end of the chain")] = deqkern.inversion.SIGMA_MIN,
     seeds: Annotated[int, typer.Option(help="images per case")] = 8,
     draw: Annotated[int, typer.Option(help="seed that draws the images")] = 77,
-    methods: Annotated[bool, typer.Option(help="the second table too")] = True,
+    look: Annotated[bool, typer.Option(help="the first table")] = True,
+    methods: Annotated[str, typer.Option(help="of the second table: all, joint or none")] = "all",
     out: Annotated[Path | None, typer.Option(help="JSON to write")] = None,
 ) -> None:
     """Measure, print the tables, write the figures."""
     warnings.simplefilter("ignore", deqkern.ConvergenceWarning)
     rows: list[dict[str, Any]] = []
-    cases = [
-        (name, count, sigma_min)
-        for name in names or ["digits", "photos"]
-        for count in steps or [50]
-        for sigma_min in sigma_mins or [deqkern.inversion.SIGMA_MIN]
-    ]
-    print("| model | S | sigma_min | slopes start | " + " | ".join(f"{look} its" for look in LOOKS) + " |")
-    print("|" + "---|" * (4 + len(LOOKS)))
-    for name, count, sigma_min in cases:
-        loaded = models.load(name)
-        images = BATCHES[name](torch.Generator().manual_seed(draw), seeds)
-        for profile in (False, True):
-            found = while_running(loaded, images, count, sigma_min, profile)
-            row = {"model": name, "steps": count, "sigma_min": sigma_min, "profile": profile, "round_trip": found}
-            rows.append(row)
-            cells = [name, count, sigma_min, "profile" if profile else "measured"]
-            print(
-                "| " + " | ".join(map(str, cells + [spread(torch.tensor(v)) for v in found.values()])) + " |",
-                flush=True,
-            )
-    if methods:
-        heads = ("model", "S", "sigma_min", "method", "rtol", "converged", "iterations", "nfe (median)")
-        print("\n| " + " | ".join((*heads, "round trip (median, largest)")) + " |")
-        print("|" + "---|" * 9)
-        for name, count, sigma_min in cases:
-            loaded = models.load(name)
-            images = BATCHES[name](torch.Generator().manual_seed(draw), seeds)
-            for method, rtol in CASES:
-                result = deqkern.invert(
-                    loaded.model, images, loaded.schedule, count, method=method, rtol=rtol or 1e-4, round_trip=True,
-                    sigma_min=sigma_min,
-                )  # fmt: skip
-                assert result.round_trip is not None
-                done = int(result.converged.sum())
-                row = {"model": name, "steps": count, "sigma_min": sigma_min, "method": method, "rtol": rtol}
-                row |= {"converged": done, "iterations": result.iterations, "nfe": result.nfe.tolist()}
-                rows.append(row | {"round_trip": result.round_trip.tolist(), "message": result.message})
-                cells = [name, count, sigma_min, method, f"{rtol:g}" if rtol else "-", f"{done}/{seeds}"]
-                cells += [result.iterations, f"{statistics.median(row['nfe']):g}", spread(result.round_trip)]
-                print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    cases = {(n, s): Case.of(n, draw, seeds) for n in names or ["digits", "photos"] for s in steps or [50]}
+    if look:
+        line("model", "S", "slopes start", *(f"{count} its" for count in LOOKS))
+        print("|" + "---|" * (3 + len(LOOKS)))
+        for (name, count), case in cases.items():
+            for profile in (False, True)[: 1 + (case.profile is not None)]:
+                found = while_running(case, count, sigma_min, profile)
+                rows.append({"model": name, "steps": count, "profile": profile, "while_running": found})
+                cells = [spread(torch.tensor(values)) for values in found.values()]
+                line(name, count, "profile" if profile else "measured", *cells)
+        print()
+    if methods != "none":
+        line("model", "S", "method", "rtol", "converged", "iterations", "nfe (median)", "round trip (median, largest)")
+        print("|" + "---|" * 8)
+        for (name, count), case in cases.items():
+            for row in run_methods(case, count, sigma_min, CASES if methods == "all" else CASES[:1]):
+                rows.append({"model": name, "steps": count} | row)
+                cells = [row["method"], f"{row['rtol']:g}" if row["rtol"] else "-", f"{row['converged']}/{seeds}"]
+                cells += [
+                    row["iterations"],
+                    f"{statistics.median(row['nfe']):g}",
+                    spread(torch.tensor(row["round_trip"])),
+                ]
+                line(name, count, *cells)
     if out:
-        out.write_text(json.dumps({"images": seeds, "draw": draw, "cases": rows}, indent=1) + "\n")
+        out.write_text(
+            json.dumps({"images": seeds, "draw": draw, "sigma_min": sigma_min, "cases": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

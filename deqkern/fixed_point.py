@@ -206,10 +206,7 @@ class _Step(Trajectory):
         self.rounding = rounding
         basis = Basis.identity(tuple(first.shape[1:]), first.device)
         super().__init__(map, table, basis, torch.stack([first, first]), None)
-
-    @property
-    def scale(self) -> Tensor:
-        return torch.full((self.batch,), torch.inf, dtype=torch.float64, device=self.x.device)
+        self.scale.fill_(torch.inf)
 
     def settled(self, rtol: float) -> float:
         return self.rounding  # a small residual alone says nothing of the error where f hardly contracts

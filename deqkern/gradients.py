@@ -236,6 +236,7 @@ class Pullback:
         solver = gradient.solver or default()
         table = self.network.table.transposed()
         trajectory = start(_Transposed(sums), cotangent, table, solver, max_batch=self.max_batch)
+        trajectory.scale.fill_(torch.inf)  # a gradient may grow along the chain
         found = solve(
             trajectory,
             solver,

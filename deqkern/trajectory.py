@@ -41,9 +41,11 @@ class Trajectory:
     z: Tensor | None  # (S, B, D), in the basis
     max_batch: int | None = None
     nfe: Tensor = field(init=False)  # (B,) int64, on the CPU
+    scale: Tensor = field(init=False)  # (B,) float64, what corrections are relative to where a state is larger: |x[0]|
 
     def __post_init__(self) -> None:
         self.nfe = torch.zeros(self.batch, dtype=torch.int64)
+        self.scale = self.x[0].double().norm(dim=-1)
         self._images: Tensor | None = None  # (rows, *shape), in the dtype of x
         self._rows = torch.empty(0, dtype=torch.int64)  # on the device
         self._counts = torch.zeros_like(self.nfe)
@@ -57,11 +59,6 @@ class Trajectory:
     def batch(self) -> int:
         """B."""
         return self.x.shape[1]
-
-    @property
-    def scale(self) -> Tensor:
-        """The norm (B,) float64 that corrections are relative to where a state is larger."""
-        return self.x[0].double().norm(dim=-1)
 
     def settled(self, rtol: float) -> float:
         """A step whose one-step residual, relative to its state, is at most this is not evaluated again."""
