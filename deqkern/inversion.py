@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,8 @@ METHODS = ("joint", "stepwise", "naive", "optimize")
 # Iterations of the joint solve, and of one step of the stepwise one, after which a sample is given up.
 JOINT_LIMIT, STEP_LIMIT = 40, 20
 OPTIMIZER_STEPS = 100
+# Values of a sample that are larger are not what a model was trained on.
+LARGEST_VALUE = 16.0
 # Ratio of noise to signal at the clean end of the chain.
 SIGMA_MIN = 0.08
 
@@ -72,8 +75,8 @@ def invert(
         estimate is NaN if naive.
 
     Raises ValueError or TypeError for an argument that does not fit, and for a schedule that clips or thresholds: what
-    is cut off cannot be found again. A sample that does not converge is reported in the `Solution` and by one
-    `ConvergenceWarning`.
+    is cut off cannot be found again. Warns if a value of the sample is larger than 16. A sample that does not converge
+    is reported in the `Solution` and by one `ConvergenceWarning`.
     """
     if method == "optimize":
         method = Optimize()
@@ -95,6 +98,12 @@ def invert(
         model, "sample", sample, schedule, solver, rtol, max_iterations, model_kwargs, max_batch, callback
     )
     sampling.check_cuda_graph(cuda_graph, sample, solver)
+    largest = float(sample.detach().abs().amax()) if sample.numel() else 0.0
+    if largest > LARGEST_VALUE:
+        warnings.warn(
+            f"sample has values up to {largest:.3g}: models expect data of about unit size, such as pixels in -1 .. 1",
+            stacklevel=2,
+        )
     kwargs = dict(model_kwargs or {})
     if isinstance(method, Optimize):
         limit = max_iterations or OPTIMIZER_STEPS

@@ -236,6 +236,12 @@ def test_bad_samples(sample: Any, error: type[Exception]) -> None:
         deqkern.invert(lambda x, t: x, sample, SCHEDULE, STEPS)
 
 
+def test_pixels_that_were_not_scaled_are_warned_of() -> None:
+    with pytest.warns(UserWarning, match="sample has values up to 255") as caught:
+        deqkern.invert(lambda x, t: 0 * x, torch.full((1, *SHAPE), 255.0), SCHEDULE, STEPS)
+    assert len(caught) == 1 and caught[0].filename == __file__
+
+
 def test_an_empty_batch() -> None:
     found = deqkern.invert(lambda x, t: x, torch.zeros(0, *SHAPE), SCHEDULE, STEPS)
     assert found.value.shape == (0, *SHAPE) and found.nfe.shape == (0,)
