@@ -140,6 +140,13 @@ def check_arguments(
         raise TypeError(f"solver must be a Solver, got {type(solver).__name__}")
     if not bool(first.isfinite().all()):
         raise ValueError(f"{name} must be finite")
+    check_options(rtol, max_iterations, max_batch)
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be callable, got {type(callback).__name__}")
+
+
+def check_options(rtol: float, max_iterations: int | None, max_batch: int | None) -> None:
+    """Refuse what no solve can stop at or keep to."""
     if not isinstance(rtol, (int, float)):
         raise TypeError(f"rtol must be a number, got {type(rtol).__name__}")
     if not 0 <= rtol < math.inf:
@@ -147,8 +154,6 @@ def check_arguments(
     for option, value in (("max_iterations", max_iterations), ("max_batch", max_batch)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{option} must be None or an int >= 1, got {value!r}")
-    if callback is not None and not callable(callback):
-        raise TypeError(f"callback must be callable, got {type(callback).__name__}")
 
 
 def check_cuda_graph(cuda_graph: bool, noise: Tensor, solver: Solver) -> None:

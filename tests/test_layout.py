@@ -26,7 +26,7 @@ LAYERS = [
     ["deqkern.sampling", "deqkern.optimization", "deqkern.fixed_point"],
     ["deqkern.calibration", "deqkern.inversion", "deqkern.nn"],
     ["deqkern"],
-    ["deqkern.models", "deqkern.plots"],
+    ["deqkern.models", "deqkern.integrations", "deqkern.plots"],
     ["deqkern.cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

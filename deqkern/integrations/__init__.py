@@ -1,0 +1,1 @@
+"""deqkern inside other libraries. Each module needs its library; importing deqkern needs none."""
