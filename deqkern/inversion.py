@@ -170,7 +170,12 @@ def _undo(
         unknown, history = (torch.full_like(v, torch.nan) for v in (found.error_estimate, found.history))
         message = f"naive inversion in {steps} steps: its error is not known"
         return replace(
-            found, converged=unknown > 0, error_estimate=unknown, residual=unknown, history=history, message=message
+            found,
+            converged=unknown > 0,
+            error_estimate=unknown,
+            residual=unknown.clone(),
+            history=history,
+            message=message,
         )
     if method == "stepwise":
         return run(every, table, stepwise(), max_iterations or STEP_LIMIT * steps, rtol=rtol, callback=callback)

@@ -12,7 +12,9 @@ from test_models import save_tiny_model, save_tiny_profile
 from typer.testing import CliRunner
 
 from deqkern import models, plots
-from deqkern.cli import Chains, Preset, app, relative_error
+from deqkern.cli import app
+from deqkern.cli.sampling import Chains, Preset
+from deqkern.solve import relative_error
 
 
 def run(*arguments: object, code: int = 0) -> Any:

@@ -1,0 +1,5 @@
+"""`python -m deqkern.cli`."""
+
+from . import app
+
+app(prog_name="deqkern")

@@ -1,0 +1,149 @@
+"""What the commands share: errors that name options, progress, checks of what is to be written, JSON."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..solve import Callback
+
+PICTURES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
+
+# What deqkern's own checks name first in their messages -> the option that set it.
+_OPTION_OF = {
+    "name_or_path": "--model",
+    "path": "--model",
+    "model": "--model",
+    "scheduler": "--model",
+    "schedule": "--model",
+    "class_labels": "--model",
+    "num_inference_steps": "--steps",
+    "eta": "--eta",
+    "rtol": "--rtol",
+    "max_iterations": "--max-iterations",
+    "max_batch": "--max-batch",
+    "sigma_min": "--sigma-min",
+    "noise": "--noise",
+    "profile": "--solver",
+}
+
+# (description, most iterations, what else to call) -> the callback of the solve
+Follow = Callable[[str, int, Callback | None], Callback]
+
+
+def version() -> str:
+    """The version of deqkern, or why there is none."""
+    try:
+        return importlib.metadata.version("deqkern")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed, imported from its sources"
+
+
+@contextmanager
+def errors_name_options() -> Iterator[None]:
+    """Turn an error about an argument into one about the option that set it (exit code 2)."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        name = re.match(r"\w*", str(error))
+        option = _OPTION_OF.get(name.group() if name else "")
+        if option is None:
+            raise
+        raise typer.BadParameter(str(error), param_hint=option) from error
+    except ImportError as error:
+        if "deqkern[demo]" not in str(error):
+            raise
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def check_out(path: Path, option: str, suffixes: tuple[str, ...]) -> None:
+    """Refuse a file that cannot be written, before the work whose result it is to hold."""
+    if path.suffix.lower() not in suffixes:
+        raise typer.BadParameter(f"{path} must end in {_one_of(suffixes)}", param_hint=option)
+    if not os.path.isdir(path.parent):  # False, and no error, for what the system does not take for a path
+        raise typer.BadParameter(f"there is no folder {path.parent}", param_hint=option)
+    if os.path.isdir(path):
+        raise typer.BadParameter(f"{path} is a folder", param_hint=option)
+
+
+def _one_of(suffixes: tuple[str, ...]) -> str:
+    return suffixes[0] if len(suffixes) == 1 else f"one of {', '.join(suffixes)}"
+
+
+@contextmanager
+def writing(path: Path, option: str) -> Iterator[None]:
+    """Turn a failure to write `path` into an error of its option."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise typer.BadParameter(f"{path} cannot be written: {error}", param_hint=option) from error
+
+
+@contextmanager
+def progress(rtol: float | None) -> Iterator[Follow]:
+    """A live display on stderr: gives a function that starts to follow a solve and returns the callback for it.
+
+    rtol: what the errors are to reach; None if they are losses.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn(f"iterations, {'loss' if rtol is None else 'error'} {{task.fields[error]}}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as display:
+
+        def follow(description: str, limit: int, also: Callback | None) -> Callback:
+            for finished in display.task_ids:
+                display.remove_task(finished)
+            task = display.add_task(description, total=limit, error="?")
+
+            def callback(iteration: int, value: Tensor, estimate: Tensor) -> None:
+                error = f"{float(estimate.max()):.1e}" + ("" if rtol is None else f", rtol {rtol:g}")
+                display.update(task, completed=iteration, total=max(limit, iteration), error=error)
+                if also is not None:
+                    also(iteration, value, estimate)
+
+            return callback
+
+        yield follow
+
+
+def new_table(title: str, names: tuple[str, ...], figures: tuple[str, ...]) -> Table:
+    """An empty table: columns of names, then columns of figures."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for head in names:
+        table.add_column(head, no_wrap=True)
+    for head in figures:
+        table.add_column(head, justify="right", no_wrap=True)
+    return table
+
+
+def to_json(value: Any) -> str:
+    """Strict JSON: a number that is not finite is null."""
+
+    def finite(item: Any) -> Any:
+        if isinstance(item, Mapping):
+            return {key: finite(entry) for key, entry in item.items()}
+        if isinstance(item, list | tuple):
+            return [finite(entry) for entry in item]
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    return json.dumps(finite(value), indent=2, allow_nan=False)

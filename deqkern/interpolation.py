@@ -1,0 +1,27 @@
+"""`slerp`: interpolation of Gaussian noise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def slerp(first: Tensor, second: Tensor, t: Tensor) -> Tensor:
+    """Interpolate spherically, each sample by its own angle: (B, *shape), (B, *shape), (F,) -> (F, B, *shape).
+
+        (sin((1 - t) theta) first + sin(t theta) second) / sin(theta),  cos theta = <first, second> / (|first| |second|)
+
+    (Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985; for the noise of DDIM arXiv 2010.02502,
+    appendix D.5.) t = 0 gives `first`, t = 1 `second`, and what lies between keeps the norm of Gaussian noise, where a
+    straight line would shrink it. Samples that are (anti)parallel, with no arc between them, are interpolated linearly.
+    """
+    if first.shape != second.shape:
+        raise ValueError(f"second must have the shape of first, {tuple(first.shape)}, got {tuple(second.shape)}")
+    a, b = first.double().flatten(1), second.double().flatten(1)
+    cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))  # (B,)
+    theta, t = torch.arccos(cosine.clamp(-1, 1)), t.to(a)[:, None]  # (B,), (F, 1)
+    arc = theta.sin() > 1e-6  # not so for NaN, of a sample that is zero
+    of_first = torch.where(arc, ((1 - t) * theta).sin() / theta.sin(), 1 - t)  # (F, B)
+    of_second = torch.where(arc, (t * theta).sin() / theta.sin(), t)
+    between = of_first[..., None] * a + of_second[..., None] * b
+    return between.view(len(t), *first.shape).to(first.dtype)
