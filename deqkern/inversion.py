@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import gradients, sampling
 from .gradients import Gradient
-from .network import Model, Network, kwargs_of
+from .network import Model, Network, arguments_of, kwargs_of
 from .optimization import Optimize, optimize
 from .schedule import NoiseSchedule, StepTable
 from .slopes import Secant
@@ -95,7 +95,7 @@ def invert(
         model, "sample", sample, schedule, solver, rtol, max_iterations, model_kwargs, max_batch, callback
     )
     sampling.check_cuda_graph(cuda_graph, sample, solver)
-    kwargs = dict(model_kwargs or {})
+    kwargs = arguments_of(model, model_kwargs)
     if isinstance(method, Optimize):
         limit = max_iterations or OPTIMIZER_STEPS
         found = optimize(

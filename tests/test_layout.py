@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module may import what stands in a lower layer, never its own or a higher one.
 LAYERS = [
     ["deqkern._C", "deqkern.kernels"],
-    ["deqkern.ops"],
+    ["deqkern.ops", "deqkern.guidance"],
     ["deqkern.step_table"],
     ["deqkern.schedule"],
     ["deqkern.spectral"],
@@ -26,7 +26,7 @@ LAYERS = [
     ["deqkern.sampling", "deqkern.optimization", "deqkern.fixed_point"],
     ["deqkern.calibration", "deqkern.inversion", "deqkern.nn"],
     ["deqkern"],
-    ["deqkern.models", "deqkern.plots"],
+    ["deqkern.models", "deqkern.integrations", "deqkern.plots"],
     ["deqkern.cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
