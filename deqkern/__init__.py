@@ -12,6 +12,7 @@ from .fixed_point import fixed_point as fixed_point
 from .fixed_point import jacobian_regularization as jacobian_regularization
 from .fixed_point import path_independence as path_independence
 from .fixed_point import spectral_radius as spectral_radius
+from .guidance import guided as guided
 from .inversion import invert as invert
 from .optimization import Optimize as Optimize
 from .sampling import sample as sample

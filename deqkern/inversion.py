@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import gradients, sampling
 from .gradients import Gradient
-from .network import Model, Network, kwargs_of
+from .network import Model, Network, arguments_of, kwargs_of
 from .optimization import Optimize, optimize
 from .schedule import NoiseSchedule, StepTable
 from .slopes import Secant
@@ -104,7 +104,7 @@ def invert(
             f"sample has values up to {largest:.3g}: models expect data of about unit size, such as pixels in -1 .. 1",
             stacklevel=2,
         )
-    kwargs = dict(model_kwargs or {})
+    kwargs = arguments_of(model, model_kwargs)
     if isinstance(method, Optimize):
         limit = max_iterations or OPTIMIZER_STEPS
         found = optimize(

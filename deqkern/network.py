@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .guidance import Guided
 from .schedule import StepTable
 
 Model = Callable[..., Any]
@@ -20,6 +21,12 @@ def model_dtype(model: Model, default: torch.dtype) -> torch.dtype:
             if parameter.is_floating_point():
                 return parameter.dtype
     return default
+
+
+def arguments_of(model: Model, model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`model_kwargs`, added to those that a `Guided` model holds."""
+    held = model.model_kwargs if isinstance(model, Guided) else {}
+    return held | dict(model_kwargs or {})
 
 
 def kwargs_of(model_kwargs: Mapping[str, Any], samples: Tensor, batch: int) -> dict[str, Any]:
@@ -119,7 +126,8 @@ class Network:
         """
         given = [value for value in _tensors(self.model_kwargs) if value.requires_grad]
         held: list[Tensor]
-        if isinstance(self.model, torch.nn.Module):
+        guided = isinstance(self.model, Guided) and not isinstance(self.model.model, torch.nn.Module)
+        if isinstance(self.model, torch.nn.Module) and not guided:
             held = [value for value in self.model.parameters() if value.requires_grad]
         else:
             held = self._closure(example)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import gradients
 from .gradients import Gradient
-from .network import Model, Network
+from .network import Model, Network, arguments_of
 from .schedule import NoiseSchedule
 from .solve import Callback, Solution, solve, warn_unless_converged
 from .solvers import Solver, default
@@ -58,7 +58,8 @@ def sample(
         sequential chain.
     guess: the states to start from, such as the `trajectory` of a solve with nearly the same noise; its first one is
         not looked at. The solver's own guess if None.
-    model_kwargs: tensors in it whose first dimension is B are repeated for every step.
+    model_kwargs: tensors in it whose first dimension is B are repeated for every step. Those that a `guided` model
+        holds are added.
     max_batch: rows in one model call, to limit memory; the result does not depend on it.
     sigma_min: end the chain at this noise-to-signal ratio instead of the schedule's own end.
     cuda_graph: launch the iterations as CUDA graphs, for a model whose kernels are short; the same result, and some
@@ -81,7 +82,7 @@ def sample(
         raise ValueError("schedule clips or thresholds x0: gradient='adjoint' needs one that does not")
     _check_step_noise(step_noise, generator, noise, len(table.a), eta)
     _check_guess(guess, noise, len(table.a))
-    network = Network(model, table, dict(model_kwargs or {}), noise)
+    network = Network(model, table, arguments_of(model, model_kwargs), noise)
     with torch.no_grad():
         trajectory = start(
             network,
@@ -124,6 +125,23 @@ def check_arguments(
     callback: Callback | None,
 ) -> None:
     """What `sample` and `invert` share; `name` is the argument that holds the chain's known state `first`."""
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
+    check_chain(model, name, first, solver, rtol, max_iterations, model_kwargs, max_batch, callback)
+
+
+def check_chain(
+    model: Model,
+    name: str,
+    first: Tensor,
+    solver: Solver,
+    rtol: float,
+    max_iterations: int | None,
+    model_kwargs: Mapping[str, Any] | None,
+    max_batch: int | None,
+    callback: Callable[..., Any] | None,
+) -> None:
+    """The same for a chain that is given by its table."""
     if not callable(model):
         raise TypeError(f"model must be callable, got {type(model).__name__}")
     if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
@@ -134,8 +152,6 @@ def check_arguments(
         raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64, got {first.dtype}")
     if first.ndim < 2 or math.prod(first.shape[1:]) == 0:
         raise ValueError(f"{name} must have shape (B, *shape) with a non-empty sample shape, got {tuple(first.shape)}")
-    if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
     if not isinstance(solver, Solver):
         raise TypeError(f"solver must be a Solver, got {type(solver).__name__}")
     if not bool(first.isfinite().all()):

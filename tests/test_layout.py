@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module may import what stands in a lower layer, never its own or a higher one.
 LAYERS = [
     ["deqkern._C", "deqkern.kernels"],
-    ["deqkern.ops"],
+    ["deqkern.ops", "deqkern.guidance"],
     ["deqkern.step_table"],
     ["deqkern.schedule"],
     ["deqkern.spectral"],

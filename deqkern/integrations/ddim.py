@@ -1,0 +1,83 @@
+"""The calling convention of the DDIM authors' code (arXiv 2010.02502): betas, timesteps, lists of states."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..solve import warn_unless_converged
+from ..solvers import Solver
+from ..step_table import StepTable
+from .chain import Chain
+
+
+def generalized_steps(
+    x: Tensor,  # (B, *shape)
+    seq: Sequence[int],
+    model: Callable[..., Tensor],
+    b: Tensor,  # (T,)
+    *,
+    eta: float = 0.0,
+    solver: Solver | None = None,
+    rtol: float = 1e-2,
+    max_iterations: int | None = None,
+    max_batch: int | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The chain through the timesteps `seq` (ascending) of the betas `b`, all steps at once (arXiv 2010.02502, eq. 12).
+
+    Returns (xs, x0_preds) as the authors' function of this name: the S+1 states, the first of them x itself, and the
+    model's S estimates of x0 at them; all but x on the CPU. The estimates cost one more batched call.
+
+    model: `model(x, t) -> eps` with x (N, *shape) in the dtype of x and t (N,) fp32, N up to S * B. eta: the noise of
+    each step is drawn from torch's global generator, in the order of the sequential chain. Other arguments as in
+    `deqkern.sample`.
+
+    Raises ValueError or TypeError for an argument that does not fit.
+    """
+    if not isinstance(b, Tensor) or b.ndim != 1 or not bool(((b > 0) & (b < 1)).all()):
+        raise ValueError("b must be a tensor (T,) of betas within (0, 1)")
+    steps = torch.tensor(list(seq), dtype=torch.int64)
+    if not len(steps) or not bool((steps[1:] > steps[:-1]).all()) or steps[0] < 0 or steps[-1] >= len(b):
+        raise ValueError(f"seq must ascend within 0 .. {len(b) - 1}, got {list(seq)}")
+    kept = (1 - b.detach()).cumprod(0).to("cpu", torch.float64)[steps]  # in the precision of b, as the authors'
+    table = ddim_table("epsilon", steps.float(), kept, eta)
+
+    def call(states: Tensor, t: Tensor, **arguments: Any) -> Tensor:
+        return model(states, t, **arguments)
+
+    chain = Chain(call, table, model, "x", x, None, solver, rtol, max_iterations, max_batch)
+    solution = chain.solve()
+    warn_unless_converged(solution)
+    states = solution.trajectory
+    return [x, *states[1:].to(x.dtype).cpu()], [*_estimates(chain, states).to(x.dtype).cpu()]
+
+
+@torch.no_grad()
+def _estimates(chain: Chain, states: Tensor) -> Tensor:  # (S, B, *shape)
+    arguments, batch = states[:-1].flatten(0, 1), states.shape[1]
+    found = torch.empty_like(arguments)
+    for part in torch.arange(len(arguments), device=states.device).split(chain.max_batch or len(arguments)):
+        index = part // batch
+        output = chain.network(arguments[part], index, part % batch)
+        found[part] = chain.table.original_sample(arguments[part], output, index).to(found.dtype)
+    return found.view_as(states[:-1])
+
+
+def ddim_table(prediction_type: str, timesteps: Tensor, abar: Tensor, eta: float) -> StepTable:
+    """DDIM steps through the noise levels `abar` (S,) float64, which descends, to 1; all (S,) given from t = 0 up.
+
+    Raises ValueError or TypeError for an eta that a step has no room for.
+    """
+    if isinstance(eta, bool) or not isinstance(eta, (int, float)):
+        raise TypeError(f"eta must be a number, got {type(eta).__name__}")
+    after = torch.cat([abar.new_ones(1), abar[:-1]])
+    n = eta * ((1 - after) / (1 - abar) * (1 - abar / after)).sqrt()
+    if not 0 <= eta < math.inf or bool((n**2 > 1 - after + 1e-12).any()):
+        raise ValueError(f"eta must be >= 0 and leave room for the noise of each step, got {eta}")
+    abar, after = abar.flip(0), after.flip(0)
+    ends = (abar.sqrt(), (1 - abar).sqrt(), after.sqrt(), (1 - after).sqrt(), n.flip(0))
+    return StepTable.build(prediction_type, timesteps.flip(0), *ends)

@@ -1,0 +1,64 @@
+"""The calling convention of EDM (arXiv 2206.00364): `net(x, sigma, class_labels)` gives the denoised sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..solve import warn_unless_converged
+from ..solvers import Solver
+from .chain import Chain
+from .k_diffusion import sigma_table
+
+
+def edm_sampler(
+    net: Callable[..., Tensor],
+    latents: Tensor,  # (B, *shape)
+    class_labels: Tensor | None = None,  # (B, L)
+    *,
+    num_steps: int = 18,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+    solver: Solver | None = None,
+    rtol: float = 1e-2,
+    max_iterations: int | None = None,
+    max_batch: int | None = None,
+) -> Tensor:
+    """The deterministic Euler chain on EDM's noise levels (arXiv 2206.00364, eq. 5 and a final 0), all steps at once.
+
+    That is EDM's algorithm 1 without its second-order correction, and with S_churn = 0: not its default sampler, whose
+    two evaluations per step are not linear in the network's output. Returns x[S] (B, *shape) in the dtype of `latents`.
+
+    net: called with x (N, *shape) in that dtype, sigma (N,) and class_labels (N, L) or None. Its `sigma_min` and
+        `sigma_max` bound the levels and its `round_sigma` rounds them, where it has them.
+    latents: standard normal; fp64 keeps the states in fp64, as EDM does. Other arguments as in `deqkern.sample`.
+
+    Raises ValueError or TypeError for an argument that does not fit.
+    """
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"num_steps must be an int >= 1, got {num_steps!r}")
+    low, high = max(sigma_min, getattr(net, "sigma_min", 0.0)), min(sigma_max, getattr(net, "sigma_max", sigma_max))
+    if not 0 < low < high or not rho > 0:
+        raise ValueError(f"sigma_min={low} must lie in (0, sigma_max={high}), and rho={rho} must be > 0")
+    if not isinstance(latents, Tensor):
+        raise TypeError(f"latents must be a tensor, got {type(latents).__name__}")
+    part = torch.arange(num_steps, dtype=torch.float64, device=latents.device) / max(num_steps - 1, 1)
+    sigmas = (high ** (1 / rho) + part * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    if hasattr(net, "round_sigma"):
+        sigmas = net.round_sigma(sigmas)
+    sigmas = torch.cat([sigmas.double(), sigmas.new_zeros(1, dtype=torch.float64)])
+    labels: dict[str, Any] = {"class_labels": class_labels}
+
+    def call(states: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
+        return net(states, sigma.to(states.dtype), class_labels).to(states.dtype)
+
+    table = sigma_table("sigma_min .. sigma_max, rounded by net,", sigmas)
+    noise = latents * sigmas[0].to(latents.dtype)
+    chain = Chain(call, table, net, "latents", noise, labels, solver, rtol, max_iterations, max_batch)
+    solution = chain.solve()
+    warn_unless_converged(solution)
+    return solution.value

@@ -1,0 +1,212 @@
+"""The DDIM loops of guided-diffusion and the many codes that keep its `GaussianDiffusion` and `SpacedDiffusion`.
+
+They derive eps from the x0 that was clipped, so the chain here is written for x0, and what happens to x0 belongs to the
+model: everything that works row by row is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..solve import warn_unless_converged
+from ..solvers import Solver
+from ..step_table import StepTable
+from .chain import Chain
+from .ddim import ddim_table
+
+
+def ddim_sample_loop(
+    diffusion: Any,
+    model: Callable[..., Tensor],
+    shape: Sequence[int],
+    noise: Tensor | None = None,  # (B, *shape)
+    clip_denoised: bool = True,
+    denoised_fn: Callable[[Tensor], Tensor] | None = None,
+    cond_fn: Callable[..., Tensor] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+    eta: float = 0.0,
+    *,
+    solver: Solver | None = None,
+    rtol: float = 1e-2,
+    max_iterations: int | None = None,
+    max_batch: int | None = None,
+) -> Tensor:
+    """`diffusion.ddim_sample_loop(model, shape, ...)`, all steps at once: the clean samples (B, *shape).
+
+    diffusion: an object with `alphas_cumprod` (S,) and `model_mean_type` EPSILON or START_X; also with `timestep_map`
+        (spaced) and `rescale_timesteps`.
+    model: `model(x, t, **model_kwargs)` with N rows, N up to S * B, gives C channels, or 2 C with a learned variance.
+    shape: of the noise, which is drawn from torch's global generator on `device`, by default the model's, unless given.
+    denoised_fn, cond_fn: called with N rows of x0, and of x, t and model_kwargs; a row may depend on that row alone.
+    model_kwargs: tensors in it whose first dimension is B are repeated for every step.
+    eta: the noise of each step is drawn as the sequential loop draws it. progress: a bar of tqdm, if that is installed.
+    solver, rtol, max_iterations, max_batch: as in `deqkern.sample`.
+
+    Raises ValueError or TypeError for an argument that does not fit. Samples that do not converge are reported by one
+    `ConvergenceWarning`.
+    """
+    chain = _sampling(
+        *(diffusion, model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, eta),
+        *(solver, rtol, max_iterations, max_batch),
+    )
+    solution = chain.solve(not progress)
+    warn_unless_converged(solution)
+    return solution.value
+
+
+def ddim_sample_loop_progressive(
+    diffusion: Any,
+    model: Callable[..., Tensor],
+    shape: Sequence[int],
+    noise: Tensor | None = None,  # (B, *shape)
+    clip_denoised: bool = True,
+    denoised_fn: Callable[[Tensor], Tensor] | None = None,
+    cond_fn: Callable[..., Tensor] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+    eta: float = 0.0,
+    *,
+    solver: Solver | None = None,
+    rtol: float = 1e-2,
+    max_iterations: int | None = None,
+    max_batch: int | None = None,
+) -> Iterator[dict[str, Tensor]]:
+    """The same, iteration by iteration: dicts with `sample` (B, *shape), the clean samples as they are then.
+
+    `pred_xstart` is the estimate of x0 at the last step, which the chain ends at: the same numbers. Arguments are
+    checked at the call, not at the first iteration.
+    """
+    chain = _sampling(
+        *(diffusion, model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, eta),
+        *(solver, rtol, max_iterations, max_batch),
+    )
+    return _iterations(chain, progress)
+
+
+def _iterations(chain: Chain, progress: bool) -> Iterator[dict[str, Tensor]]:
+    for _ in chain.run(not progress):
+        value = chain.state(chain.table.num_inference_steps)
+        yield {"sample": value, "pred_xstart": value.clone()}
+    warn_unless_converged(chain.solution())
+
+
+def ddim_reverse_sample_loop(
+    diffusion: Any,
+    model: Callable[..., Tensor],
+    x: Tensor,  # (B, *shape)
+    clip_denoised: bool = True,
+    denoised_fn: Callable[[Tensor], Tensor] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    eta: float = 0.0,
+    *,
+    solver: Solver | None = None,
+    rtol: float = 1e-2,
+    max_iterations: int | None = None,
+    max_batch: int | None = None,
+) -> Tensor:
+    """`diffusion.ddim_reverse_sample` for t = 0 .. S-1, all steps at once: the noise (B, *shape) of the samples x.
+
+    Each step takes the model at its clean end, the noisier state does not enter: naive inversion, wrong by percents
+    (arXiv 2010.02502, section 4.3). `deqkern.invert` finds the noise that gives x back. The last step leads to
+    abar = 0. Arguments as in `ddim_sample_loop`; eta must be 0.
+    """
+    if eta != 0:
+        raise ValueError(f"eta must be 0, got {eta}: steps that draw noise have no reverse")
+    denoiser = _Denoiser(diffusion, model, clip_denoised, denoised_fn, None)
+    abar = denoiser.abar
+    after = torch.cat([abar[1:], abar.new_zeros(1)])
+    ends = (abar.sqrt(), (1 - abar).sqrt(), after.sqrt(), (1 - after).sqrt(), torch.zeros_like(abar))
+    table = StepTable.build("sample", torch.arange(len(abar)), *ends)
+    chain = Chain(denoiser, table, model, "x", x, model_kwargs, solver, rtol, max_iterations, max_batch)
+    solution = chain.solve()
+    warn_unless_converged(solution)
+    return solution.value
+
+
+def _sampling(
+    diffusion: Any,
+    model: Callable[..., Tensor],
+    shape: Sequence[int],
+    noise: Tensor | None,
+    clip_denoised: bool,
+    denoised_fn: Callable[[Tensor], Tensor] | None,
+    cond_fn: Callable[..., Tensor] | None,
+    model_kwargs: Mapping[str, Any] | None,
+    device: torch.device | str | None,
+    eta: float,
+    solver: Solver | None,
+    rtol: float,
+    max_iterations: int | None,
+    max_batch: int | None,
+) -> Chain:
+    denoiser = _Denoiser(diffusion, model, clip_denoised, denoised_fn, cond_fn)
+    table = ddim_table("sample", torch.arange(len(denoiser.abar)), denoiser.abar, eta)
+    if noise is None:
+        if device is None and isinstance(model, torch.nn.Module):
+            device = next((parameter.device for parameter in model.parameters()), None)
+        noise = torch.randn(*shape, device=device)
+    elif isinstance(noise, Tensor) and tuple(noise.shape) != tuple(shape):
+        raise ValueError(f"noise must have the shape given, {tuple(shape)}, got {tuple(noise.shape)}")
+    return Chain(denoiser, table, model, "noise", noise, model_kwargs, solver, rtol, max_iterations, max_batch)
+
+
+class _Denoiser:
+    """The x0 that a step of the diffusion takes, of x (N, *shape) at its timesteps (N,) of 0 .. S-1."""
+
+    def __init__(
+        self,
+        diffusion: Any,
+        model: Callable[..., Tensor],
+        clip_denoised: bool,
+        denoised_fn: Callable[[Tensor], Tensor] | None,
+        cond_fn: Callable[..., Tensor] | None,
+    ) -> None:
+        self.model, self.clip, self.denoised_fn, self.cond_fn = model, clip_denoised, denoised_fn, cond_fn
+        if getattr(diffusion, "alphas_cumprod", None) is None:
+            raise TypeError(f"diffusion must have alphas_cumprod, got {type(diffusion).__name__}")
+        abar = torch.as_tensor(diffusion.alphas_cumprod).detach().to("cpu", torch.float64)
+        if abar.ndim != 1 or not len(abar) or not bool(((abar > 0) & (abar < 1)).all() & (abar[1:] < abar[:-1]).all()):
+            raise ValueError("diffusion.alphas_cumprod must have shape (S,) and descend within (0, 1)")
+        kind = getattr(diffusion, "model_mean_type", "EPSILON")
+        kind = getattr(kind, "name", kind)
+        if kind not in ("EPSILON", "START_X"):
+            raise ValueError(f"diffusion.model_mean_type must be EPSILON or START_X, got {kind}")
+        for name, function in (("denoised_fn", denoised_fn), ("cond_fn", cond_fn)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} must be callable, got {type(function).__name__}")
+        steps = getattr(diffusion, "timestep_map", None)
+        total = len(abar) if steps is None else getattr(diffusion, "original_num_steps", 1000)
+        timesteps = torch.arange(len(abar)) if steps is None else torch.tensor(list(steps))
+        if len(timesteps) != len(abar):
+            raise ValueError(f"diffusion.timestep_map has {len(timesteps)} entries, alphas_cumprod {len(abar)}")
+        if getattr(diffusion, "rescale_timesteps", False):
+            timesteps = timesteps.float() * (1000.0 / total)
+        self.abar, self.timesteps, self.predicts_x0 = abar, timesteps, kind == "START_X"
+        self.levels = torch.stack([1 / abar.sqrt(), (1 / abar - 1).sqrt(), (1 - abar) / abar.sqrt()])
+
+    def __call__(self, x: Tensor, index: Tensor, **model_kwargs: Any) -> Tensor:
+        t = self.timesteps.to(x.device)[index]
+        rows = self.levels.to(x.device, torch.promote_types(x.dtype, torch.float32))[:, index]
+        of_x, of_eps, of_gradient = rows.view(3, -1, *[1] * (x.ndim - 1))
+        output = self.model(x, t, **model_kwargs)
+        if not isinstance(output, Tensor):
+            raise TypeError(f"model must return a tensor, got {type(output).__name__}")
+        if output.shape == (len(x), 2 * x.shape[1], *x.shape[2:]):
+            output = output[:, : x.shape[1]]  # the rest is the learned variance, which DDIM does not use
+        if output.shape != x.shape:
+            raise ValueError(f"model returned shape {tuple(output.shape)} for an input of shape {tuple(x.shape)}")
+        x0 = output if self.predicts_x0 else of_x * x - of_eps * output
+        if self.denoised_fn is not None:
+            x0 = self.denoised_fn(x0)
+        if self.clip:
+            x0 = x0.clamp(-1, 1)
+        if self.cond_fn is not None:  # eps - sigma gradient of log p(y | x): arXiv 2105.05233, algorithm 2
+            x0 = x0 + of_gradient * self.cond_fn(x, t, **model_kwargs)
+        return x0

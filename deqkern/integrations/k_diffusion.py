@@ -1,0 +1,81 @@
+"""k-diffusion's sampler convention, which ComfyUI and others share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..solve import warn_unless_converged
+from ..solvers import Solver
+from ..step_table import StepTable
+from .chain import Chain
+
+
+def sample_deq(
+    model: Callable[..., Tensor],
+    x: Tensor,  # (B, *shape)
+    sigmas: Tensor,  # (S+1,)
+    extra_args: Mapping[str, Any] | None = None,
+    callback: Callable[[dict[str, Any]], Any] | None = None,
+    disable: bool | None = None,
+    *,
+    solver: Solver | None = None,
+    rtol: float = 1e-2,
+    max_iterations: int | None = None,
+    max_batch: int | None = None,
+) -> Tensor:
+    """k-diffusion's `sample_euler` without churn, all steps at once: x[i+1] = x[i] + d (sigmas[i+1] - sigmas[i]),
+
+    d = (x[i] - denoised) / sigmas[i]: the DDIM chain of a variance-exploding process (arXiv 2206.00364, section 4).
+    Returns x[S] (B, *shape) in the dtype of x.
+
+    model: `model(x, sigma, **extra_args) -> denoised`, x (N, *shape) and sigma (N,) in the dtype of x, N up to S * B. A
+        row's output may depend on that row alone: conditions that `sigma[0]` switches, or that are held elsewhere with
+        one row per sample, do not fit.
+    x: fp32, bf16, fp16 or fp64, noise of standard deviation sigmas[0]. sigmas: not increasing, > 0 but for the last.
+    extra_args: tensors in it whose first dimension is B are repeated for every step.
+    callback: called after each iteration with a dict of the last step as it is then: `x` (B, *shape) at noise level
+        `sigma` = `sigma_hat` = sigmas[S-1], and `denoised` (B, *shape), the result if sigmas[S] = 0. `i` counts
+        iterations from 0 and stays below S.
+    disable: True shows no progress bar, None only on a terminal. The bar is tqdm's, if that is installed.
+    solver, rtol, max_iterations, max_batch: as in `deqkern.sample`.
+
+    Raises ValueError or TypeError for an argument that does not fit. Samples that do not converge are reported by one
+    `ConvergenceWarning`.
+    """
+    if extra_args is not None and not isinstance(extra_args, Mapping):
+        raise TypeError(f"extra_args must be a mapping, got {type(extra_args).__name__}")
+    table = sigma_table("sigmas", sigmas)
+
+    def call(states: Tensor, sigma: Tensor, **arguments: Any) -> Tensor:
+        return model(states, sigma.to(states.dtype), **arguments)
+
+    chain = Chain(call, table, model, "x", x, extra_args, solver, rtol, max_iterations, max_batch, callback)
+    last = table.num_inference_steps - 1
+    a, b = float(table.a[last]), float(table.b[last])
+    for solving in chain.run(disable):
+        if callback is not None:
+            before, after = chain.state(last), chain.state(last + 1)
+            denoised = (after - a * before) / b if b else after
+            levels = {"sigma": sigmas[last], "sigma_hat": sigmas[last]}
+            callback({"x": before, "i": solving.count - 1, **levels, "denoised": denoised})
+    solution = chain.solution()
+    warn_unless_converged(solution)
+    return solution.value
+
+
+def sigma_table(name: str, sigmas: Tensor) -> StepTable:
+    """The chain of Euler steps through these noise levels (S+1,), with alpha = 1 and a model that gives x0."""
+    if not isinstance(sigmas, Tensor) or not sigmas.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {type(sigmas).__name__}")
+    levels = sigmas.detach().to("cpu", torch.float64)
+    if levels.ndim != 1 or len(levels) < 2:
+        raise ValueError(f"{name} must have shape (S+1,) with S >= 1, got {tuple(levels.shape)}")
+    in_order = bool((levels[1:] <= levels[:-1]).all() and (levels[:-1] > 0).all() and levels[-1] >= 0)
+    if not in_order or not bool(levels.isfinite().all()):
+        raise ValueError(f"{name} must be finite and not increase, > 0 but for the last, which may be 0")
+    sigma, one = levels[:-1], torch.ones_like(levels[:-1])
+    return StepTable.build("sample", sigma, one, sigma, one, levels[1:], torch.zeros_like(sigma))
