@@ -10,12 +10,13 @@
 #   make demo PYTHON=python3.12                 another interpreter for a new .venv
 #   make demo TORCH_INDEX_URL=                  torch from pip's own index (Linux: with CUDA, several GB)
 #   make demo PIP_FLAGS='--index-url URL'       options for every pip install
-#   make test PYTEST_FLAGS='-k solve -x'         also BENCH_FLAGS, DEMO_FLAGS
+#   make test PYTEST_FLAGS='-k solve -x'         also BENCH_FLAGS, DEMO_FLAGS; TEST_WORKERS=4 processes, 0 for none
 
 PYTHON ?= python3
 TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
+TEST_WORKERS ?= auto
 BENCH_FLAGS ?=
 DEMO_FLAGS ?=
 GPU_PYTHON ?= $(PY)
@@ -39,7 +40,7 @@ demo: $(VENV)/.installed-demo native
 	$(VENV)/bin/deqkern demo --out out $(DEMO_FLAGS)
 
 test: $(VENV)/.installed-dev native
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(TEST_WORKERS) $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check .
