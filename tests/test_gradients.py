@@ -308,7 +308,7 @@ def test_the_adjoint_of_order_2_is_near_the_exact_gradient() -> None:
     noise = leaf(1, *SHAPE)
     for name, gradient in {"exact": Exact(), "1": Adjoint(1), "2": Adjoint(2)}.items():
         value = deqkern.sample(
-            model, noise, NoiseSchedule.linear(), 200, gradient=gradient, sigma_min=0.08,
+            model, noise, NoiseSchedule.linear(), 100, gradient=gradient, sigma_min=0.08,
             model_kwargs={"condition": condition}, **SEQUENTIAL,
         ).value  # fmt: skip
         found[name] = list(torch.autograd.grad(value.sum(), [noise, condition, *model.parameters()]))
