@@ -32,7 +32,7 @@ class Exact:
 class Implicit:
     """The transposed chain solved for all steps at once, by the engine of `sample`: one batched VJP per iteration.
 
-    The implicit function theorem at the solution (arXiv 1909.01377, section 3.1.2). One more batched VJP gives the
+    The implicit function theorem at the solution (arXiv 1909.01377). One more batched VJP gives the
     gradients of `model_kwargs` and parameters.
     solver: `deqkern.solvers.default()` if None. rtol: relative error of the gradient of the first state; that of the
         solve if None. max_iterations: S if None, at least 40 for an inversion.
@@ -57,7 +57,7 @@ class Implicit:
 class Phantom:
     """What `steps` damped iterations from the solution would let through: a truncated Neumann series.
 
-    The iteration is x <- (1 - tau) x + tau h(x) with the DDIM sum h, which freezes epsilon (arXiv 2111.05177, eq. 6).
+    The iteration is x <- (1 - tau) x + tau h(x) with the DDIM sum h, which freezes epsilon (arXiv 2111.05177).
     Costs steps - 1 batched VJPs for the first state, one more for the rest. With one step no derivative of the model
     takes part in the gradient of the noise, which is tau prod(alpha_next / alpha) dL/dx[S] at eta = 0.
     """
@@ -168,10 +168,9 @@ class _Attached(torch.autograd.Function):
         step_noise: Tensor | None,
         *inputs: Tensor,
     ) -> Tensor:
-        ctx.pullback, ctx.dtype = pullback, first.dtype
-        ctx.save_for_backward(
-            states, first, step_noise, *inputs
-        )  # they may not change in place before the gradient is taken
+        ctx.pullback = pullback
+        # saved, so that torch notices if they change in place before the gradient is taken
+        ctx.save_for_backward(states, first, step_noise, *inputs)
         return value.detach()
 
     @staticmethod
@@ -186,8 +185,8 @@ class _Attached(torch.autograd.Function):
                 ctx.needs_input_grad[4],
             )
             sums = iter(found.inputs)
-            noise = None if found.step_noise is None else found.step_noise.to(ctx.dtype)
-            pulled = [found.first.to(ctx.dtype), noise, *(next(sums) if want else None for want in wanted)]
+            noise = None if found.step_noise is None else found.step_noise.to(step_noise.dtype)
+            pulled = [found.first.to(first.dtype), noise, *(next(sums) if want else None for want in wanted)]
         if torch.is_grad_enabled():  # create_graph
             sources = [value for value in (first, step_noise, *inputs) if value is not None and value.requires_grad]
             pulled = [value if value is None else Once.apply(value, *sources) for value in pulled]
@@ -220,7 +219,15 @@ class Pullback:
         inputs: Sequence[Tensor] = (),
         with_noise: bool = False,
     ) -> Pulled:
-        """The gradients by the first state, by the step noise if asked for, and by `inputs`."""
+        """The gradients by the first state, by the step noise if asked for, and by `inputs`.
+
+        NaN all over for a cotangent that is not finite: a gradient scaler of half precision wants to see it.
+        """
+        if not bool(cotangent.isfinite().all()):
+            lost = torch.full_like(cotangent, torch.nan)
+            noise = lost.expand(len(states) - 1, *lost.shape) if with_noise else None
+            none = torch.zeros(len(lost), dtype=torch.int64)
+            return Pulled(lost, noise, [torch.full_like(value, torch.nan) for value in inputs], none)
         sums = _Sums(self.network, states, inputs, self.max_batch)
         match self.gradient:
             case Implicit():
@@ -251,7 +258,7 @@ class Pullback:
         return self._collect(sums, found.trajectory, with_noise, found.nfe)
 
     def _phantom(self, gradient: Phantom, sums: _Sums, cotangent: Tensor, with_noise: bool) -> Pulled:
-        table, map = self.network.table.transposed(), _Transposed(sums)
+        table, product = self.network.table.transposed(), _Transposed(sums)
         steps, batch = len(table.a), len(cotangent)
         rows = torch.arange(steps * batch, device=cotangent.device)
         a, b, frozen = (v.tolist() for v in (table.a, table.b, table.slope_0))
@@ -262,8 +269,8 @@ class Pullback:
             if last is not None:
                 argument = last[1:] if table.implicit else last[:-1]
                 through = torch.empty_like(argument)
-                for part in rows.split(self.max_batch or len(rows)):
-                    through.flatten(0, 1)[part] = map(argument.flatten(0, 1)[part], part // batch, part % batch)
+                for part in rows.split(self.max_batch or max(len(rows), 1)):
+                    through.flatten(0, 1)[part] = product(argument.flatten(0, 1)[part], part // batch, part % batch)
             for j in range(steps):
                 rest = 0.0 if last is None else b[j] * (through[j] - frozen[j] * argument[j])
                 if table.implicit:
@@ -283,7 +290,7 @@ class Pullback:
         if sums.inputs:
             rows = torch.arange(steps * batch, device=chain.device)
             weight = table.b.to(chain)[:, None].expand(-1, batch).flatten()  # of row i * B + b
-            for part in rows.split(self.max_batch or len(rows)):
+            for part in rows.split(self.max_batch or max(len(rows), 1)):
                 own = part // batch
                 place = (steps - 1 - own + int(table.implicit)) * batch + part % batch
                 cotangents = weight[part].view(-1, *[1] * (chain.ndim - 2)) * chain.flatten(0, 1)[place]

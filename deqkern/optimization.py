@@ -22,7 +22,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def squared_distance(value: Tensor, sample: Tensor) -> Tensor:
-    """|value - sample|^2 (B,), the objective of DEQ-DDIM (arXiv 2210.12867, section 4)."""
+    """|value - sample|^2 (B,), the objective of DEQ-DDIM (arXiv 2210.12867)."""
     return (value - sample).flatten(1).square().sum(1)
 
 

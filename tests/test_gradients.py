@@ -239,6 +239,15 @@ def test_half_precision_keeps_small_gradients(dtype: torch.dtype, gradient: str)
         assert (found.float() - expected).norm() <= 0.1 * expected.norm()
 
 
+@pytest.mark.parametrize("gradient", ["exact", "implicit", "phantom"])
+def test_a_loss_that_overflowed_is_passed_on(gradient: str) -> None:
+    """For a gradient scaler to see, without a solve."""
+    noise, model, z = leaf(BATCH, *SHAPE), Tiny(), leaf(STEPS, BATCH, *SHAPE)
+    value = deqkern.sample(model, noise, NoiseSchedule.linear(), STEPS, eta=1.0, step_noise=z, gradient=gradient).value
+    for found in torch.autograd.grad(value, [noise, z, *model.parameters()], value.detach() * torch.inf):
+        assert found.isnan().all()
+
+
 class Wide(torch.nn.Module):
     """Holds many activations per sample, few states."""
 
@@ -314,7 +323,7 @@ def test_the_adjoint_of_order_2_is_near_the_exact_gradient() -> None:
         found[name] = list(torch.autograd.grad(value.sum(), [noise, condition, *model.parameters()]))
     for exact, first, second in zip(*found.values(), strict=True):
         errors = [float((other - exact).norm() / exact.norm()) for other in (first, second)]
-        assert errors[0] <= 0.2 and errors[1] <= 0.05, errors
+        assert errors[0] <= 0.3 and errors[1] <= 0.1 and errors[1] <= errors[0] / 2, errors
 
 
 @pytest.mark.parametrize("name", ["digits", "photos"])
