@@ -510,3 +510,19 @@ def test_a_guess_saves_iterations_and_changes_nothing_else() -> None:
 def test_bad_guesses(guess: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="guess"):
         deqkern.sample(never, NOISE, SCHEDULE, 25, guess=guess)
+
+
+def test_a_compiled_model_gives_what_the_model_gives() -> None:
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Tanh(), torch.nn.Conv2d(4, 3, 3, padding=1)
+    )
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return 0.5 * x + network(x) * (t / 1000).view(-1, 1, 1, 1)
+
+    noise = torch.randn(2, 3, 8, 8)
+    expected = deqkern.sample(model, noise, SCHEDULE, 12, rtol=1e-4)
+    compiled = torch.compile(model, backend="aot_eager", dynamic=True, fullgraph=True)
+    found = deqkern.sample(compiled, noise, SCHEDULE, 12, rtol=1e-4)
+    assert found.iterations == expected.iterations
+    torch.testing.assert_close(found.value, expected.value, rtol=1e-5, atol=1e-5)
