@@ -15,6 +15,8 @@ from .fixed_point import spectral_radius as spectral_radius
 from .guidance import guided as guided
 from .inversion import invert as invert
 from .optimization import Optimize as Optimize
+from .planning import Plan as Plan
+from .planning import plan as plan
 from .sampling import sample as sample
 from .schedule import NoiseSchedule as NoiseSchedule
 from .slopes import SlopeProfile as SlopeProfile

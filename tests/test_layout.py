@@ -24,7 +24,7 @@ LAYERS = [
     ["deqkern.solve"],
     ["deqkern.gradients"],
     ["deqkern.sampling", "deqkern.optimization", "deqkern.fixed_point"],
-    ["deqkern.calibration", "deqkern.inversion", "deqkern.interpolation", "deqkern.nn"],
+    ["deqkern.calibration", "deqkern.inversion", "deqkern.interpolation", "deqkern.nn", "deqkern.planning"],
     ["deqkern"],
     ["deqkern.models", "deqkern.integrations", "deqkern.plots"],
     ["deqkern.cli"],

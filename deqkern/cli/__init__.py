@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import doctor, inversion, sampling
+from . import doctor, inversion, planning, sampling
 from .common import version
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -27,5 +27,9 @@ def main(
     """Parallel-in-time sampling of diffusion models."""
 
 
-for _command in (sampling.sample, sampling.demo, inversion.invert, inversion.interpolate, doctor.doctor):
+_commands = (
+    *(sampling.sample, sampling.demo, inversion.invert, inversion.interpolate),
+    *(planning.plan, doctor.doctor),
+)
+for _command in _commands:
     app.command()(_command)

@@ -1,0 +1,56 @@
+"""`deqkern plan`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from .. import models, planning
+from .common import errors_name_options, new_table, to_json
+from .inversion import JsonOption, MaxBatchOption, ModelOption, StepsOption
+
+
+def plan(
+    model: ModelOption = "digits",
+    steps: StepsOption = 50,
+    batch: Annotated[int, typer.Option(min=1, help="Samples.")] = 1,
+    eta: Annotated[float, typer.Option(help="0 is DDIM, 1 is like DDPM.")] = 0.0,
+    iterations: Annotated[
+        int | None, typer.Option(help="Iterations of a solve (default: what the shipped models need).")
+    ] = None,
+    evaluations: Annotated[float | None, typer.Option(help="Model evaluations per sample, likewise.")] = None,
+    max_batch: MaxBatchOption = None,
+    repeats: Annotated[int, typer.Option(help="Calls per size, of which the median counts.")] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the model here, and say whether parallel sampling pays."""
+    with errors_name_options():
+        pretrained = models.load(model)
+        found = planning.plan(
+            pretrained.model,
+            torch.randn(batch, *pretrained.shape, generator=torch.Generator().manual_seed(0)),
+            pretrained.schedule,
+            steps,
+            eta=eta,
+            iterations=iterations,
+            evaluations=evaluations,
+            max_batch=max_batch,
+            repeats=repeats,
+        )
+    if as_json:
+        report = {"model": model, "steps": steps, "batch": batch, "eta": eta, "threads": torch.get_num_threads()}
+        report |= vars(found) | {"solver": found.solver.name, "window": found.solver.window}
+        report["ways"] = [vars(way) for way in found.ways]
+        typer.echo(to_json(report))
+        return
+    title = f"{pretrained.name}, {steps} steps, batch {batch}, eta {eta:g}, {torch.get_num_threads()} CPU threads"
+    table = new_table(title, ("window",), ("max_batch", "iterations", "nfe", "seconds"))
+    table.add_row("sequential", str(max_batch or "all"), str(steps), str(steps), f"{found.sequential_seconds:.3g}")
+    for way in found.ways:
+        names = (str(way.window or "all"), str(way.max_batch or "all"))
+        table.add_row(*names, str(way.iterations), f"{way.evaluations:.0f}", f"{way.seconds:.3g}")
+    Console().print(table)
+    typer.echo(found.message)

@@ -1,0 +1,296 @@
+"""`plan`: whether parallel sampling pays on this model, device and batch, from latencies measured here and now."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .network import Model, Network, arguments_of
+from .sampling import check_arguments
+from .schedule import NoiseSchedule
+from .solvers import Solver, default, sequential
+
+# Iterations of the default solver at rtol 1e-2, and evaluations per sample and step: the upper end of the medians of
+# docs/convergence.md, and two iterations more at eta 0, since the slowest sample decides. Any eta > 0 counts as 1.
+ITERATIONS, EVALUATIONS = 9, 5.0
+ITERATIONS_WITH_NOISE, EVALUATIONS_WITH_NOISE = 12, 6.5
+# Windows of S / n steps: how many times the iterations and the evaluations of all steps at once (docs/convergence.md).
+WINDOWS = {2: (1.25, 0.8), 4: (1.9, 0.65), 8: (3.0, 0.55)}
+# A smaller gain is none: timing scatters by as much, and the solver's own work is not counted.
+LEAST_GAIN = 1.1
+# The device is full where twice the rows take this many times as long, twice in a row; more rows are not measured.
+FULL = 1.8
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to solve the chain in parallel, and its predicted time. window, max_batch: None for all."""
+
+    window: int | None
+    max_batch: int | None
+    iterations: int
+    evaluations: float  # per sample
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` gives back.
+
+    latencies: rows of a model call -> its seconds, as measured.
+    sequential_seconds, parallel_seconds: of the whole batch, predicted; the second is that of the fastest of `ways`.
+    speedup: their ratio. pays: whether it is at least 1.1.
+    solver, max_batch: what to pass to `sample`.
+    message: a paragraph for people.
+    ways: all steps at once, then windows, each with the `max_batch` that suits it.
+    out_of_memory: the rows with which the model ran out of memory, or None.
+    """
+
+    latencies: dict[int, float]
+    sequential_seconds: float
+    parallel_seconds: float
+    speedup: float
+    pays: bool
+    solver: Solver
+    max_batch: int | None
+    message: str
+    ways: tuple[Way, ...]
+    out_of_memory: int | None
+
+
+def plan(
+    model: Model,
+    example: Tensor,  # (B, *shape)
+    schedule: NoiseSchedule,
+    num_inference_steps: int = 50,
+    *,
+    eta: float = 0.0,
+    iterations: int | None = None,
+    evaluations: float | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    max_batch: int | None = None,
+    repeats: int = 3,
+) -> Plan:
+    """Measure the model with B, 2 B, 4 B, .. S * B rows, and predict whether parallel sampling beats sequential.
+
+    It stops at `max_batch`, out of memory, or where the device is full: from there on, calls are cut. Between two sizes
+    time is taken to be linear. What the solver does beside the model is not counted (docs/performance.md); it matters
+    for a model whose call takes less than some milliseconds.
+
+    example: (B, *shape), the noise one would sample, on its device. Other arguments as in `sample`.
+    iterations, evaluations: what a solve with all steps at once needs, such as `solution.iterations` and
+        `solution.nfe.double().mean()` of one of yours. By default what the shipped models needed at rtol 1e-2:
+        9 iterations and 5 S evaluations per sample, 12 and 6.5 S with eta > 0.
+    repeats: calls per size, of which the median counts; another one before them warms up. The smallest size is measured
+        again at the end, and the lower median counts.
+
+    The model is called as it is, without gradients; the random state of torch stays as it was. Raises ValueError or
+    TypeError as `sample` does, and what the model raises if already B rows are too many for the memory.
+    """
+    check_arguments(model, "example", example, schedule, default(), 0.0, None, model_kwargs, max_batch, None)
+    if len(example) == 0:
+        raise ValueError("example must hold at least one sample")
+    table = schedule.steps(num_inference_steps, eta=eta)
+    steps, batch = len(table.a), len(example)
+    given = iterations is not None or evaluations is not None
+    count, evals = _effort(steps, eta, iterations, evaluations)
+    if not isinstance(repeats, int) or repeats < 1:
+        raise ValueError(f"repeats must be an int >= 1, got {repeats!r}")
+
+    network = Network(model, table, arguments_of(model, model_kwargs), example)
+    devices = [example.device] if example.is_cuda else []
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        latencies, out_of_memory = _measure(network, example, min(max_batch or steps * batch, steps * batch), repeats)
+        fewest = min(latencies)  # what the sequential chain takes S times: a slow start must not make it look slow
+        latencies[fewest] = min(latencies[fewest], _latency(network, example, fewest, repeats))
+
+    one_by_one = steps * _seconds(latencies, batch, min(max_batch or batch, batch))
+    ways = _ways(latencies, steps, batch, count, evals, max_batch)
+    best = _fastest(ways)
+    speedup = one_by_one / best.seconds
+    pays = speedup >= LEAST_GAIN
+    return Plan(
+        latencies=latencies,
+        sequential_seconds=one_by_one,
+        parallel_seconds=best.seconds,
+        speedup=speedup,
+        pays=pays,
+        solver=replace(default(), window=best.window) if pays else sequential(),
+        max_batch=best.max_batch if pays else max_batch,
+        message=_message(latencies, steps, batch, one_by_one, best, pays, given, out_of_memory),
+        ways=tuple(ways),
+        out_of_memory=out_of_memory,
+    )
+
+
+def _effort(steps: int, eta: float, iterations: int | None, evaluations: float | None) -> tuple[int, float]:
+    """Iterations, and evaluations per sample, of all steps at once."""
+    usual = (ITERATIONS, EVALUATIONS) if eta == 0 else (ITERATIONS_WITH_NOISE, EVALUATIONS_WITH_NOISE)
+    if iterations is None:
+        count = min(usual[0], steps)
+    elif isinstance(iterations, int) and 1 <= iterations <= steps:
+        count = iterations
+    else:
+        raise ValueError(f"iterations must be None or an int in 1 .. {steps}, got {iterations!r}")
+    if evaluations is None:
+        # Iteration j settles step j: it is not evaluated again.
+        most = count * steps - count * (count - 1) / 2
+        return count, min(max(usual[1] * count / usual[0], 1.0) * steps, most)
+    if not isinstance(evaluations, (int, float)):
+        raise TypeError(f"evaluations must be a number, got {type(evaluations).__name__}")
+    if not steps <= evaluations <= count * steps:
+        raise ValueError(f"evaluations must lie in {steps} .. {count * steps}, steps * iterations, got {evaluations}")
+    return count, float(evaluations)
+
+
+def _measure(network: Network, example: Tensor, most: int, repeats: int) -> tuple[dict[int, float], int | None]:
+    """Median seconds by rows, and the rows that did not fit into the memory."""
+    latencies: dict[int, float] = {}
+    rows, slower = min(len(example), most), 0
+    while True:
+        try:
+            seconds = _latency(network, example, rows, repeats)
+        except (RuntimeError, MemoryError) as error:
+            if not latencies or not _out_of_memory(error):
+                raise
+            if example.is_cuda:
+                torch.cuda.empty_cache()
+            return latencies, rows
+        previous = latencies.get(rows // 2)
+        slower = slower + 1 if previous is not None and seconds >= FULL * previous else 0
+        latencies[rows] = seconds
+        if rows == most or slower == 2:
+            return latencies, None
+        rows = min(2 * rows, most)
+
+
+def _latency(network: Network, example: Tensor, rows: int, repeats: int) -> float:
+    index = torch.arange(rows, device=example.device)
+    steps, samples = index // len(example), index % len(example)
+    states = example[samples].to(torch.promote_types(example.dtype, torch.float32))
+    seconds = []
+    for _ in range(1 + repeats):
+        _wait(example)
+        started = perf_counter()
+        network(states, steps, samples)
+        _wait(example)
+        seconds.append(perf_counter() - started)
+    return median(seconds[1:])
+
+
+def _wait(example: Tensor) -> None:
+    if example.is_cuda:
+        torch.cuda.synchronize(example.device)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # Of a CPU, torch reports it as a plain RuntimeError.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _seconds(latencies: Mapping[int, float], rows: int, max_batch: int) -> float:
+    """The time of a call with `rows`, cut into parts of at most `max_batch`, a size that was measured."""
+    whole, rest = divmod(rows, max_batch)
+    return whole * _interpolated(latencies, max_batch) + (_interpolated(latencies, rest) if rest else 0.0)
+
+
+def _interpolated(latencies: Mapping[int, float], rows: int) -> float:
+    """Linear between sizes; fewer rows than the smallest take no less time, and beyond the largest each its share."""
+    sizes = sorted(latencies)
+    above = bisect_left(sizes, rows)
+    if above == len(sizes):
+        return latencies[sizes[-1]] * rows / sizes[-1]
+    if above == 0:
+        return latencies[sizes[0]]
+    low, high = sizes[above - 1], sizes[above]
+    share = (rows - low) / (high - low)
+    return (1 - share) * latencies[low] + share * latencies[high]
+
+
+def _ways(
+    latencies: Mapping[int, float],
+    steps: int,
+    batch: int,
+    iterations: int,
+    evaluations: float,
+    max_batch: int | None,
+) -> list[Way]:
+    """All steps at once first, then narrower windows."""
+    found = []
+    for parts, (more_iterations, fewer_evaluations) in {1: (1.0, 1.0), **WINDOWS}.items():
+        window = math.ceil(steps / parts)
+        if parts > 1 and not 2 <= window < steps:
+            continue
+        count = min(round(iterations * more_iterations), steps)
+        evals = min(max(evaluations * fewer_evaluations, steps), window * count)
+        sizes = sorted(latencies, reverse=True)
+        enough = sum(size >= window * batch for size in sizes)
+        ways = []
+        for size in sizes[max(enough - 1, 0) :]:  # the smallest that holds all rows, then those that cut them
+            seconds = sum(_seconds(latencies, rows, size) for rows in _rows(window, batch, count, evals))
+            limit = max_batch if size >= window * batch else size
+            ways.append(Way(window if parts > 1 else None, limit, count, evals, seconds))
+        found.append(_fastest(ways))
+    return found
+
+
+def _rows(window: int, batch: int, iterations: int, evaluations: float) -> list[int]:
+    """Rows of each iteration: they fall linearly, as steps settle, and add up to the evaluations."""
+    mean = evaluations / iterations
+    first = min(window, 2 * mean)
+    fall = 2 * (first - mean) / max(iterations - 1, 1)
+    return [max(round(batch * (first - fall * j)), 1) for j in range(iterations)]
+
+
+def _fastest(ways: list[Way]) -> Way:
+    """The first, unless a later one gains something on it."""
+    best = ways[0]
+    for way in ways[1:]:
+        if way.seconds * LEAST_GAIN <= best.seconds:
+            best = way
+    return best
+
+
+def _message(
+    latencies: Mapping[int, float],
+    steps: int,
+    batch: int,
+    one_by_one: float,
+    best: Way,
+    pays: bool,
+    given: bool,
+    out_of_memory: int | None,
+) -> str:
+    fewest, most = min(latencies), max(latencies)
+    width = "all steps at once" if best.window is None else f"a window of {best.window} steps"
+    cut = "" if best.max_batch is None else f", max_batch {best.max_batch}"
+    whose = "as given" if given else "as the shipped models need at rtol 1e-2, yours may differ"
+    parts = [
+        f"{'Yes' if pays else 'No'}: parallel sampling {'pays' if pays else 'does not pay'} here.",
+        f"{steps} sequential steps of {_count(batch, 'sample')} take {one_by_one:.3g} s;"
+        f" {width}{cut}: {best.seconds:.3g} s, {one_by_one / best.seconds:.2f} times as fast,"
+        f" with {best.iterations} iterations and {best.evaluations:.0f} evaluations per sample ({whose}).",
+    ]
+    if not pays and best.seconds < one_by_one:
+        parts.append(f"Less than {LEAST_GAIN} times is not counted as a gain.")
+    if most > fewest:
+        ratio = latencies[most] / latencies[fewest]
+        parts.append(
+            f"A call with {_count(most, 'row')} takes {latencies[most]:.3g} s, {ratio:.2g} times that with {fewest}."
+        )
+    if out_of_memory is not None:
+        parts.append(f"With {_count(out_of_memory, 'row')} the memory was not enough.")
+    parts.append("The solver's own work is not counted." if pays else "Use deqkern.solvers.sequential().")
+    return " ".join(parts)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

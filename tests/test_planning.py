@@ -1,0 +1,312 @@
+"""`plan`, on models whose time is made up: the clock moves only when they are called."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_cli import plain, run
+from test_models import save_tiny_model
+from torch import Tensor
+
+import deqkern
+from deqkern import NoiseSchedule, planning, solvers
+from deqkern.planning import plan
+
+SCHEDULE = NoiseSchedule.linear()
+
+
+@dataclass
+class Timed:
+    """A model that takes `cost(rows)` seconds of the fake clock."""
+
+    cost: Callable[[int], float]
+    calls: list[int] = field(default_factory=list)
+    now: float = 0.0
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        assert not torch.is_grad_enabled()
+        assert len(x) == len(t)
+        self.calls.append(len(x))
+        self.now += self.cost(len(x))
+        return 0.5 * x
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], float]], Timed]:
+    def build(cost: Callable[[int], float]) -> Timed:
+        model = Timed(cost)
+        monkeypatch.setattr(planning, "perf_counter", lambda: model.now)
+        return model
+
+    return build
+
+
+def noise(batch: int = 1) -> Tensor:
+    return torch.randn(batch, 1, 4, 4)
+
+
+Build = Callable[[Callable[[int], float]], Timed]
+
+
+@pytest.mark.parametrize(("eta", "iterations", "evaluations"), [(0.0, 9, 250), (1.0, 12, 325), (0.3, 12, 325)])
+def test_a_device_that_one_sample_leaves_idle_pays(
+    timed: Build, eta: float, iterations: int, evaluations: float
+) -> None:
+    found = plan(timed(lambda rows: 0.02), noise(), SCHEDULE, 50, eta=eta)
+    assert found.pays
+    assert found.sequential_seconds == pytest.approx(50 * 0.02)
+    assert found.parallel_seconds == pytest.approx(iterations * 0.02)
+    assert found.speedup == pytest.approx(50 / iterations)
+    assert (found.solver, found.max_batch, found.out_of_memory) == (solvers.default(), None, None)
+    assert (found.ways[0].iterations, found.ways[0].evaluations) == (iterations, evaluations)
+    assert found.message.startswith("Yes")
+    assert f"{iterations} iterations and {evaluations:.0f} evaluations" in found.message
+    assert "shipped models" in found.message
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_a_full_device_says_no_and_is_not_measured_further(timed: Build, batch: int) -> None:
+    model = timed(lambda rows: 0.01 * rows)
+    found = plan(model, noise(batch), SCHEDULE, 50)
+    assert not found.pays
+    assert found.sequential_seconds / found.ways[0].seconds == pytest.approx(50 / 250, rel=0.1)
+    assert found.speedup < 0.4  # of the narrowest window
+    assert (found.solver, found.max_batch) == (solvers.sequential(), None)
+    assert list(found.latencies) == [batch, 2 * batch, 4 * batch]
+    assert found.message.startswith("No")
+    assert "sequential()" in found.message
+
+
+def test_one_slow_size_is_not_a_full_device(timed: Build) -> None:
+    found = plan(timed(lambda rows: 0.01 if rows == 1 else 0.05), noise(), SCHEDULE, 50)
+    assert list(found.latencies) == [1, 2, 4, 8, 16, 32, 50]
+
+
+def test_sizes_are_measured_after_a_warm_up_and_the_median_counts(timed: Build) -> None:
+    seconds = iter([9.0, 4.0, 5.0, 4.0] + [9.0, 1.0, 5.0, 2.0] * 3)
+    model = timed(lambda rows: next(seconds))
+    found = plan(model, noise(2), SCHEDULE, 3, repeats=3)
+    assert model.calls == [2] * 4 + [4] * 4 + [6] * 4 + [2] * 4  # the smallest once more
+    assert found.latencies == {2: 2.0, 4: 2.0, 6: 2.0}
+
+
+def test_time_is_linear_between_sizes(timed: Build) -> None:
+    """With t = 1 + rows / 8 the sum over the iterations is known: iterations + evaluations / 8."""
+    found = plan(timed(lambda rows: 1 + rows / 8), noise(), SCHEDULE, 50, iterations=10, evaluations=300)
+    assert found.ways[0].seconds == pytest.approx(10 + 300 / 8, rel=0.02)
+    assert found.sequential_seconds == pytest.approx(50 * (1 + 1 / 8))
+    assert "as given" in found.message
+
+
+def test_time_beyond_and_below_what_was_measured() -> None:
+    latencies = {4: 1.0, 8: 3.0}
+    times = [planning._interpolated(latencies, rows) for rows in (1, 4, 5, 8, 12)]
+    assert times == [1.0, 1.0, 1.5, 3.0, 4.5]
+    assert planning._seconds(latencies, 18, 8) == 3.0 + 3.0 + 1.0
+
+
+@pytest.mark.parametrize("window", [50, 25, 7])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_rows_fall_and_add_up_to_the_evaluations(window: int, batch: int) -> None:
+    rows = planning._rows(window, batch, 25, 150)
+    assert rows == sorted(rows, reverse=True)
+    assert max(rows) <= window * batch
+    assert sum(rows) == pytest.approx(150 * batch, rel=0.05)
+
+
+def test_counts_are_those_that_can_be() -> None:
+    assert planning._effort(1, 0.0, None, None) == (1, 1)
+    assert planning._effort(9, 0.0, None, None) == (9, 45)
+    assert planning._effort(50, 0.0, 50, None) == (50, 50 * 51 / 2)
+    assert planning._effort(50, 0.0, 1, None) == (1, 50)
+    assert planning._effort(50, 0.0, 18, None) == (18, 500)
+    assert planning._effort(50, 1.0, None, 400) == (12, 400)
+
+
+def test_a_small_gain_is_none(timed: Build) -> None:
+    found = plan(timed(lambda rows: 0.01), noise(), SCHEDULE, 50, iterations=48)
+    assert 1 < found.speedup < 1.1
+    assert (found.pays, found.solver) == (False, solvers.sequential())
+    assert "Less than 1.1 times is not counted" in found.message
+
+
+def test_one_step_has_nothing_to_gain(timed: Build) -> None:
+    found = plan(timed(lambda rows: 0.01), noise(), SCHEDULE, 1)
+    assert (found.speedup, found.pays, len(found.ways)) == (1, False, 1)
+
+
+def test_a_window_where_more_rows_suddenly_cost(timed: Build) -> None:
+    found = plan(timed(lambda rows: 0.01 if rows <= 8 else 1.0), noise(), SCHEDULE, 50)
+    assert [way.window for way in found.ways] == [None, 25, 13, 7]
+    assert [way.max_batch for way in found.ways] == [8, 8, 8, None]
+    assert found.pays
+    assert found.solver == replace(solvers.default(), window=7)
+    assert "a window of 7 steps" in found.message
+
+
+def test_smaller_calls_where_larger_ones_are_slow(timed: Build) -> None:
+    found = plan(timed(lambda rows: 0.01 * (1 if rows <= 16 else rows)), noise(), SCHEDULE, 50, eta=1)
+    assert found.ways[0].max_batch == 16
+
+
+def test_max_batch_bounds_every_call(timed: Build) -> None:
+    model = timed(lambda rows: 0.01)
+    found = plan(model, noise(2), SCHEDULE, 50, max_batch=12)
+    assert (max(model.calls), found.max_batch) == (12, 12)
+    assert list(found.latencies) == [2, 4, 8, 12]
+    calls = sum(-(-rows // 12) for rows in planning._rows(50, 2, 9, 250))
+    assert found.ways[0].seconds == pytest.approx(0.01 * calls)
+
+
+def test_max_batch_below_the_batch_cuts_the_sequential_chain_too(timed: Build) -> None:
+    found = plan(timed(lambda rows: 0.01), noise(8), SCHEDULE, 50, max_batch=3)
+    assert found.latencies == {3: pytest.approx(0.01)}
+    assert found.sequential_seconds == pytest.approx(50 * 3 * 0.01)
+    assert found.max_batch == 3
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_out_of_memory_is_a_limit(timed: Build, error: Exception) -> None:
+    def cost(rows: int) -> float:
+        if rows > 16:
+            raise error
+        return 0.01
+
+    found = plan(timed(cost), noise(), SCHEDULE, 50)
+    assert list(found.latencies) == [1, 2, 4, 8, 16]
+    assert (found.out_of_memory, found.max_batch, found.pays) == (32, 16, True)
+    assert "With 32 rows the memory was not enough" in found.message
+
+
+@pytest.mark.parametrize("limit", [0, 8])
+def test_other_errors_and_no_memory_at_all_are_raised(timed: Build, limit: int) -> None:
+    def cost(rows: int) -> float:
+        if rows > limit:
+            raise RuntimeError("unrelated") if limit else torch.OutOfMemoryError("none")
+        return 0.01
+
+    with pytest.raises(RuntimeError, match="unrelated" if limit else "none"):
+        plan(timed(cost), noise(), SCHEDULE, 50)
+
+
+def test_what_it_says_is_what_sample_takes(timed: Build) -> None:
+    model = timed(lambda rows: 0.01)
+    found = deqkern.plan(model, noise(2), SCHEDULE, 10, max_batch=4)
+    assert isinstance(found, deqkern.Plan)
+    solution = deqkern.sample(model, noise(2), SCHEDULE, 10, solver=found.solver, max_batch=found.max_batch)
+    assert bool(solution.converged.all())
+
+
+def test_a_guided_model_and_per_sample_arguments() -> None:
+    rows: list[tuple[int, int]] = []
+
+    def model(x: Tensor, t: Tensor, text: Tensor, extra: Tensor) -> Tensor:
+        assert len(text) == len(extra) == len(x)
+        rows.append((len(x), len(t)))
+        return 0.5 * x + text[:, None, None, None]
+
+    cond, uncond = ({"text": torch.randn(2), "extra": torch.randn(2)} for _ in range(2))
+    found = plan(deqkern.guided(model, 3.0, cond, uncond), noise(2), SCHEDULE, 4, max_batch=8, repeats=1)
+    assert set(found.latencies) <= {2, 4, 8}
+    assert rows[:4] == [(4, 4)] * 2 + [(8, 8)] * 2
+    plain_model = plan(model, noise(2), SCHEDULE, 4, repeats=1, model_kwargs=cond)
+    assert min(plain_model.latencies) == 2
+
+
+def test_the_model_and_the_random_state_stay_as_they_are() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 3, padding=1), torch.nn.Dropout())
+    assert model.training
+    called = []
+    model.register_forward_hook(lambda *_: called.append(model.training))
+    before, example = [p.clone() for p in model.parameters()], noise().requires_grad_()
+    state = torch.get_rng_state()
+    plan(lambda x, t: model(x), example, SCHEDULE, 4, repeats=1)
+    assert all(called)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, q) and p.grad is None for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "reason"),
+    [
+        ({"model": 3}, TypeError, "model must be callable"),
+        ({"example": 3}, TypeError, "example must be a tensor"),
+        ({"example": torch.zeros(0, 1, 4, 4)}, ValueError, "example must hold at least one"),
+        ({"example": torch.full((1, 4), torch.nan)}, ValueError, "example must be finite"),
+        ({"schedule": "linear"}, TypeError, "schedule must be"),
+        ({"num_inference_steps": 0}, ValueError, "num_inference_steps must"),
+        ({"eta": -1.0}, ValueError, "eta must"),
+        ({"iterations": 0}, ValueError, "iterations must"),
+        ({"iterations": 51}, ValueError, "iterations must"),
+        ({"iterations": 9.5}, ValueError, "iterations must"),
+        ({"evaluations": 49}, ValueError, "evaluations must lie"),
+        ({"evaluations": 451}, ValueError, "evaluations must lie"),
+        ({"evaluations": float("nan")}, ValueError, "evaluations must lie"),
+        ({"evaluations": "many"}, TypeError, "evaluations must be a number"),
+        ({"model_kwargs": [1]}, TypeError, "model_kwargs must"),
+        ({"max_batch": 0}, ValueError, "max_batch must"),
+        ({"repeats": 0}, ValueError, "repeats must"),
+        ({"repeats": 1.5}, ValueError, "repeats must"),
+    ],
+)
+def test_bad_input_is_named_before_the_model_is_called(
+    changes: dict[str, Any], kind: type[Exception], reason: str
+) -> None:
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        raise AssertionError("called")
+
+    arguments = {"model": model, "example": noise(), "schedule": SCHEDULE, "num_inference_steps": 50} | changes
+    with pytest.raises(kind, match=reason):
+        plan(**arguments)
+
+
+def test_a_model_that_returns_another_shape_is_an_error() -> None:
+    with pytest.raises(ValueError, match="model returned shape"):
+        plan(lambda x, t: x[:, :, :2], noise(), SCHEDULE)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    save_tiny_model(path)
+    return path
+
+
+def test_the_command_prints_a_table_and_the_message(folder: Path) -> None:
+    text = plain(run("plan", "--model", folder, "--steps", 10, "--batch", 2, "--repeats", 1).stdout)
+    assert "tiny, 10 steps, batch 2, eta 0" in text
+    assert "sequential" in text
+    assert "10 sequential steps of 2 samples take" in text
+
+
+def test_the_command_prints_json(folder: Path) -> None:
+    options = ("--model", folder, "--steps", 10, "--iterations", 4, "--evaluations", 30, "--max-batch", 6, "--json")
+    report = json.loads(run("plan", *options).stdout)
+    assert report["solver"] in ("default", "sequential")
+    assert set(report["latencies"]) <= {"1", "2", "4", "6"}
+    assert report["ways"][0] | {"seconds": 0, "max_batch": 0} == {
+        "window": None,
+        "max_batch": 0,
+        "iterations": 4,
+        "evaluations": 30.0,
+        "seconds": 0,
+    }
+    assert report["pays"] == (report["speedup"] >= 1.1)
+
+
+@pytest.mark.parametrize("option", ["--steps", "--batch", "--iterations", "--evaluations", "--max-batch", "--repeats"])
+def test_a_bad_option_of_the_command_is_named(folder: Path, option: str) -> None:
+    assert option in plain(run("plan", "--model", folder, option, 0, code=2).stderr)
