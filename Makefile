@@ -50,9 +50,9 @@ lint: $(VENV)/.installed-dev
 types: $(VENV)/.installed-dev
 	$(PY) -m mypy deqkern
 
-# A warning is an error. The variable silences an advertisement.
+# A warning is an error, unless --quiet hides it. The variable silences an advertisement.
 docs: $(VENV)/.installed-docs
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 bench: $(VENV)/.installed-dev native
 	mkdir -p $(dir $(BENCH_OUT))
