@@ -2,6 +2,7 @@
 #
 #   make demo                                   pictures, curves and a table of the shipped models, in out/
 #   make test, make lint, make types            what .ci/run runs
+#   make docs                                   it runs that too: the site, to build/site/
 #   make bench                                  benchmarks, to bench/results/
 #   make gpu                                    on a GPU: build, tests marked gpu, measurements to bench/results/gpu.json;
 #                                               GPU_PYTHON=python3 takes an environment that has torch and triton
@@ -30,7 +31,7 @@ TORCH_INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 BUILD_REQUIRES = $$($(PY) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'])")
 RECIPES := pyproject.toml setup.py constraints.txt
 
-.PHONY: help demo test lint types bench gpu native clean distclean
+.PHONY: help demo test lint types docs bench gpu native clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -49,6 +50,10 @@ lint: $(VENV)/.installed-dev
 types: $(VENV)/.installed-dev
 	$(PY) -m mypy deqkern
 
+# A warning is an error, unless --quiet hides it. The variable silences an advertisement.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 bench: $(VENV)/.installed-dev native
 	mkdir -p $(dir $(BENCH_OUT))
 	$(PY) -m pytest bench --benchmark-json=$(BENCH_OUT) $(BENCH_FLAGS)
@@ -66,6 +71,7 @@ native: | $(VENV)/.installed-demo
 
 $(VENV)/.installed-demo: EXTRAS := demo
 $(VENV)/.installed-dev: EXTRAS := demo,triton,test,dev
+$(VENV)/.installed-docs: EXTRAS := docs
 $(VENV)/.installed-dev: $(VENV)/.installed-demo
 
 # What is installed already is left alone, and then pip asks no index.
