@@ -39,7 +39,7 @@ class DEQ(torch.nn.Module):
         self.solution = None
 
     def forward(self, z0: Any, *inputs: Any) -> Any:
-        """The solution z, as z0: a tensor (B, *shape), or a tuple or list of tensors. Also differentiable in eval mode."""
+        """The solution, as z0: a tensor (B, *shape), or a tuple or list of tensors. In eval mode differentiable too."""
         solution = fixed_point(
             lambda z: self.f(z, *inputs),
             z0,
