@@ -479,6 +479,7 @@ def test_from_diffusers_reads_final_sigmas_type() -> None:
         ("LCMScheduler", {}, "original_inference_steps"),
         ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, "stochastic_sampling"),
         ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, "invert_sigmas"),
+        ("DPMSolverMultistepScheduler", {"lambda_min_clipped": -5.1}, "lambda_min_clipped"),
         ("DDIMScheduler", {"trained_betas": TRAINED_BETAS}, "num_train_timesteps"),
     ],
 )
