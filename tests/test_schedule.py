@@ -166,7 +166,7 @@ def test_effective_output_takes_a_step_of_each_row_and_a_wider_or_narrower_dtype
         )
     assert table.effective_output(x.double(), out.double(), index).dtype == torch.float64
     assert table.effective_output(x.bfloat16(), out.bfloat16(), index).dtype == torch.float32
-    with pytest.raises(ValueError, match="clips"):
+    with pytest.raises(ValueError, match="converts"):
         NoiseSchedule.linear().steps(10).effective_output(x, out, index)
 
 
