@@ -383,7 +383,8 @@ def _rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
 
 def _own(scheduler: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     """What the scheduler itself takes: `from_config` also keeps the options of the one whose config it was."""
-    own = {name for kind in type(scheduler).__mro__ for name in inspect.signature(kind.__init__).parameters}
+    inits = [vars(kind)["__init__"] for kind in type(scheduler).__mro__ if "__init__" in vars(kind)]
+    own = {name for init in inits for name in inspect.signature(init).parameters}
     return {name: value for name, value in config.items() if name in own}
 
 
