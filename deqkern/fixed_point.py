@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from .gradients import Implicit, Once, Phantom, named
+from .network import leaves, pull
 from .slopes import Frozen
 from .solve import ConvergenceWarning, Solution, solve, warn_unless_converged
 from .solvers import Solver, anderson
 from .spectral import Basis
 from .step_table import StepTable
-from .trajectory import ROUNDINGS, Map, Trajectory
+from .trajectory import ROUNDINGS, Map, Trajectory, normal
 
 State = Any  # a tensor (B, *shape), or a tuple or list of tensors that share B
 Function = Callable[[Any], Any]  # a state to one of the same shapes
@@ -276,32 +277,12 @@ class _Linearized:
 
     def depends(self) -> bool:
         """Whether anything but z requires the gradient of f."""
-        seen, nodes = set(), [self.out.grad_fn]
-        while nodes:
-            node = nodes.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if getattr(node, "variable", self.z) is not self.z:
-                return True
-            nodes += [following for following, _ in node.next_functions]
-        return False
+        return any(value is not self.z for value in leaves(self.out))
 
     def pull(self, v: Tensor, create_graph: bool = False) -> Tensor:
-        """J^T v (B, D); v is scaled to a largest entry of 1 for f, whose dtype may be narrow."""
-        if not self.out.requires_grad:
-            return torch.zeros_like(v)
-        scale = v.abs().amax().clamp_min(torch.finfo(v.dtype).tiny)
-        (found,) = torch.autograd.grad(
-            self.out,
-            self.z,
-            v / scale,
-            retain_graph=True,
-            create_graph=create_graph,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        return found * scale
+        """J^T v (B, D)."""
+        (found,) = pull(self.out, [self.z], v, retain_graph=True, create_graph=create_graph)
+        return found
 
     def __call__(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
         return self.pull(states)
@@ -369,7 +350,7 @@ def jacobian_regularization(
     linear = _Linearized(f, layout, layout.rows(z))
     total, graph = linear.z.new_zeros(()), torch.is_grad_enabled()
     for _ in range(samples):
-        total = total + linear.pull(_normal(linear.z, generator), graph).square().mean()
+        total = total + linear.pull(normal(linear.z, generator), graph).square().mean()
     return total / samples
 
 
@@ -383,7 +364,7 @@ def spectral_radius(f: Function, z: State, iterations: int = 20, generator: torc
     """
     layout = _check_around(f, z, "iterations", iterations, generator)
     linear = _Linearized(f, layout, layout.rows(z))
-    v, tiny = _normal(linear.z, generator), torch.finfo(layout.dtype).tiny
+    v, tiny = normal(linear.z, generator), torch.finfo(layout.dtype).tiny
     logs = []
     for _ in range(iterations):
         v = linear.pull(v / v.norm(dim=1, keepdim=True).clamp_min(tiny)).detach()
@@ -403,11 +384,6 @@ def _check_around(f: Function, z: State, name: str, count: int, generator: torch
 def _check_generator(generator: torch.Generator | None) -> None:
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
-
-
-def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    device = like.device if generator is None else generator.device
-    return torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
 
 
 @dataclass(frozen=True)
@@ -465,7 +441,7 @@ def path_independence(
         found = [run(layout.rows(start)) for start in starts]
     else:
         example = layout.rows(starts)
-        found = [run(torch.zeros_like(example)), run(_normal(example, generator))]
+        found = [run(torch.zeros_like(example)), run(normal(example, generator))]
         if len(example) > 1:
             found.append(run(found[0].value.roll(1, 0)))
     ends = torch.stack([solution.value for solution in found]).double()  # (starts, B, D)

@@ -328,10 +328,16 @@ class _Sums:
         self.network, self.states, self.inputs = network, states, inputs
         self.sums = [torch.zeros_like(v, dtype=torch.promote_types(v.dtype, torch.float32)) for v in inputs]
 
-    def add(self, cotangents: Tensor, own: Tensor, samples: Tensor, weight: float) -> Tensor:
-        """J^T cotangents (N, *shape) of the chain's own steps (N,); `weight` times the same by the inputs is added."""
+    def vjp(
+        self, cotangents: Tensor, own: Tensor, samples: Tensor, inputs: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        """J^T cotangents (N, *shape) of the chain's own steps (N,), by the states and by `inputs`."""
         states = self.states[own + int(self.network.table.implicit), samples]
-        through, found = self.network.vjp(states, cotangents, own, samples, self.inputs)
+        return self.network.vjp(states, cotangents, own, samples, inputs)
+
+    def add(self, cotangents: Tensor, own: Tensor, samples: Tensor, weight: float) -> Tensor:
+        """`vjp` by the states; `weight` times that by the inputs is added."""
+        through, found = self.vjp(cotangents, own, samples, self.inputs)
         for total, value in zip(self.sums, found, strict=True):
             total.add_(value, alpha=weight)
         return through
@@ -347,12 +353,10 @@ class _Transposed:
     what = "model has a gradient with"
 
     def __init__(self, sums: _Sums) -> None:
-        self.network, self.states = sums.network, sums.states
+        self.sums, self.last = sums, len(sums.states) - 2
 
     def __call__(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
-        own = len(self.states) - 2 - steps
-        at = self.states[own + int(self.network.table.implicit), samples]
-        return self.network.vjp(at, states, own, samples)[0]
+        return self.sums.vjp(states, self.last - steps, samples)[0]
 
 
 @dataclass(frozen=True)

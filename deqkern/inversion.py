@@ -211,22 +211,18 @@ def _continued(callback: Callback, joint: Solution, left: Tensor) -> Callback:
 
 def _merge(joint: Solution, again: Solution, left: Tensor) -> Solution:
     """`joint` with the samples `left` (n,) taken from `again`, whose iterations came after its own."""
-    value, trajectory, nfe = joint.value.clone(), joint.trajectory.clone(), joint.nfe.clone()
-    value[left], trajectory[:, left] = again.value, again.trajectory
+    merged = {name: getattr(joint, name).clone() for name in ("value", "converged", "error_estimate", "residual")}
+    for name, value in merged.items():
+        value[left] = getattr(again, name)
+    trajectory, nfe = joint.trajectory.clone(), joint.nfe.clone()
+    trajectory[:, left] = again.trajectory
     nfe[left.cpu()] += again.nfe
-    converged, estimate = joint.converged.clone(), joint.error_estimate.clone()
-    converged[left], estimate[left] = again.converged, again.error_estimate
-    residual = joint.residual.clone()
-    residual[left] = again.residual
     later = joint.history[-1].repeat(len(again.history), 1)
     later[:, left] = again.history
     message = f"{joint.message}; {len(left)} of the samples went on step by step: {again.message}"
     return Solution(
-        value=value,
+        **merged,
         trajectory=trajectory,
-        converged=converged,
-        error_estimate=estimate,
-        residual=residual,
         iterations=joint.iterations + again.iterations,
         nfe=nfe,
         history=torch.cat([joint.history, later]),

@@ -16,7 +16,7 @@ from .network import Model, Network
 from .schedule import NoiseSchedule
 from .solve import Callback, ConvergenceWarning, Solution, solve
 from .solvers import Solver
-from .trajectory import start
+from .trajectory import normal, start
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -74,8 +74,7 @@ class Optimize:
                 )
             drawn = self.noise.detach()
         else:
-            device = sample.device if self.generator is None else self.generator.device
-            drawn = torch.randn(sample.shape, generator=self.generator, device=device).to(sample.device)
+            drawn = normal(sample, self.generator, torch.float32)
         return drawn.to(torch.promote_types(sample.dtype, torch.float32), copy=True)
 
 
