@@ -151,6 +151,6 @@ def start(
 
 
 def normal(like: Tensor, generator: torch.Generator | None, dtype: torch.dtype | None = None) -> Tensor:
-    """Standard normal noise like `like`, drawn as diffusers does: on the generator's device, in its dtype unless given."""
+    """Standard normal noise like `like`, drawn as diffusers does: on the generator's device, its dtype by default."""
     device, dtype = like.device if generator is None else generator.device, dtype or like.dtype
     return torch.randn(like.shape, generator=generator, device=device, dtype=dtype).to(like.device)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .. import inversion, sampling
+from ..guidance import guided
 from ..network import kwargs_of
 from ..schedule import NoiseSchedule, StepTable
 from ..solve import Solution, Solve
@@ -403,20 +404,12 @@ def invert(
         prompts = [prompt] * len(latents) if isinstance(prompt, str) else list(prompt)
         if len(prompts) != len(latents):
             raise ValueError(f"prompt must be one or {len(latents)}, as many as images, got {len(prompts)}")
-        guided = guidance_scale > 1
-        text, empty = pipe.encode_prompt(prompts, latents.device, 1, guided)
-        context = torch.stack([empty, text] if guided else [text], dim=1)  # (B, 1 or 2, tokens, features)
-        copies = context.shape[1]
-
-        def model(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-            inputs = x.to(unet.dtype).repeat(copies, 1, 1, 1)
-            output = unet(inputs, t.repeat(copies), encoder_hidden_states=context.transpose(0, 1).flatten(0, 1)).sample
-            if not guided:
-                return output
-            without, given = output.chunk(2)
-            return without + guidance_scale * (given - without)
-
-        return found(model, latents, copies, {"context": context})
+        guides = guidance_scale > 1
+        text, empty = pipe.encode_prompt(prompts, latents.device, 1, guides)
+        given = {"encoder_hidden_states": text}  # (B, tokens, features)
+        if not guides:
+            return found(unet, latents, 1, given)
+        return found(guided(unet, guidance_scale, given, {"encoder_hidden_states": empty}), latents, 2, {})
 
 
 def _pixels(pipe: Any, image: Any) -> Tensor:  # (B, C, H, W) in -1 .. 1
