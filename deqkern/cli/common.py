@@ -1,4 +1,4 @@
-"""What the commands share: errors that name options, progress, checks of what is to be written, JSON."""
+"""What the commands share: options, errors that name options, progress, checks of what is to be written, JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -21,6 +21,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..solve import Callback
+
+# Options of several commands.
+ModelOption = Annotated[str, typer.Option(help="digits, photos, or the folder of a diffusers UNet2DModel.")]
+StepsOption = Annotated[int, typer.Option(help="Steps of the chain.")]
+BatchOption = Annotated[int, typer.Option(min=1, help="Samples.")]
+EtaOption = Annotated[float, typer.Option(help="0 is DDIM, 1 is like DDPM.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of all noise.")]
+RtolOption = Annotated[float, typer.Option(help="Relative error of a sample at which it is done.")]
+MaxBatchOption = Annotated[int | None, typer.Option(help="Most rows in one model call (default: all).")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 

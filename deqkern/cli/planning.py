@@ -9,15 +9,24 @@ import typer
 from rich.console import Console
 
 from .. import models, planning
-from .common import errors_name_options, new_table, to_json
-from .inversion import JsonOption, MaxBatchOption, ModelOption, StepsOption
+from .common import (
+    BatchOption,
+    EtaOption,
+    JsonOption,
+    MaxBatchOption,
+    ModelOption,
+    StepsOption,
+    errors_name_options,
+    new_table,
+    to_json,
+)
 
 
 def plan(
     model: ModelOption = "digits",
     steps: StepsOption = 50,
-    batch: Annotated[int, typer.Option(min=1, help="Samples.")] = 1,
-    eta: Annotated[float, typer.Option(help="0 is DDIM, 1 is like DDPM.")] = 0.0,
+    batch: BatchOption = 1,
+    eta: EtaOption = 0.0,
     iterations: Annotated[
         int | None, typer.Option(help="Iterations of a solve (default: what the shipped models need).")
     ] = None,

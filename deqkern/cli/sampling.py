@@ -19,7 +19,25 @@ from torch import Tensor
 from .. import models, plots, sampling, solvers
 from ..solve import Callback, ConvergenceWarning, Solution, relative_error
 from ..solvers import Solver
-from .common import PICTURES, Follow, check_out, errors_name_options, new_table, progress, to_json, version, writing
+from .common import (
+    PICTURES,
+    BatchOption,
+    EtaOption,
+    Follow,
+    JsonOption,
+    MaxBatchOption,
+    ModelOption,
+    RtolOption,
+    SeedOption,
+    StepsOption,
+    check_out,
+    errors_name_options,
+    new_table,
+    progress,
+    to_json,
+    version,
+    writing,
+)
 from .files import Noise
 
 _ABOUT_THE_TABLE = """\
@@ -142,21 +160,21 @@ def _solver(preset: Preset, pretrained: models.Pretrained) -> Solver:
 
 def sample(
     context: typer.Context,
-    model: Annotated[str, typer.Option(help="digits, photos, or the folder of a diffusers UNet2DModel.")] = "digits",
-    steps: Annotated[int, typer.Option(help="Steps of the chain.")] = 50,
-    batch: Annotated[int, typer.Option(min=1, help="Samples.")] = 16,
+    model: ModelOption = "digits",
+    steps: StepsOption = 50,
+    batch: BatchOption = 16,
     solver: Annotated[Preset, typer.Option(help="How the chain is solved.")] = Preset.default,
-    eta: Annotated[float, typer.Option(help="0 is DDIM, 1 is like DDPM.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of all noise.")] = 0,
-    rtol: Annotated[float, typer.Option(help="Relative error of a sample at which it is done.")] = 1e-2,
+    eta: EtaOption = 0.0,
+    seed: SeedOption = 0,
+    rtol: RtolOption = 1e-2,
     max_iterations: Annotated[int | None, typer.Option(help="Stop after so many (default: the steps).")] = None,
-    max_batch: Annotated[int | None, typer.Option(help="Most rows in one model call (default: all).")] = None,
+    max_batch: MaxBatchOption = None,
     noise: Annotated[
         Path | None, typer.Option(help="What deqkern invert wrote: its noise, model, steps and sigma_min.")
     ] = None,
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("grid.png"),
     compare: Annotated[bool, typer.Option("--compare", help="Run the sequential chain too, and compare.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Sample a batch from a model, write a picture of it, and say what it took."""
     check_out(out, "--out", PICTURES)
@@ -205,10 +223,10 @@ def _stored_chains(path: Path, context: typer.Context) -> Chains:
 def demo(
     out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("out"),
     model: Annotated[list[str] | None, typer.Option(help="Instead of the shipped models; repeatable.")] = None,
-    steps: Annotated[int, typer.Option(help="Steps of the chain.")] = 50,
-    batch: Annotated[int, typer.Option(min=1, help="Samples.")] = 4,
-    rtol: Annotated[float, typer.Option(help="Relative error of a sample at which it is done.")] = 1e-2,
-    seed: Annotated[int, typer.Option(help="Seed of all noise.")] = 0,
+    steps: StepsOption = 50,
+    batch: BatchOption = 4,
+    rtol: RtolOption = 1e-2,
+    seed: SeedOption = 0,
 ) -> None:
     """Sample the shipped models with every solver, beside the sequential chain: pictures, curves and a table."""
     out.mkdir(parents=True, exist_ok=True)
