@@ -11,6 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import (
+    check_callable,
+    check_callback,
+    check_count,
+    check_dtype,
+    check_finite,
+    check_generator,
+    check_rtol,
+    check_solver,
+)
 from .gradients import Implicit, Once, Phantom, named
 from .network import leaves, pull
 from .slopes import Frozen
@@ -80,8 +90,7 @@ def fixed_point(
     """
     solver = anderson() if solver is None else solver
     method = check_options(f, solver, rtol, max_iterations, gradient)
-    if callback is not None and not callable(callback):
-        raise TypeError(f"callback must be callable, got {type(callback).__name__}")
+    check_callback(callback)
     layout = _Layout.of(z0, "z0")
     found = _solved(f, layout, layout.rows(z0), solver, rtol, max_iterations, callback)
     warn_unless_converged(found)
@@ -98,25 +107,19 @@ def check_options(
     f: Function, solver: Solver, rtol: float, max_iterations: int, gradient: str | Implicit | Phantom | None = None
 ) -> Implicit | Phantom | None:
     """Refuse what `fixed_point` cannot do; the gradient that `gradient` names."""
-    if not callable(f):
-        raise TypeError(f"f must be callable, got {type(f).__name__}")
-    _check_solver("solver", solver)
-    if not isinstance(rtol, (int, float)):
-        raise TypeError(f"rtol must be a number, got {type(rtol).__name__}")
-    if not 0 <= rtol < math.inf:
-        raise ValueError(f"rtol must be finite and >= 0, got {rtol}")
-    if not isinstance(max_iterations, int) or max_iterations < 1:
-        raise ValueError(f"max_iterations must be an int >= 1, got {max_iterations!r}")
+    check_callable("f", f)
+    _check_plain("solver", solver)
+    check_rtol(rtol)
+    check_count("max_iterations", max_iterations)
     method = named(gradient, ("implicit", "phantom"))
     assert method is None or isinstance(method, Implicit | Phantom)
     if isinstance(method, Implicit) and method.solver is not None:
-        _check_solver("gradient.solver", method.solver)
+        _check_plain("gradient.solver", method.solver)
     return method
 
 
-def _check_solver(name: str, solver: Solver) -> None:
-    if not isinstance(solver, Solver):
-        raise TypeError(f"{name} must be a Solver, got {type(solver).__name__}")
+def _check_plain(name: str, solver: Solver) -> None:
+    check_solver(name, solver)
     if not isinstance(solver.slope, Frozen) or solver.slope.shrinkage != 0:
         raise ValueError(f"{name} of a fixed point must have the slope Frozen(), got {solver.slope}")
     if solver.window is not None:
@@ -142,14 +145,12 @@ class _Layout:
         for part in parts:
             if not isinstance(part, Tensor):
                 raise TypeError(f"{name} must be a tensor, or a tuple or list of tensors, got {type(part).__name__}")
-            if part.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-                raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64, got {part.dtype}")
+            check_dtype(name, part)
             if part.ndim < 1 or part.numel() == 0:
                 raise ValueError(f"{name} must have shape (B, *shape) and not be empty, got {tuple(part.shape)}")
             if len(part) != len(parts[0]) or part.device != parts[0].device:
                 raise ValueError(f"{name} must hold tensors of one batch size on one device")
-            if not bool(part.isfinite().all()):
-                raise ValueError(f"{name} must be finite")
+            check_finite(name, part)
         shapes, dtypes = tuple(tuple(part.shape) for part in parts), tuple(part.dtype for part in parts)
         return cls(shapes, dtypes, kind, parts[0].device)
 
@@ -373,17 +374,10 @@ def spectral_radius(f: Function, z: State, iterations: int = 20, generator: torc
 
 
 def _check_around(f: Function, z: State, name: str, count: int, generator: torch.Generator | None) -> _Layout:
-    if not callable(f):
-        raise TypeError(f"f must be callable, got {type(f).__name__}")
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"{name} must be an int >= 1, got {count!r}")
-    _check_generator(generator)
+    check_callable("f", f)
+    check_count(name, count)
+    check_generator(generator)
     return _Layout.of(z, "z")
-
-
-def _check_generator(generator: torch.Generator | None) -> None:
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
 
 
 @dataclass(frozen=True)
@@ -423,7 +417,7 @@ def path_independence(
     """
     solver = anderson() if solver is None else solver
     check_options(f, solver, rtol, max_iterations)
-    _check_generator(generator)
+    check_generator(generator)
     if not isinstance(tolerance, (int, float)) or not 0 < tolerance < math.inf:
         raise ValueError(f"tolerance must be finite and > 0, got {tolerance!r}")
     listed = isinstance(starts, list)

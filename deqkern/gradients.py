@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_count, check_solver
 from .network import Network
 from .schedule import StepTable
 from .solve import ConvergenceWarning, Solution, solve
@@ -45,12 +46,11 @@ class Implicit:
     callback: Callable[[Solution], None] | None = None
 
     def __post_init__(self) -> None:
-        if self.solver is not None and not isinstance(self.solver, Solver):
-            raise TypeError(f"solver must be a Solver, got {type(self.solver).__name__}")
+        if self.solver is not None:
+            check_solver("solver", self.solver)
         if self.rtol is not None and not 0 <= self.rtol < float("inf"):
             raise ValueError(f"rtol must be None or finite and >= 0, got {self.rtol}")
-        if self.max_iterations is not None and (not isinstance(self.max_iterations, int) or self.max_iterations < 1):
-            raise ValueError(f"max_iterations must be None or an int >= 1, got {self.max_iterations!r}")
+        check_count("max_iterations", self.max_iterations, optional=True)
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,7 @@ class Phantom:
     tau: float = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps must be an int >= 1, got {self.steps!r}")
+        check_count("steps", self.steps)
         if not 0 < self.tau <= 1:
             raise ValueError(f"tau must lie in (0, 1], got {self.tau}")
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import gradients, sampling
+from .checks import check_arguments, check_cuda_graph
 from .gradients import Gradient
 from .network import Model, Network, arguments_of, kwargs_of
 from .optimization import Optimize, optimize
@@ -94,10 +95,8 @@ def invert(
     if not isinstance(round_trip, bool):
         raise TypeError(f"round_trip must be a bool, got {type(round_trip).__name__}")
     solver = default() if solver is None else solver
-    sampling.check_arguments(
-        model, "sample", sample, schedule, solver, rtol, max_iterations, model_kwargs, max_batch, callback
-    )
-    sampling.check_cuda_graph(cuda_graph, sample, solver)
+    check_arguments(model, "sample", sample, schedule, solver, rtol, max_iterations, model_kwargs, max_batch, callback)
+    check_cuda_graph(cuda_graph, sample, solver)
     largest = float(sample.detach().abs().amax()) if sample.numel() else 0.0
     if largest > LARGEST_VALUE:
         warnings.warn(

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_arguments, check_count
 from .network import Model, Network, arguments_of
-from .sampling import check_arguments
 from .schedule import NoiseSchedule
 from .solvers import Solver, default, sequential
 
@@ -102,8 +102,7 @@ def plan(
     steps, batch = len(table.a), len(example)
     given = iterations is not None or evaluations is not None
     count, evals = _effort(steps, eta, iterations, evaluations)
-    if not isinstance(repeats, int) or repeats < 1:
-        raise ValueError(f"repeats must be an int >= 1, got {repeats!r}")
+    check_count("repeats", repeats)
 
     network = Network(model, table, arguments_of(model, model_kwargs), example)
     devices = [example.device] if example.is_cuda else []

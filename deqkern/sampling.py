@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,14 +10,13 @@ import torch
 from torch import Tensor
 
 from . import gradients
+from .checks import check_arguments, check_cuda_graph, check_guess, check_step_noise
 from .gradients import Gradient
 from .network import Model, Network, arguments_of
 from .schedule import NoiseSchedule
 from .solve import Callback, Solution, solve, warn_unless_converged
 from .solvers import Solver, default
 from .trajectory import start
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def sample(
@@ -80,8 +78,8 @@ def sample(
     table = schedule.steps(num_inference_steps, eta=eta, sigma_min=sigma_min)
     if isinstance(method, gradients.Adjoint) and table.clips:
         raise ValueError("schedule clips or thresholds x0: gradient='adjoint' needs one that does not")
-    _check_step_noise(step_noise, generator, noise, len(table.a), eta)
-    _check_guess(guess, noise, len(table.a))
+    check_step_noise(step_noise, generator, noise, len(table.a), eta)
+    check_guess(guess, noise, len(table.a))
     network = Network(model, table, arguments_of(model, model_kwargs), noise)
     with torch.no_grad():
         trajectory = start(
@@ -110,103 +108,3 @@ def sample(
         )
         solution = replace(solution, value=value)
     return solution
-
-
-def check_arguments(
-    model: Model,
-    name: str,
-    first: Tensor,
-    schedule: NoiseSchedule,
-    solver: Solver,
-    rtol: float,
-    max_iterations: int | None,
-    model_kwargs: Mapping[str, Any] | None,
-    max_batch: int | None,
-    callback: Callback | None,
-) -> None:
-    """What `sample` and `invert` share; `name` is the argument that holds the chain's known state `first`."""
-    if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
-    check_chain(model, name, first, solver, rtol, max_iterations, model_kwargs, max_batch, callback)
-
-
-def check_chain(
-    model: Model,
-    name: str,
-    first: Tensor,
-    solver: Solver,
-    rtol: float,
-    max_iterations: int | None,
-    model_kwargs: Mapping[str, Any] | None,
-    max_batch: int | None,
-    callback: Callable[..., Any] | None,
-) -> None:
-    """The same for a chain that is given by its table."""
-    if not callable(model):
-        raise TypeError(f"model must be callable, got {type(model).__name__}")
-    if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
-        raise TypeError(f"model_kwargs must be a mapping, got {type(model_kwargs).__name__}")
-    if not isinstance(first, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(first).__name__}")
-    if first.dtype not in _DTYPES:
-        raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64, got {first.dtype}")
-    if first.ndim < 2 or math.prod(first.shape[1:]) == 0:
-        raise ValueError(f"{name} must have shape (B, *shape) with a non-empty sample shape, got {tuple(first.shape)}")
-    if not isinstance(solver, Solver):
-        raise TypeError(f"solver must be a Solver, got {type(solver).__name__}")
-    if not bool(first.isfinite().all()):
-        raise ValueError(f"{name} must be finite")
-    check_options(rtol, max_iterations, max_batch)
-    if callback is not None and not callable(callback):
-        raise TypeError(f"callback must be callable, got {type(callback).__name__}")
-
-
-def check_options(rtol: float, max_iterations: int | None, max_batch: int | None) -> None:
-    """Refuse what no solve can stop at or keep to."""
-    if not isinstance(rtol, (int, float)):
-        raise TypeError(f"rtol must be a number, got {type(rtol).__name__}")
-    if not 0 <= rtol < math.inf:
-        raise ValueError(f"rtol must be finite and >= 0, got {rtol}")
-    for option, value in (("max_iterations", max_iterations), ("max_batch", max_batch)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{option} must be None or an int >= 1, got {value!r}")
-
-
-def check_cuda_graph(cuda_graph: bool, noise: Tensor, solver: Solver) -> None:
-    """Refuse `cuda_graph` where nothing can be captured."""
-    if not isinstance(cuda_graph, bool):
-        raise TypeError(f"cuda_graph must be a bool, got {type(cuda_graph).__name__}")
-    if cuda_graph and not noise.is_cuda:
-        raise ValueError(f"cuda_graph=True needs noise on a CUDA device, got {noise.device}")
-    if cuda_graph and solver.window is not None:
-        raise ValueError("cuda_graph=True needs a solver without a window: the rows of a graph do not move")
-
-
-def _check_guess(guess: Tensor | None, noise: Tensor, steps: int) -> None:
-    if guess is None:
-        return
-    if not isinstance(guess, Tensor) or guess.dtype not in _DTYPES:
-        raise TypeError("guess must be an fp32, bf16, fp16 or fp64 tensor")
-    if guess.shape != (steps + 1, *noise.shape):
-        raise ValueError(f"guess must have shape {(steps + 1, *noise.shape)}, got {tuple(guess.shape)}")
-    if guess.device != noise.device:
-        raise ValueError(f"guess is on {guess.device}, noise on {noise.device}")
-    if not bool(guess.isfinite().all()):
-        raise ValueError("guess must be finite")
-
-
-def _check_step_noise(
-    step_noise: Tensor | None, generator: torch.Generator | None, noise: Tensor, steps: int, eta: float
-) -> None:
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
-    if step_noise is None:
-        return
-    if not isinstance(step_noise, Tensor) or step_noise.dtype not in _DTYPES:
-        raise TypeError("step_noise must be an fp32, bf16, fp16 or fp64 tensor")
-    if eta == 0:
-        raise ValueError("step_noise needs eta > 0: with eta = 0 no step draws noise")
-    if step_noise.shape != (steps, *noise.shape):
-        raise ValueError(f"step_noise must have shape {(steps, *noise.shape)}, got {tuple(step_noise.shape)}")
-    if step_noise.device != noise.device:
-        raise ValueError(f"step_noise is on {step_noise.device}, noise on {noise.device}")

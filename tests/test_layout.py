@@ -19,7 +19,7 @@ LAYERS = [
     ["deqkern.spectral"],
     ["deqkern.slopes"],
     ["deqkern.solvers", "deqkern.network"],
-    ["deqkern.trajectory"],
+    ["deqkern.trajectory", "deqkern.checks"],
     ["deqkern.capture"],
     ["deqkern.solve"],
     ["deqkern.gradients"],

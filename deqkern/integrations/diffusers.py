@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .. import inversion, sampling
+from .. import inversion
+from ..checks import check_options, check_solver
 from ..guidance import guided
 from ..network import kwargs_of
 from ..schedule import NoiseSchedule, StepTable
@@ -83,9 +84,8 @@ def parallel(
     scheduler = getattr(pipe.scheduler, "_deqkern_original", pipe.scheduler)  # of a context inside a context
     _check_scheduler(scheduler)
     solver = default() if solver is None else solver
-    if not isinstance(solver, Solver):
-        raise TypeError(f"solver must be a Solver, got {type(solver).__name__}")
-    sampling.check_options(rtol, None, max_batch)
+    check_solver("solver", solver)
+    check_options(rtol, None, max_batch)
     run = ParallelRun(pipe, denoiser, scheduler, rtol, solver, max_batch)
     before, kind = pipe.scheduler, type(pipe)
     handles = [
@@ -366,7 +366,7 @@ def invert(
 
     Raises ValueError or TypeError for an argument that does not fit.
     """
-    sampling.check_options(rtol, None, max_batch)
+    check_options(rtol, None, max_batch)
     name = _loop(pipe)
     if name not in INVERTIBLE:
         raise ValueError(
