@@ -97,6 +97,8 @@ def check_callback(callback: Any) -> None:
 
 def check_solver(name: str, solver: Any) -> None:
     """A `Solver`."""
+    if isinstance(solver, str):
+        raise TypeError(f"{name} must be a Solver, or of deqkern.sample 'auto', got {solver!r}")
     if not isinstance(solver, Solver):
         raise TypeError(f"{name} must be a Solver, got {type(solver).__name__}")
 
@@ -127,6 +129,17 @@ def check_cuda_graph(cuda_graph: bool, noise: Tensor, solver: Solver) -> None:
         raise ValueError(f"cuda_graph=True needs noise on a CUDA device, got {noise.device}")
     if cuda_graph and solver.window is not None:
         raise ValueError("cuda_graph=True needs a solver without a window: the rows of a graph do not move")
+
+
+def check_auto(max_iterations: int | None, cuda_graph: bool, steps: int) -> None:
+    """Refuse with solver="auto" what one of the solvers that it may choose cannot keep to."""
+    if max_iterations is not None and max_iterations < steps:
+        raise ValueError(
+            f"max_iterations must be None or at least {steps} with solver='auto', which may choose the sequential "
+            f"chain of {steps} iterations, got {max_iterations}"
+        )
+    if cuda_graph:
+        raise ValueError("cuda_graph=True needs a solver without a window, and solver='auto' may choose one")
 
 
 def check_guess(guess: Tensor | None, noise: Tensor, steps: int) -> None:

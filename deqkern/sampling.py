@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from . import gradients
-from .checks import check_arguments, check_cuda_graph, check_guess, check_step_noise
+from .checks import check_arguments, check_auto, check_cuda_graph, check_guess, check_step_noise
 from .gradients import Gradient
 from .network import Model, Network, arguments_of
+from .planning import planned
 from .schedule import NoiseSchedule
 from .solve import Callback, Solution, solve, warn_unless_converged
 from .solvers import Solver, default
@@ -26,7 +27,7 @@ def sample(
     num_inference_steps: int = 50,
     *,
     eta: float = 0.0,
-    solver: Solver | None = None,
+    solver: Solver | Literal["auto"] | None = None,
     rtol: float = 1e-2,
     max_iterations: int | None = None,
     step_noise: Tensor | None = None,  # (S, B, *shape)
@@ -50,7 +51,11 @@ def sample(
     noise: (B, *shape) fp32, bf16 or fp16: the chain's noisy end, standard normal for most schedules. Any layout. With
         fp64 the states are fp64 too, and the ops run as plain torch.
     schedule: see `NoiseSchedule`. eta: 0 is DDIM, 1 is DDPM-like (arXiv 2010.02502, eq. 16).
-    solver: `deqkern.solvers.default()` if None. rtol: relative 2-norm of the error of each clean sample.
+    solver: `deqkern.solvers.default()` if None. "auto" measures the model first, as `deqkern.plan` does, and takes the
+        solver and the `max_batch` of that plan, which is `Solution.plan`: the sequential chain where parallel does not
+        pay. Every call measures again, which may cost as much as two solves: in a loop, keep the plan of the first and
+        pass its `solver` and `max_batch`. The calls that measure do not count in `nfe`.
+    rtol: relative 2-norm of the error of each clean sample.
     max_iterations: at most so many; S if None, which is always enough.
     step_noise: (S, B, *shape), the noise of each step, eta > 0 only; else drawn from `generator` in the order of the
         sequential chain.
@@ -71,22 +76,28 @@ def sample(
     model returns another shape, or NaN. A sample that does not converge is reported in the `Solution` and by one
     `ConvergenceWarning`.
     """
-    solver = default() if solver is None else solver
-    check_arguments(model, "noise", noise, schedule, solver, rtol, max_iterations, model_kwargs, max_batch, callback)
-    check_cuda_graph(cuda_graph, noise, solver)
+    auto = isinstance(solver, str) and solver == "auto"
+    chosen: Any = default() if solver is None or auto else solver
+    check_arguments(model, "noise", noise, schedule, chosen, rtol, max_iterations, model_kwargs, max_batch, callback)
+    check_cuda_graph(cuda_graph, noise, chosen)
     method = gradients.named(gradient)
     table = schedule.steps(num_inference_steps, eta=eta, sigma_min=sigma_min)
     if isinstance(method, gradients.Adjoint) and table.clips:
         raise ValueError("schedule clips or thresholds x0: gradient='adjoint' needs one that does not")
     check_step_noise(step_noise, generator, noise, len(table.a), eta)
     check_guess(guess, noise, len(table.a))
-    network = Network(model, table, arguments_of(model, model_kwargs), noise)
+    arguments, found = arguments_of(model, model_kwargs), None
+    if auto:
+        check_auto(max_iterations, cuda_graph, len(table.a))
+        found = planned(Network(model, table, arguments, noise), "noise", noise, eta, rtol, max_batch)
+        chosen, max_batch = found.solver, found.max_batch
+    network = Network(model, table, arguments, noise)
     with torch.no_grad():
         trajectory = start(
             network,
             noise,
             table,
-            solver,
+            chosen,
             guess=guess,
             step_noise=step_noise,
             generator=generator,
@@ -94,13 +105,14 @@ def sample(
         )
         solution = solve(
             trajectory,
-            solver,
+            chosen,
             rtol=rtol,
             max_iterations=max_iterations,
             callback=callback,
             dtype=noise.dtype,
             cuda_graph=cuda_graph,
         )
+    solution = replace(solution, plan=found)
     warn_unless_converged(solution)
     if method is not None:
         value = gradients.attach(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import ops
 from .capture import CapturedIterations
+from .planning import Plan
 from .slopes import Secant, slope_of
 from .solvers import Solver
 from .trajectory import Trajectory
@@ -42,6 +43,7 @@ class Solution:
     history: (iterations, B) fp64, the error estimate after each iteration.
     message: one line for people.
     round_trip: (B,) or None, of `invert` on request: the relative error of the sample made from `value` again.
+    plan: of `sample(solver="auto")`: what was measured and chosen.
     """
 
     value: Tensor
@@ -54,6 +56,7 @@ class Solution:
     history: Tensor
     message: str
     round_trip: Tensor | None = None
+    plan: Plan | None = None
 
 
 class _Workspace:

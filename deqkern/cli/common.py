@@ -20,6 +20,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..planning import Plan
 from ..solve import Callback
 
 # Options of several commands.
@@ -147,6 +148,12 @@ def new_table(title: str, names: tuple[str, ...], figures: tuple[str, ...]) -> T
     for head in figures:
         table.add_column(head, justify="right", no_wrap=True)
     return table
+
+
+def plan_summary(plan: Plan) -> dict[str, Any]:
+    """The plan in numbers, lists and None."""
+    names = {"solver": plan.solver.name, "window": plan.solver.window}
+    return vars(plan) | names | {"ways": [vars(way) for way in plan.ways]}
 
 
 def to_json(value: Any) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -33,6 +33,7 @@ from .common import (
     check_out,
     errors_name_options,
     new_table,
+    plan_summary,
     progress,
     to_json,
     version,
@@ -48,7 +49,7 @@ does not pay. It pays on a GPU that the sequential chain leaves idle."""
 
 
 class Preset(StrEnum):
-    """The solvers by name; `profile` is the default one started from the model's measured slopes."""
+    """The solvers by name; `profile` is the default one started from the model's measured slopes, `auto` a plan's."""
 
     default = "default"
     profile = "profile"
@@ -56,6 +57,7 @@ class Preset(StrEnum):
     parataa = "parataa"
     picard = "picard"
     sequential = "sequential"
+    auto = "auto"
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Run:
             "true_error": None if self.true_error is None else spread(self.true_error),
             "seconds": round(self.seconds, 3),
             "message": self.solution.message,
+            "plan": None if self.solution.plan is None else plan_summary(self.solution.plan),
         }
 
 
@@ -149,7 +152,9 @@ def spread(values: Tensor) -> dict[str, Any]:
     return {"median": float(values.median()), "max": float(values.max()), "per_sample": values.tolist()}
 
 
-def _solver(preset: Preset, pretrained: models.Pretrained) -> Solver:
+def _solver(preset: Preset, pretrained: models.Pretrained) -> Solver | Literal["auto"]:
+    if preset is Preset.auto:
+        return "auto"
     if preset is not Preset.profile:
         build: Callable[[], Solver] = getattr(solvers, preset)
         return build()
@@ -200,6 +205,8 @@ def sample(
         return
     title = f"{chains.pretrained.name}: {batch} samples, {chain}, rtol {rtol:g}"
     Console().print(run_table([((run.solver,), run) for run in runs], ("solver",), title))
+    if runs[0].solution.plan is not None:
+        typer.echo(runs[0].solution.plan.message)
     typer.echo(f"written: {out}")
 
 
@@ -261,7 +268,7 @@ def _run_all(chains: Chains, rtol: float, follow: Follow) -> tuple[list[Run], li
     reference = chains.run(Preset.sequential, follow(where + Preset.sequential, chains.steps, None), rtol=0.0)
     runs, curves = [], []
     for preset in Preset:
-        if preset is Preset.sequential or (preset is Preset.profile and chains.pretrained.profile is None):
+        if preset in (Preset.sequential, Preset.auto) or (preset == "profile" and chains.pretrained.profile is None):
             continue
         trace = Trace(reference.solution.value)
         run = chains.run(preset, follow(where + preset, chains.steps, trace), rtol=rtol)

@@ -71,7 +71,8 @@ def parallel(
 
     pipe: one of `DENOISERS`, or a subclass with the same loop, with a DDIMScheduler or, for Stable Diffusion 3, a
         FlowMatchEulerDiscreteScheduler. Inpainting needs a UNet of 9 channels.
-    rtol, solver: as in `deqkern.sample`. max_batch: rows in one call of the denoiser; guidance takes two per state.
+    rtol, solver: as in `deqkern.sample`, but no "auto". max_batch: rows in one call of the denoiser; guidance takes two
+        per state.
     eta and generator of the call are kept to: step noise is drawn in the order of the sequential loop.
 
     Yields an object whose `solution` is the `Solution` of the last finished call; `nfe` counts states, guided or not.
