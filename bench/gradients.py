@@ -10,6 +10,7 @@ noise to its stop, 0.5, with Adam: evaluations (products included) and sequentia
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -20,17 +21,16 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor
 
 import deqkern
-from deqkern import NoiseSchedule, Optimize, Solution, models, solvers
+from deqkern import Optimize, Solution, models, solvers
 from deqkern.gradients import Adjoint, Exact, Gradient, Implicit, Phantom, Pullback
 from deqkern.network import Network
 from deqkern.solve import relative_error
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-import itertools
-
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+import problems
 from train import BATCHES
 
 Row = dict[str, Any]
@@ -80,24 +80,7 @@ def measure_errors(name: str, eta: float, batch: int, steps: int) -> list[Row]:
 
 def measure_order(order: int, eta: float) -> Row:
     """Errors of AdjointDEIS on a Gaussian, in float64."""
-    total, variance = 16384, torch.linspace(0.1, 2, 5, dtype=torch.float64)
-    schedule = NoiseSchedule.linear(0.1 / total, 20 / total, total)
-    abar = schedule.alphas_cumprod
-    assert abar is not None
-
-    def model(x: Tensor, t: Tensor) -> Tensor:
-        level = abar[t.long()][:, None]
-        return (1 - level).sqrt() / (level * variance + 1 - level) * x
-
-    errors = {}
-    for steps in (32, 64, 128, 256, 512):
-        table, noise = schedule.steps(steps, eta=eta, sigma_min=0.1), torch.zeros(1, 5, dtype=torch.float64)
-        pullback = Pullback(Network(model, table, {}, noise), Adjoint(order), 0.0, None)
-        found = pullback(torch.zeros(steps + 1, 1, 5, dtype=torch.float64), torch.ones_like(noise)).first
-        ends = [(table.alpha[0], table.sigma[0]), (table.alpha_next[-1], table.sigma_next[-1])]
-        grown = [(a / s) / (1 + (a / s) ** 2 * variance).sqrt() for a, s in ends]
-        expected = ends[1][0] / ends[0][0] * (grown[0] / grown[1]) ** (1 + eta**2)
-        errors[steps] = float(relative_error(found, expected[None]))
+    errors = {steps: float(problems.adjoint_error(order, eta, steps, total=16384)) for steps in (32, 64, 128, 256, 512)}
     values = list(errors.values())
     slopes = [math.log2(before / after) for before, after in itertools.pairwise(values)]
     cells = ["SDE" if eta else "ODE", order, *(f"{e:.1e}" for e in values), " ".join(f"{s:.2f}" for s in slopes)]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_count
 from .network import Model
 from .sampling import sample
 from .schedule import NoiseSchedule
@@ -47,8 +48,7 @@ def calibrate(
     shape: of one sample, without the batch. Costs about 8 * num_inference_steps model evaluations per sample and eta.
     Other arguments as in `sample`. Raises ValueError for samples < 1 and whatever `sample` raises.
     """
-    if not isinstance(samples, int) or samples < 1:
-        raise ValueError(f"samples must be an int >= 1, got {samples!r}")
+    check_count("samples", samples)
     if not etas:
         raise ValueError("etas must name at least one eta")
     recorder = _Recorder()

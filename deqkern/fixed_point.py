@@ -11,13 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import (
+    check_callable,
+    check_callback,
+    check_count,
+    check_dtype,
+    check_finite,
+    check_generator,
+    check_rtol,
+    check_solver,
+)
 from .gradients import Implicit, Once, Phantom, named
+from .network import leaves, pull
 from .slopes import Frozen
 from .solve import ConvergenceWarning, Solution, solve, warn_unless_converged
 from .solvers import Solver, anderson
 from .spectral import Basis
 from .step_table import StepTable
-from .trajectory import ROUNDINGS, Map, Trajectory
+from .trajectory import ROUNDINGS, Map, Trajectory, normal
 
 State = Any  # a tensor (B, *shape), or a tuple or list of tensors that share B
 Function = Callable[[Any], Any]  # a state to one of the same shapes
@@ -81,8 +92,7 @@ def fixed_point(
     """
     solver = anderson() if solver is None else solver
     method = check_options(f, solver, rtol, max_iterations, gradient)
-    if callback is not None and not callable(callback):
-        raise TypeError(f"callback must be callable, got {type(callback).__name__}")
+    check_callback(callback)
     layout = _Layout.of(z0, "z0")
     found = _solved(f, layout, layout.rows(z0), solver, rtol, max_iterations, callback)
     warn_unless_converged(found)
@@ -99,25 +109,19 @@ def check_options(
     f: Function, solver: Solver, rtol: float, max_iterations: int, gradient: str | Implicit | Phantom | None = None
 ) -> Implicit | Phantom | None:
     """Refuse what `fixed_point` cannot do; the gradient that `gradient` names."""
-    if not callable(f):
-        raise TypeError(f"f must be callable, got {type(f).__name__}")
-    _check_solver("solver", solver)
-    if not isinstance(rtol, (int, float)):
-        raise TypeError(f"rtol must be a number, got {type(rtol).__name__}")
-    if not 0 <= rtol < math.inf:
-        raise ValueError(f"rtol must be finite and >= 0, got {rtol}")
-    if not isinstance(max_iterations, int) or max_iterations < 1:
-        raise ValueError(f"max_iterations must be an int >= 1, got {max_iterations!r}")
+    check_callable("f", f)
+    _check_plain("solver", solver)
+    check_rtol(rtol)
+    check_count("max_iterations", max_iterations)
     method = named(gradient, ("implicit", "phantom"))
     assert method is None or isinstance(method, Implicit | Phantom)
     if isinstance(method, Implicit) and method.solver is not None:
-        _check_solver("gradient.solver", method.solver)
+        _check_plain("gradient.solver", method.solver)
     return method
 
 
-def _check_solver(name: str, solver: Solver) -> None:
-    if not isinstance(solver, Solver):
-        raise TypeError(f"{name} must be a Solver, got {type(solver).__name__}")
+def _check_plain(name: str, solver: Solver) -> None:
+    check_solver(name, solver)
     if not isinstance(solver.slope, Frozen) or solver.slope.shrinkage != 0:
         raise ValueError(f"{name} of a fixed point must have the slope Frozen(), got {solver.slope}")
     if solver.window is not None:
@@ -143,14 +147,12 @@ class _Layout:
         for part in parts:
             if not isinstance(part, Tensor):
                 raise TypeError(f"{name} must be a tensor, or a tuple or list of tensors, got {type(part).__name__}")
-            if part.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-                raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64, got {part.dtype}")
+            check_dtype(name, part)
             if part.ndim < 1 or part.numel() == 0:
                 raise ValueError(f"{name} must have shape (B, *shape) and not be empty, got {tuple(part.shape)}")
             if len(part) != len(parts[0]) or part.device != parts[0].device:
                 raise ValueError(f"{name} must hold tensors of one batch size on one device")
-            if not bool(part.isfinite().all()):
-                raise ValueError(f"{name} must be finite")
+            check_finite(name, part)
         shapes, dtypes = tuple(tuple(part.shape) for part in parts), tuple(part.dtype for part in parts)
         return cls(shapes, dtypes, kind, parts[0].device)
 
@@ -278,32 +280,12 @@ class _Linearized:
 
     def depends(self) -> bool:
         """Whether anything but z requires the gradient of f."""
-        seen, nodes = set(), [self.out.grad_fn]
-        while nodes:
-            node = nodes.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if getattr(node, "variable", self.z) is not self.z:
-                return True
-            nodes += [following for following, _ in node.next_functions]
-        return False
+        return any(value is not self.z for value in leaves(self.out))
 
     def pull(self, v: Tensor, create_graph: bool = False) -> Tensor:
-        """J^T v (B, D); v is scaled to a largest entry of 1 for f, whose dtype may be narrow."""
-        if not self.out.requires_grad:
-            return torch.zeros_like(v)
-        scale = v.abs().amax().clamp_min(torch.finfo(v.dtype).tiny)
-        (found,) = torch.autograd.grad(
-            self.out,
-            self.z,
-            v / scale,
-            retain_graph=True,
-            create_graph=create_graph,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        return found * scale
+        """J^T v (B, D)."""
+        (found,) = pull(self.out, [self.z], v, retain_graph=True, create_graph=create_graph)
+        return found
 
     def __call__(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
         return self.pull(states)
@@ -371,7 +353,7 @@ def jacobian_regularization(
     linear = _Linearized(f, layout, layout.rows(z))
     total, graph = linear.z.new_zeros(()), torch.is_grad_enabled()
     for _ in range(samples):
-        total = total + linear.pull(_normal(linear.z, generator), graph).square().mean()
+        total = total + linear.pull(normal(linear.z, generator), graph).square().mean()
     return total / samples
 
 
@@ -385,7 +367,7 @@ def spectral_radius(f: Function, z: State, iterations: int = 20, generator: torc
     """
     layout = _check_around(f, z, "iterations", iterations, generator)
     linear = _Linearized(f, layout, layout.rows(z))
-    v, tiny = _normal(linear.z, generator), torch.finfo(layout.dtype).tiny
+    v, tiny = normal(linear.z, generator), torch.finfo(layout.dtype).tiny
     logs = []
     for _ in range(iterations):
         v = linear.pull(v / v.norm(dim=1, keepdim=True).clamp_min(tiny)).detach()
@@ -394,22 +376,10 @@ def spectral_radius(f: Function, z: State, iterations: int = 20, generator: torc
 
 
 def _check_around(f: Function, z: State, name: str, count: int, generator: torch.Generator | None) -> _Layout:
-    if not callable(f):
-        raise TypeError(f"f must be callable, got {type(f).__name__}")
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"{name} must be an int >= 1, got {count!r}")
-    _check_generator(generator)
+    check_callable("f", f)
+    check_count(name, count)
+    check_generator(generator)
     return _Layout.of(z, "z")
-
-
-def _check_generator(generator: torch.Generator | None) -> None:
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
-
-
-def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    device = like.device if generator is None else generator.device
-    return torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
 
 
 @dataclass(frozen=True)
@@ -449,7 +419,7 @@ def path_independence(
     """
     solver = anderson() if solver is None else solver
     check_options(f, solver, rtol, max_iterations)
-    _check_generator(generator)
+    check_generator(generator)
     if not isinstance(tolerance, (int, float)) or not 0 < tolerance < math.inf:
         raise ValueError(f"tolerance must be finite and > 0, got {tolerance!r}")
     listed = isinstance(starts, list)
@@ -467,7 +437,7 @@ def path_independence(
         found = [run(layout.rows(start)) for start in starts]
     else:
         example = layout.rows(starts)
-        found = [run(torch.zeros_like(example)), run(_normal(example, generator))]
+        found = [run(torch.zeros_like(example)), run(normal(example, generator))]
         if len(example) > 1:
             found.append(run(found[0].value.roll(1, 0)))
     ends = torch.stack([solution.value for solution in found]).double()  # (starts, B, D)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_count, check_solver
 from .network import Network
 from .schedule import StepTable
 from .solve import ConvergenceWarning, Solution, solve
@@ -45,12 +46,11 @@ class Implicit:
     callback: Callable[[Solution], None] | None = None
 
     def __post_init__(self) -> None:
-        if self.solver is not None and not isinstance(self.solver, Solver):
-            raise TypeError(f"solver must be a Solver, got {type(self.solver).__name__}")
+        if self.solver is not None:
+            check_solver("solver", self.solver)
         if self.rtol is not None and not 0 <= self.rtol < float("inf"):
             raise ValueError(f"rtol must be None or finite and >= 0, got {self.rtol}")
-        if self.max_iterations is not None and (not isinstance(self.max_iterations, int) or self.max_iterations < 1):
-            raise ValueError(f"max_iterations must be None or an int >= 1, got {self.max_iterations!r}")
+        check_count("max_iterations", self.max_iterations, optional=True)
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,7 @@ class Phantom:
     tau: float = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps must be an int >= 1, got {self.steps!r}")
+        check_count("steps", self.steps)
         if not 0 < self.tau <= 1:
             raise ValueError(f"tau must lie in (0, 1], got {self.tau}")
 
@@ -331,10 +330,16 @@ class _Sums:
         self.network, self.states, self.inputs = network, states, inputs
         self.sums = [torch.zeros_like(v, dtype=torch.promote_types(v.dtype, torch.float32)) for v in inputs]
 
-    def add(self, cotangents: Tensor, own: Tensor, samples: Tensor, weight: float) -> Tensor:
-        """J^T cotangents (N, *shape) of the chain's own steps (N,); `weight` times the same by the inputs is added."""
+    def vjp(
+        self, cotangents: Tensor, own: Tensor, samples: Tensor, inputs: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        """J^T cotangents (N, *shape) of the chain's own steps (N,), by the states and by `inputs`."""
         states = self.states[own + int(self.network.table.implicit), samples]
-        through, found = self.network.vjp(states, cotangents, own, samples, self.inputs)
+        return self.network.vjp(states, cotangents, own, samples, inputs)
+
+    def add(self, cotangents: Tensor, own: Tensor, samples: Tensor, weight: float) -> Tensor:
+        """`vjp` by the states; `weight` times that by the inputs is added."""
+        through, found = self.vjp(cotangents, own, samples, self.inputs)
         for total, value in zip(self.sums, found, strict=True):
             total.add_(value, alpha=weight)
         return through
@@ -350,12 +355,10 @@ class _Transposed:
     what = "model has a gradient with"
 
     def __init__(self, sums: _Sums) -> None:
-        self.network, self.states = sums.network, sums.states
+        self.sums, self.last = sums, len(sums.states) - 2
 
     def __call__(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
-        own = len(self.states) - 2 - steps
-        at = self.states[own + int(self.network.table.implicit), samples]
-        return self.network.vjp(at, states, own, samples)[0]
+        return self.sums.vjp(states, self.last - steps, samples)[0]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import gradients, sampling
+from .checks import check_arguments, check_cuda_graph
 from .gradients import Gradient
 from .network import Model, Network, arguments_of, kwargs_of
 from .optimization import Optimize, optimize
@@ -94,10 +95,8 @@ def invert(
     if not isinstance(round_trip, bool):
         raise TypeError(f"round_trip must be a bool, got {type(round_trip).__name__}")
     solver = default() if solver is None else solver
-    sampling.check_arguments(
-        model, "sample", sample, schedule, solver, rtol, max_iterations, model_kwargs, max_batch, callback
-    )
-    sampling.check_cuda_graph(cuda_graph, sample, solver)
+    check_arguments(model, "sample", sample, schedule, solver, rtol, max_iterations, model_kwargs, max_batch, callback)
+    check_cuda_graph(cuda_graph, sample, solver)
     largest = float(sample.detach().abs().amax()) if sample.numel() else 0.0
     if largest > LARGEST_VALUE:
         warnings.warn(
@@ -214,13 +213,12 @@ def _continued(callback: Callback, joint: Solution, left: Tensor) -> Callback:
 
 def _merge(joint: Solution, again: Solution, left: Tensor) -> Solution:
     """`joint` with the samples `left` (n,) taken from `again`, whose iterations came after its own."""
-    value, trajectory, nfe = joint.value.clone(), joint.trajectory.clone(), joint.nfe.clone()
-    value[left], trajectory[:, left] = again.value, again.trajectory
+    merged = {name: getattr(joint, name).clone() for name in ("value", "converged", "error_estimate", "residual")}
+    for name, value in merged.items():
+        value[left] = getattr(again, name)
+    trajectory, nfe = joint.trajectory.clone(), joint.nfe.clone()
+    trajectory[:, left] = again.trajectory
     nfe[left.cpu()] += again.nfe
-    converged, estimate = joint.converged.clone(), joint.error_estimate.clone()
-    converged[left], estimate[left] = again.converged, again.error_estimate
-    residual = joint.residual.clone()
-    residual[left] = again.residual
     later, later_nfe = (v[-1].repeat(len(again.history), 1) for v in (joint.history, joint.nfe_history))
     later[:, left] = again.history
     later_nfe[:, left.cpu()] += again.nfe_history
@@ -228,11 +226,8 @@ def _merge(joint: Solution, again: Solution, left: Tensor) -> Solution:
     residuals[:, :, left] = again.residual_history
     message = f"{joint.message}; {len(left)} of the samples went on step by step: {again.message}"
     return Solution(
-        value=value,
+        **merged,
         trajectory=trajectory,
-        converged=converged,
-        error_estimate=estimate,
-        residual=residual,
         iterations=joint.iterations + again.iterations,
         nfe=nfe,
         history=torch.cat([joint.history, later]),

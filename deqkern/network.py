@@ -63,6 +63,46 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(entry)
 
 
+def leaves(output: Tensor) -> list[Tensor]:
+    """The tensors that require grad, made by no operation, that the autograd graph of `output` ends in."""
+    found, seen, nodes = [], set(), [output.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        nodes += [following for following, _ in node.next_functions]
+    return found
+
+
+def pull(
+    output: Tensor,
+    inputs: Sequence[Tensor],
+    cotangents: Tensor,  # like output
+    retain_graph: bool = False,
+    create_graph: bool = False,
+) -> list[Tensor]:
+    """J^T cotangents by each of `inputs`: zeros where the output does not depend on it.
+
+    The cotangents are scaled to a largest entry of 1 for the graph, whose dtypes may be narrow.
+    """
+    if not output.requires_grad:
+        return [torch.zeros_like(value) for value in inputs]
+    scale = cotangents.abs().amax().clamp_min(torch.finfo(cotangents.dtype).tiny)
+    found = torch.autograd.grad(
+        output,
+        inputs,
+        (cotangents / scale).to(output.dtype),
+        retain_graph=retain_graph or create_graph,
+        create_graph=create_graph,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return [value * scale.to(value.dtype) for value in found]
+
+
 class Network:
     """`model` at states of the chain `table`: (states (N, *shape), steps (N,), samples (N,)) -> (N, *shape).
 
@@ -99,24 +139,12 @@ class Network:
         samples: Tensor,  # (N,)
         inputs: Sequence[Tensor] = (),
     ) -> tuple[Tensor, list[Tensor]]:
-        """J^T cotangents (N, *shape) by the states, and the same by `inputs`, summed over the rows.
-
-        The cotangents are scaled to a largest entry of 1 for the model, whose dtype may be narrow.
-        """
-        scale = cotangents.abs().amax().clamp_min(torch.finfo(cotangents.dtype).tiny)
+        """J^T cotangents (N, *shape) by the states, and the same by `inputs`, summed over the rows."""
         with torch.enable_grad():
             states = states.detach().requires_grad_()
             output = self(states, steps, samples)
-            if not output.requires_grad:
-                return torch.zeros_like(states), [torch.zeros_like(value) for value in inputs]
-            found = torch.autograd.grad(
-                output,
-                [states, *inputs],
-                (cotangents / scale).to(output.dtype),
-                allow_unused=True,
-                materialize_grads=True,
-            )
-        return found[0] * scale, [value * scale.to(value.dtype) for value in found[1:]]
+        by_states, *others = pull(output, [states, *inputs], cotangents)
+        return by_states, others
 
     def inputs(self, example: Tensor) -> list[Tensor]:
         """The tensors besides the states that the output depends on and that require grad.
@@ -137,17 +165,7 @@ class Network:
         cut = {name: _detached(value) for name, value in self.model_kwargs.items()}
         one = torch.zeros(1, dtype=torch.int64, device=example.device)
         with torch.enable_grad():
-            output = self._call(self._input(example[:1].detach()), self.timesteps[one], one, cut)
-        leaves, seen, nodes = [], set(), [output.grad_fn]
-        while nodes:
-            node = nodes.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if hasattr(node, "variable"):
-                leaves.append(node.variable)
-            nodes += [following for following, _ in node.next_functions]
-        return leaves
+            return leaves(self._call(self._input(example[:1].detach()), self.timesteps[one], one, cut))
 
     def _input(self, states: Tensor) -> Tensor:
         """The states (N, *shape) in the model's dtype; without autograd in memory that the next call reuses."""

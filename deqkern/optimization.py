@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_callable, check_generator
 from .gradients import Gradient, Pullback, named
 from .network import Model, Network
 from .schedule import NoiseSchedule
 from .solve import Callback, ConvergenceWarning, Solution, solve
 from .solvers import Solver
-from .trajectory import start
+from .trajectory import normal, start
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -53,14 +54,12 @@ class Optimize:
 
     def __post_init__(self) -> None:
         for name in ("loss", "optimizer"):
-            if not callable(getattr(self, name)):
-                raise TypeError(f"{name} must be callable, got {type(getattr(self, name)).__name__}")
+            check_callable(name, getattr(self, name))
         if named(self.gradient) is None:
             raise ValueError("gradient must not be None: optimizing needs one")
         if self.noise is not None and not isinstance(self.noise, Tensor):
             raise TypeError(f"noise must be a tensor, got {type(self.noise).__name__}")
-        if self.generator is not None and not isinstance(self.generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator, got {type(self.generator).__name__}")
+        check_generator(self.generator)
         if self.stop is not None and math.isnan(self.stop):
             raise ValueError("stop must not be NaN")
 
@@ -74,8 +73,7 @@ class Optimize:
                 )
             drawn = self.noise.detach()
         else:
-            device = sample.device if self.generator is None else self.generator.device
-            drawn = torch.randn(sample.shape, generator=self.generator, device=device).to(sample.device)
+            drawn = normal(sample, self.generator, torch.float32)
         return drawn.to(torch.promote_types(sample.dtype, torch.float32), copy=True)
 
 

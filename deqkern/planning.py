@@ -6,15 +6,14 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from statistics import median
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .checks import check_arguments, check_count
 from .network import Model, Network, arguments_of
-from .sampling import check_arguments
 from .schedule import NoiseSchedule
 from .solvers import Solver, default, sequential
 
@@ -22,12 +21,17 @@ from .solvers import Solver, default, sequential
 # docs/convergence.md, and two iterations more at eta 0, since the slowest sample decides. Any eta > 0 counts as 1.
 ITERATIONS, EVALUATIONS = 9, 5.0
 ITERATIONS_WITH_NOISE, EVALUATIONS_WITH_NOISE = 12, 6.5
+# Each decade of rtol below takes so many iterations more, and evaluations per sample and step (docs/convergence.md).
+ITERATIONS_PER_DECADE, EVALUATIONS_PER_DECADE = 1.5, 0.8
+USUAL_RTOL, LEAST_RTOL = 1e-2, 1e-7
 # Windows of S / n steps: how many times the iterations and the evaluations of all steps at once (docs/convergence.md).
 WINDOWS = {2: (1.25, 0.8), 4: (1.9, 0.65), 8: (3.0, 0.55)}
 # A smaller gain is none: timing scatters by as much, and the solver's own work is not counted.
 LEAST_GAIN = 1.1
 # The device is full where twice the rows take this many times as long, twice in a row; more rows are not measured.
 FULL = 1.8
+# Calls per size.
+REPEATS = 3
 
 
 @dataclass(frozen=True)
@@ -73,11 +77,12 @@ def plan(
     num_inference_steps: int = 50,
     *,
     eta: float = 0.0,
+    rtol: float = USUAL_RTOL,
     iterations: int | None = None,
     evaluations: float | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     max_batch: int | None = None,
-    repeats: int = 3,
+    repeats: int = REPEATS,
 ) -> Plan:
     """Measure the model with B, 2 B, 4 B, .. S * B rows, and predict whether parallel sampling beats sequential.
 
@@ -88,29 +93,47 @@ def plan(
     example: (B, *shape), the noise one would sample, on its device. Other arguments as in `sample`.
     iterations, evaluations: what a solve with all steps at once needs, such as `solution.iterations` and
         `solution.nfe.double().mean()` of one of yours. By default what the shipped models needed at rtol 1e-2:
-        9 iterations and 5 S evaluations per sample, 12 and 6.5 S with eta > 0.
-    repeats: calls per size, of which the median counts; another one before them warms up. The smallest size is measured
-        again at the end, and the lower median counts.
+        9 iterations and 5 S evaluations per sample, 12 and 6.5 S with eta > 0; for a smaller `rtol` 1.5 and 0.8 S more
+        per decade.
+    repeats: calls per size, of which the fastest counts: whatever else runs here only adds time. Another one before
+        them warms up. The smallest size is measured once more at the end, for as long as the largest.
 
     The model is called as it is, without gradients; the random state of torch stays as it was. Raises ValueError or
     TypeError as `sample` does, and what the model raises if already B rows are too many for the memory.
     """
-    check_arguments(model, "example", example, schedule, default(), 0.0, None, model_kwargs, max_batch, None)
-    if len(example) == 0:
-        raise ValueError("example must hold at least one sample")
-    table = schedule.steps(num_inference_steps, eta=eta)
-    steps, batch = len(table.a), len(example)
-    given = iterations is not None or evaluations is not None
-    count, evals = _effort(steps, eta, iterations, evaluations)
-    if not isinstance(repeats, int) or repeats < 1:
-        raise ValueError(f"repeats must be an int >= 1, got {repeats!r}")
+    check_arguments(model, "example", example, schedule, default(), rtol, None, model_kwargs, max_batch, None)
+    check_count("repeats", repeats)
+    network = Network(model, schedule.steps(num_inference_steps, eta=eta), arguments_of(model, model_kwargs), example)
+    return planned(network, "example", example, eta, rtol, max_batch, iterations, evaluations, repeats)
 
-    network = Network(model, table, arguments_of(model, model_kwargs), example)
+
+def planned(
+    network: Network,
+    name: str,
+    example: Tensor,  # (B, *shape)
+    eta: float,
+    rtol: float,
+    max_batch: int | None,
+    iterations: int | None = None,
+    evaluations: float | None = None,
+    repeats: int = REPEATS,
+) -> Plan:
+    """`plan`, of arguments that are checked; `name` is the one that holds the example."""
+    if len(example) == 0:
+        raise ValueError(f"{name} must hold at least one sample")
+    steps, batch = len(network.table.a), len(example)
+    counts = f"the shipped models need at rtol {rtol:g}, yours may differ"
+    if iterations is not None or evaluations is not None:
+        counts = "given"
+    count, evals = _effort(steps, eta, iterations, evaluations, rtol)
     devices = [example.device] if example.is_cuda else []
     with torch.no_grad(), torch.random.fork_rng(devices):
         latencies, out_of_memory = _measure(network, example, min(max_batch or steps * batch, steps * batch), repeats)
-        fewest = min(latencies)  # what the sequential chain takes S times: a slow start must not make it look slow
-        latencies[fewest] = min(latencies[fewest], _latency(network, example, fewest, repeats))
+        # The sequential chain takes the smallest S times: once more, for as long as the largest was measured.
+        fewest, most = min(latencies), max(latencies)
+        longer = min(latencies[most] / max(latencies[fewest], 1e-9), steps)
+        again = _latency(network, example, fewest, max(repeats, math.ceil(repeats * longer)))
+        latencies[fewest] = min(latencies[fewest], again)
 
     one_by_one = steps * _seconds(latencies, batch, min(max_batch or batch, batch))
     ways = _ways(latencies, steps, batch, count, evals, max_batch)
@@ -125,15 +148,19 @@ def plan(
         pays=pays,
         solver=replace(default(), window=best.window) if pays else sequential(),
         max_batch=best.max_batch if pays else max_batch,
-        message=_message(latencies, steps, batch, one_by_one, best, pays, given, out_of_memory),
+        message=_message(latencies, steps, batch, one_by_one, best, pays, counts, out_of_memory),
         ways=tuple(ways),
         out_of_memory=out_of_memory,
     )
 
 
-def _effort(steps: int, eta: float, iterations: int | None, evaluations: float | None) -> tuple[int, float]:
+def _effort(
+    steps: int, eta: float, iterations: int | None, evaluations: float | None, rtol: float = USUAL_RTOL
+) -> tuple[int, float]:
     """Iterations, and evaluations per sample, of all steps at once."""
     usual = (ITERATIONS, EVALUATIONS) if eta == 0 else (ITERATIONS_WITH_NOISE, EVALUATIONS_WITH_NOISE)
+    decades = max(math.log10(USUAL_RTOL / max(rtol, LEAST_RTOL)), 0.0)
+    usual = (round(usual[0] + ITERATIONS_PER_DECADE * decades), usual[1] + EVALUATIONS_PER_DECADE * decades)
     if iterations is None:
         count = min(usual[0], steps)
     elif isinstance(iterations, int) and 1 <= iterations <= steps:
@@ -152,7 +179,7 @@ def _effort(steps: int, eta: float, iterations: int | None, evaluations: float |
 
 
 def _measure(network: Network, example: Tensor, most: int, repeats: int) -> tuple[dict[int, float], int | None]:
-    """Median seconds by rows, and the rows that did not fit into the memory."""
+    """Seconds by rows, and the rows that did not fit into the memory."""
     latencies: dict[int, float] = {}
     rows, slower = min(len(example), most), 0
     while True:
@@ -183,7 +210,7 @@ def _latency(network: Network, example: Tensor, rows: int, repeats: int) -> floa
         network(states, steps, samples)
         _wait(example)
         seconds.append(perf_counter() - started)
-    return median(seconds[1:])
+    return min(seconds[1:])
 
 
 def _wait(example: Tensor) -> None:
@@ -266,18 +293,17 @@ def _message(
     one_by_one: float,
     best: Way,
     pays: bool,
-    given: bool,
+    counts: str,
     out_of_memory: int | None,
 ) -> str:
     fewest, most = min(latencies), max(latencies)
     width = "all steps at once" if best.window is None else f"a window of {best.window} steps"
     cut = "" if best.max_batch is None else f", max_batch {best.max_batch}"
-    whose = "as given" if given else "as the shipped models need at rtol 1e-2, yours may differ"
     parts = [
         f"{'Yes' if pays else 'No'}: parallel sampling {'pays' if pays else 'does not pay'} here.",
         f"{steps} sequential steps of {_count(batch, 'sample')} take {one_by_one:.3g} s;"
         f" {width}{cut}: {best.seconds:.3g} s, {one_by_one / best.seconds:.2f} times as fast,"
-        f" with {best.iterations} iterations and {best.evaluations:.0f} evaluations per sample ({whose}).",
+        f" with {best.iterations} iterations and {best.evaluations:.0f} evaluations per sample (as {counts}).",
     ]
     if not pays and best.seconds < one_by_one:
         parts.append(f"Less than {LEAST_GAIN} times is not counted as a gain.")

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from . import gradients
+from .checks import check_arguments, check_auto, check_cuda_graph, check_guess, check_step_noise
 from .gradients import Gradient
 from .network import Model, Network, arguments_of
+from .planning import planned
 from .schedule import NoiseSchedule
 from .solve import Callback, Solution, solve, warn_unless_converged
 from .solvers import Solver, default
 from .trajectory import start
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def sample(
@@ -29,7 +28,7 @@ def sample(
     *,
     eta: float = 0.0,
     order: int = 1,
-    solver: Solver | None = None,
+    solver: Solver | Literal["auto"] | None = None,
     rtol: float = 1e-2,
     max_iterations: int | None = None,
     step_noise: Tensor | None = None,  # (S, B, *shape)
@@ -55,7 +54,11 @@ def sample(
     schedule: see `NoiseSchedule`. eta: 0 is DDIM, 1 is DDPM-like (arXiv 2010.02502, eq. 16).
     order: 1 is DDIM; 2 is DPM-Solver++ 2M (arXiv 2211.01095), whose S steps come closer to the ODE's solution; with
         eta = 1 its SDE variant. Timesteps as in `NoiseSchedule.steps`.
-    solver: `deqkern.solvers.default()` if None. rtol: relative 2-norm of the error of each clean sample.
+    solver: `deqkern.solvers.default()` if None. "auto" measures the model first, as `deqkern.plan` does, and takes the
+        solver and the `max_batch` of that plan, which is `Solution.plan`: the sequential chain where parallel does not
+        pay. Every call measures again, which may cost as much as three solves: in a loop, keep the plan of one and
+        pass its `solver` and `max_batch`. The calls that measure do not count in `nfe`.
+    rtol: relative 2-norm of the error of each clean sample.
     max_iterations: at most so many; S if None, which is always enough.
     step_noise: (S, B, *shape), the noise of each step, eta > 0 only; else drawn from `generator` in the order of the
         sequential chain.
@@ -77,24 +80,30 @@ def sample(
     model returns another shape, or NaN. A sample that does not converge is reported in the `Solution` and by one
     `ConvergenceWarning`.
     """
-    solver = default() if solver is None else solver
-    check_arguments(model, "noise", noise, schedule, solver, rtol, max_iterations, model_kwargs, max_batch, callback)
-    check_cuda_graph(cuda_graph, noise, solver)
+    auto = isinstance(solver, str) and solver == "auto"
+    chosen: Any = default() if solver is None or auto else solver
+    check_arguments(model, "noise", noise, schedule, chosen, rtol, max_iterations, model_kwargs, max_batch, callback)
+    check_cuda_graph(cuda_graph, noise, chosen)
     method = gradients.named(gradient)
     table = schedule.steps(num_inference_steps, eta=eta, sigma_min=sigma_min, order=order)
     if order == 2 and not isinstance(method, gradients.Exact | None):
         raise ValueError(f"gradient must be None or 'exact' with order=2, got {gradient!r}")
     if isinstance(method, gradients.Adjoint) and table.clips:
         raise ValueError("schedule clips or thresholds x0: gradient='adjoint' needs one that does not")
-    _check_step_noise(step_noise, generator, noise, len(table.a), eta)
-    _check_guess(guess, noise, len(table.a))
-    network = Network(model, table, arguments_of(model, model_kwargs), noise)
+    check_step_noise(step_noise, generator, noise, len(table.a), eta)
+    check_guess(guess, noise, len(table.a))
+    arguments, found = arguments_of(model, model_kwargs), None
+    if auto:
+        check_auto(max_iterations, cuda_graph, len(table.a))
+        found = planned(Network(model, table, arguments, noise), "noise", noise, eta, rtol, max_batch)
+        chosen, max_batch = found.solver, found.max_batch
+    network = Network(model, table, arguments, noise)
     with torch.no_grad():
         trajectory = start(
             network,
             noise,
             table,
-            solver,
+            chosen,
             guess=guess,
             step_noise=step_noise,
             generator=generator,
@@ -102,13 +111,14 @@ def sample(
         )
         solution = solve(
             trajectory,
-            solver,
+            chosen,
             rtol=rtol,
             max_iterations=max_iterations,
             callback=callback,
             dtype=noise.dtype,
             cuda_graph=cuda_graph,
         )
+    solution = replace(solution, plan=found)
     warn_unless_converged(solution)
     if method is not None:
         value = gradients.attach(
@@ -116,103 +126,3 @@ def sample(
         )
         solution = replace(solution, value=value)
     return solution
-
-
-def check_arguments(
-    model: Model,
-    name: str,
-    first: Tensor,
-    schedule: NoiseSchedule,
-    solver: Solver,
-    rtol: float,
-    max_iterations: int | None,
-    model_kwargs: Mapping[str, Any] | None,
-    max_batch: int | None,
-    callback: Callback | None,
-) -> None:
-    """What `sample` and `invert` share; `name` is the argument that holds the chain's known state `first`."""
-    if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
-    check_chain(model, name, first, solver, rtol, max_iterations, model_kwargs, max_batch, callback)
-
-
-def check_chain(
-    model: Model,
-    name: str,
-    first: Tensor,
-    solver: Solver,
-    rtol: float,
-    max_iterations: int | None,
-    model_kwargs: Mapping[str, Any] | None,
-    max_batch: int | None,
-    callback: Callable[..., Any] | None,
-) -> None:
-    """The same for a chain that is given by its table."""
-    if not callable(model):
-        raise TypeError(f"model must be callable, got {type(model).__name__}")
-    if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
-        raise TypeError(f"model_kwargs must be a mapping, got {type(model_kwargs).__name__}")
-    if not isinstance(first, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(first).__name__}")
-    if first.dtype not in _DTYPES:
-        raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64, got {first.dtype}")
-    if first.ndim < 2 or math.prod(first.shape[1:]) == 0:
-        raise ValueError(f"{name} must have shape (B, *shape) with a non-empty sample shape, got {tuple(first.shape)}")
-    if not isinstance(solver, Solver):
-        raise TypeError(f"solver must be a Solver, got {type(solver).__name__}")
-    if not bool(first.isfinite().all()):
-        raise ValueError(f"{name} must be finite")
-    check_options(rtol, max_iterations, max_batch)
-    if callback is not None and not callable(callback):
-        raise TypeError(f"callback must be callable, got {type(callback).__name__}")
-
-
-def check_options(rtol: float, max_iterations: int | None, max_batch: int | None) -> None:
-    """Refuse what no solve can stop at or keep to."""
-    if not isinstance(rtol, (int, float)):
-        raise TypeError(f"rtol must be a number, got {type(rtol).__name__}")
-    if not 0 <= rtol < math.inf:
-        raise ValueError(f"rtol must be finite and >= 0, got {rtol}")
-    for option, value in (("max_iterations", max_iterations), ("max_batch", max_batch)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{option} must be None or an int >= 1, got {value!r}")
-
-
-def check_cuda_graph(cuda_graph: bool, noise: Tensor, solver: Solver) -> None:
-    """Refuse `cuda_graph` where nothing can be captured."""
-    if not isinstance(cuda_graph, bool):
-        raise TypeError(f"cuda_graph must be a bool, got {type(cuda_graph).__name__}")
-    if cuda_graph and not noise.is_cuda:
-        raise ValueError(f"cuda_graph=True needs noise on a CUDA device, got {noise.device}")
-    if cuda_graph and solver.window is not None:
-        raise ValueError("cuda_graph=True needs a solver without a window: the rows of a graph do not move")
-
-
-def _check_guess(guess: Tensor | None, noise: Tensor, steps: int) -> None:
-    if guess is None:
-        return
-    if not isinstance(guess, Tensor) or guess.dtype not in _DTYPES:
-        raise TypeError("guess must be an fp32, bf16, fp16 or fp64 tensor")
-    if guess.shape != (steps + 1, *noise.shape):
-        raise ValueError(f"guess must have shape {(steps + 1, *noise.shape)}, got {tuple(guess.shape)}")
-    if guess.device != noise.device:
-        raise ValueError(f"guess is on {guess.device}, noise on {noise.device}")
-    if not bool(guess.isfinite().all()):
-        raise ValueError("guess must be finite")
-
-
-def _check_step_noise(
-    step_noise: Tensor | None, generator: torch.Generator | None, noise: Tensor, steps: int, eta: float
-) -> None:
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
-    if step_noise is None:
-        return
-    if not isinstance(step_noise, Tensor) or step_noise.dtype not in _DTYPES:
-        raise TypeError("step_noise must be an fp32, bf16, fp16 or fp64 tensor")
-    if eta == 0:
-        raise ValueError("step_noise needs eta > 0: with eta = 0 no step draws noise")
-    if step_noise.shape != (steps, *noise.shape):
-        raise ValueError(f"step_noise must have shape {(steps, *noise.shape)}, got {tuple(step_noise.shape)}")
-    if step_noise.device != noise.device:
-        raise ValueError(f"step_noise is on {step_noise.device}, noise on {noise.device}")

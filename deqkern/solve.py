@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import ops
 from .capture import CapturedIterations
+from .planning import Plan
 from .slopes import Secant, slope_of
 from .solvers import Solver
 from .trajectory import Trajectory
@@ -49,6 +50,7 @@ class Solution:
         throughout where no chain is solved: naive inversion, a search.
     message: one line for people.
     round_trip: (B,) or None, of `invert` on request: the relative error of the sample made from `value` again.
+    plan: of `sample(solver="auto")`: what was measured and chosen.
     """
 
     value: Tensor
@@ -63,6 +65,7 @@ class Solution:
     residual_history: Tensor
     message: str
     round_trip: Tensor | None = None
+    plan: Plan | None = None
 
 
 class _Workspace:

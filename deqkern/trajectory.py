@@ -41,13 +41,14 @@ class Trajectory:
     z: Tensor | None  # (S, B, D), in the basis
     max_batch: int | None = None
     nfe: Tensor = field(init=False)  # (B,) int64, on the CPU
+    rows: Tensor = field(init=False)  # (N,) int64, the selected ones, on the device
     scale: Tensor = field(init=False)  # (B,) float64, what corrections are relative to where a state is larger: |x[0]|
 
     def __post_init__(self) -> None:
         self.nfe = torch.zeros(self.batch, dtype=torch.int64)
+        self.rows = torch.empty(0, dtype=torch.int64)
         self.scale = self.x[0].double().norm(dim=-1)
         self._images: Tensor | None = None  # (rows, *shape), in the dtype of x
-        self._rows = torch.empty(0, dtype=torch.int64)  # on the device
         self._counts = torch.zeros_like(self.nfe)
 
     @property
@@ -78,21 +79,16 @@ class Trajectory:
         return image
 
     @property
-    def rows(self) -> Tensor:
-        """The selected rows (N,) int64, on the device."""
-        return self._rows
-
-    @property
     def selected(self) -> int:
         """The number of selected rows."""
-        return len(self._rows)
+        return len(self.rows)
 
     def select(self, rows: Tensor) -> None:
         """Choose the states `rows` (N,) int64, on the CPU, that `evaluate` calls the map at."""
         self._counts = torch.bincount(rows % self.batch, minlength=self.batch)
         if self.x.is_cuda:
             rows = rows.pin_memory().to(self.x.device, non_blocking=True)
-        self._rows = rows
+        self.rows = rows
 
     def count(self) -> None:
         """Add the selected rows to `nfe`: once per evaluation, also where a captured one is replayed."""
@@ -100,7 +96,7 @@ class Trajectory:
 
     def evaluate(self, out: Tensor) -> None:
         """Call the map at the selected states; what it gives goes to `out` (S, B, D), in the basis."""
-        for part in self._rows.split(self.max_batch or max(self.selected, 1)):
+        for part in self.rows.split(self.max_batch or max(self.selected, 1)):
             image = self.images(part + self.batch if self.table.implicit else part)
             output = self.map(image, part // self.batch, part % self.batch)
             if output.dtype != image.dtype or not output.is_contiguous():
@@ -135,7 +131,7 @@ def start(
     if bool((table.n != 0).any()):
         z = torch.empty(steps, batch, basis.size, device=device, dtype=dtype)
         for i in range(steps):
-            drawn = _draw(first, generator) if step_noise is None else step_noise[i]
+            drawn = normal(first, generator) if step_noise is None else step_noise[i]
             basis.forward(drawn, z[i], samples)
     if guess is not None:
         for i in range(steps):
@@ -158,7 +154,7 @@ def start(
     return Trajectory(map, table, basis, x, z, max_batch)
 
 
-def _draw(noise: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One step's noise (B, *shape), drawn as diffusers does: on the generator's device, in the dtype of `noise`."""
-    device = noise.device if generator is None else generator.device
-    return torch.randn(noise.shape, generator=generator, device=device, dtype=noise.dtype).to(noise.device)
+def normal(like: Tensor, generator: torch.Generator | None, dtype: torch.dtype | None = None) -> Tensor:
+    """Standard normal noise like `like`, drawn as diffusers does: on the generator's device, its dtype by default."""
+    device, dtype = like.device if generator is None else generator.device, dtype or like.dtype
+    return torch.randn(like.shape, generator=generator, device=device, dtype=dtype).to(like.device)

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from asserts import relative_error
+from problems import adjoint_error, chain
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import deqkern
-from deqkern import NoiseSchedule, Solution, gradients, models, solvers
+from deqkern import NoiseSchedule, Solution, models, solvers
 from deqkern.gradients import Adjoint, Exact, Implicit, Phantom
-from deqkern.network import Network
 
 BATCH, SHAPE, STEPS = 3, (2, 5, 4), 8
 SEQUENTIAL: dict[str, Any] = {"rtol": 0.0, "solver": solvers.sequential()}
@@ -35,20 +35,6 @@ class Tiny(torch.nn.Module):
         if condition is not None:
             hidden = hidden + condition[:, :, None, None]
         return 0.5 * x + self.last(torch.tanh(hidden))
-
-
-def chain(model: Any, noise: Tensor, schedule: NoiseSchedule, steps: int, z: Tensor | None, **kwargs: Any) -> Tensor:
-    """The sequential chain, under autograd."""
-    table, x = schedule.steps(steps, eta=0.0 if z is None else 1.0), noise
-    for i in range(steps):
-        out = model(x, table.timesteps[i].expand(len(x)), **kwargs)
-        out = getattr(out, "sample", out)
-        if table.clips:
-            out = table.effective_output(x, out, torch.full((len(x),), i))
-        x = float(table.a[i]) * x + float(table.b[i]) * out
-        if z is not None:
-            x = x + float(table.n[i]) * z[i]
-    return x
 
 
 def leaf(*shape: int) -> Tensor:
@@ -82,7 +68,7 @@ def test_equal_autograd_through_the_chain(
         model_kwargs={"condition": condition}, **SEQUENTIAL,
     )  # fmt: skip
     inputs = [noise, condition, *model.parameters(), *([] if z is None else [z])]
-    expected = chain(model, noise, schedule, STEPS, z, condition=condition)
+    expected = chain(model, noise, schedule, STEPS, eta=eta, step_noise=z, model_kwargs={"condition": condition})
     torch.testing.assert_close(solution.value, expected, rtol=1e-9, atol=1e-9)
     cotangent = torch.randn_like(noise)
     wanted = torch.autograd.grad(expected, inputs, cotangent)
@@ -168,9 +154,8 @@ def test_a_plain_function_has_its_parameters_found(gradient: str) -> None:
     found = torch.autograd.grad(solution.value.square().sum(), inputs)
     assert all(value.norm() > 0 for value in found)
     if gradient == "exact":
-        value = chain(
-            Parts(model, offset), noise, NoiseSchedule.linear(), STEPS, None, extra={"condition": 2 * condition}
-        )
+        extra = {"condition": 2 * condition}
+        value = chain(Parts(model, offset), noise, NoiseSchedule.linear(), STEPS, model_kwargs={"extra": extra})
         for left, right in zip(found, torch.autograd.grad(value.square().sum(), inputs), strict=True):
             assert (left - right).norm() <= 1e-9 * right.norm()
 
@@ -180,7 +165,7 @@ def test_a_frozen_model_still_gives_the_gradient_of_the_noise() -> None:
     for gradient in ("exact", "implicit"):
         solution = deqkern.sample(model, noise, NoiseSchedule.linear(), STEPS, gradient=gradient, rtol=1e-12)
         (found,) = torch.autograd.grad(solution.value.sum(), noise)
-        (expected,) = torch.autograd.grad(chain(model, noise, NoiseSchedule.linear(), STEPS, None).sum(), noise)
+        (expected,) = torch.autograd.grad(chain(model, noise, NoiseSchedule.linear(), STEPS).sum(), noise)
         assert (found - expected).norm() <= 1e-9 * expected.norm()
 
 
@@ -233,7 +218,7 @@ def test_half_precision_keeps_small_gradients(dtype: torch.dtype, gradient: str)
     value = deqkern.sample(narrow, noise, NoiseSchedule.linear(), STEPS, gradient=gradient, rtol=1e-3).value
     (value.float().square() * scale).sum().backward()
     full = noise.detach().float().requires_grad_()
-    (chain(wide, full, NoiseSchedule.linear(), STEPS, None).square() * scale).sum().backward()
+    (chain(wide, full, NoiseSchedule.linear(), STEPS).square() * scale).sum().backward()
     for found, expected in [(noise.grad, full.grad), (narrow.last.weight.grad, wide.last.weight.grad)]:
         assert found is not None and expected is not None and found.dtype is dtype
         assert (found.float() - expected).norm() <= 0.1 * expected.norm()
@@ -280,29 +265,9 @@ def test_the_memory_of_exact_does_not_grow_with_the_steps() -> None:
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("order", [1, 2])
 def test_the_order_of_the_adjoint(order: int, eta: float) -> None:
-    """Against the closed form for a Gaussian, by the noise; its Jacobian does not depend on the states.
-
-    P = alpha lam grows by e^l / (1 + e^(2l) v)^(1/2) for the ODE, and by the square of that for the SDE.
-    """
-    total, variance, errors = 8192, torch.linspace(0.1, 2, 5, dtype=torch.float64), []
-    schedule = NoiseSchedule.linear(0.1 / total, 20 / total, total)
-    abar = schedule.alphas_cumprod
-    assert abar is not None
-
-    def model(x: Tensor, t: Tensor) -> Tensor:
-        level = abar[t.long()][:, None]
-        return (1 - level).sqrt() / (level * variance + 1 - level) * x
-
+    """Against the closed form for a Gaussian, by the noise."""
     counts = (64, 128, 256, 512)
-    for steps in counts:
-        table = schedule.steps(steps, eta=eta, sigma_min=0.1)
-        noise = leaf(2, 5)
-        pullback = gradients.Pullback(Network(model, table, {}, noise), Adjoint(order), 0.0, None)
-        found = pullback(torch.zeros(steps + 1, 2, 5, dtype=torch.float64), torch.ones_like(noise))
-        ends = [(table.alpha[0], table.sigma[0]), (table.alpha_next[-1], table.sigma_next[-1])]
-        grown = [(a / s) / (1 + (a / s) ** 2 * variance).sqrt() for a, s in ends]
-        expected = ends[1][0] / ends[0][0] * (grown[0] / grown[1]) ** (1 + eta**2)
-        errors.append(float(relative_error(found.first, expected.expand(2, 5)).max()))
+    errors = [float(adjoint_error(order, eta, steps, total=8192, batch=2).max()) for steps in counts]
     slopes = [math.log2(errors[k] / errors[k + 1]) for k in range(len(counts) - 1)]
     assert abs(slopes[-1] - order) <= 0.2, (errors, slopes)
 
@@ -336,7 +301,7 @@ def test_trained_models_need_at_most_ten_products(name: str) -> None:
     ).value
     cotangent = torch.randn(value.shape, generator=generator)
     (found,) = torch.autograd.grad(value, noise, cotangent)
-    (expected,) = torch.autograd.grad(chain(loaded.model, noise, loaded.schedule, 50, None), noise, cotangent)
+    (expected,) = torch.autograd.grad(chain(loaded.model, noise, loaded.schedule, 50), noise, cotangent)
     assert seen[0].converged.all() and seen[0].iterations <= 10
     assert relative_error(found, expected).max() <= 1e-3
 
@@ -383,12 +348,9 @@ def test_the_gradient_of_an_inversion(method: str) -> None:
     assert found.round_trip is not None and found.round_trip.max() <= 1e-11
     cotangent = torch.randn(sample.shape, dtype=torch.float64)
     got = torch.autograd.grad(found.value, [sample, condition, *model.parameters()], cotangent)
-    table = schedule.steps(STEPS, sigma_min=0.3)
 
     def forward(x: Tensor) -> Tensor:
-        for i in range(STEPS):
-            x = float(table.a[i]) * x + float(table.b[i]) * model(x, table.timesteps[i].expand(2), condition)
-        return x
+        return chain(model, x, schedule, STEPS, sigma_min=0.3, model_kwargs={"condition": condition})
 
     noise = found.value.detach().requires_grad_()
     jacobian = torch.autograd.functional.jacobian(forward, noise).view(sample.numel(), sample.numel())

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from asserts import relative_error
+from problems import chain
 from torch import Tensor
 
 import deqkern
@@ -50,16 +51,15 @@ def by_hand(
     phi: float = 0.0,
     **options: Any,
 ) -> Tensor:
-    table = SCHEDULE.steps(STEPS, **options)
-    for i in range(STEPS):
-        t = table.timesteps[i].expand(len(x))
+    def guided(x: Tensor, t: Tensor) -> Tensor:
         positive, negative = model(x, t, **cond).sample, model(x, t, **uncond).sample
         out = negative + scale * (positive - negative)
         if phi:
             sizes = [v.flatten(1).std(dim=1)[:, None, None, None] for v in (positive, out)]
             out = phi * (out * sizes[0] / sizes[1]) + (1 - phi) * out
-        x = float(table.a[i]) * x + float(table.b[i]) * out
-    return x
+        return out
+
+    return chain(guided, x, SCHEDULE, STEPS, **options)
 
 
 @pytest.mark.parametrize("scale", [0.0, 3.0, -1.0])

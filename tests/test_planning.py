@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from test_models import save_tiny_model
 from torch import Tensor
 
 import deqkern
-from deqkern import NoiseSchedule, planning, solvers
+from deqkern import NoiseSchedule, planning, sampling, solvers
+from deqkern.integrations.k_diffusion import sample_deq
 from deqkern.planning import plan
 
 SCHEDULE = NoiseSchedule.linear()
@@ -88,12 +90,28 @@ def test_one_slow_size_is_not_a_full_device(timed: Build) -> None:
     assert list(found.latencies) == [1, 2, 4, 8, 16, 32, 50]
 
 
-def test_sizes_are_measured_after_a_warm_up_and_the_median_counts(timed: Build) -> None:
-    seconds = iter([9.0, 4.0, 5.0, 4.0] + [9.0, 1.0, 5.0, 2.0] * 3)
+def test_sizes_are_measured_after_a_warm_up_and_the_fastest_call_counts(timed: Build) -> None:
+    """The first of each four is the warm-up, here the fastest of all, and does not count."""
+    seconds = iter([0.5, 4.0, 5.0, 4.0] + [0.5, 7.0, 1.0, 2.0] * 3)
     model = timed(lambda rows: next(seconds))
     found = plan(model, noise(2), SCHEDULE, 3, repeats=3)
     assert model.calls == [2] * 4 + [4] * 4 + [6] * 4 + [2] * 4  # the smallest once more
-    assert found.latencies == {2: 2.0, 4: 2.0, 6: 2.0}
+    assert found.latencies == {2: 1.0, 4: 1.0, 6: 1.0}
+
+
+def test_the_smallest_size_is_measured_again_for_as_long_as_the_largest(timed: Build) -> None:
+    model = timed(lambda rows: {1: 1.0, 2: 1.5, 4: 2.0, 6: 2.5}[rows])
+    plan(model, noise(1), SCHEDULE, 6, repeats=2)
+    assert model.calls == [1] * 3 + [2] * 3 + [4] * 3 + [6] * 3 + [1] * 6
+
+
+def test_time_that_others_took_does_not_count(timed: Build) -> None:
+    """Two calls of three wait for a busy machine, of whatever size: the answer is that of an idle one."""
+    quiet, calls = plan(timed(lambda rows: 0.01 * rows), noise(), SCHEDULE, 50), iter(range(1000))
+    busy = plan(timed(lambda rows: 0.01 * rows + (0.0 if next(calls) % 4 == 2 else 0.1)), noise(), SCHEDULE, 50)
+    assert not quiet.pays and quiet.solver == solvers.sequential()
+    assert (busy.pays, busy.solver, busy.speedup) == (quiet.pays, quiet.solver, pytest.approx(quiet.speedup))
+    assert busy.latencies == pytest.approx(quiet.latencies)
 
 
 def test_time_is_linear_between_sizes(timed: Build) -> None:
@@ -127,6 +145,17 @@ def test_counts_are_those_that_can_be() -> None:
     assert planning._effort(50, 0.0, 1, None) == (1, 50)
     assert planning._effort(50, 0.0, 18, None) == (18, 500)
     assert planning._effort(50, 1.0, None, 400) == (12, 400)
+
+
+def test_a_tighter_tolerance_takes_more() -> None:
+    more = planning.ITERATIONS_PER_DECADE, planning.EVALUATIONS_PER_DECADE
+    assert planning._effort(50, 0.0, None, None, 1e-4) == (
+        round(9 + 2 * more[0]),
+        pytest.approx(50 * (5 + 2 * more[1])),
+    )
+    assert planning._effort(50, 1.0, None, None, 0.5) == (12, 325)
+    assert planning._effort(50, 0.0, None, None, 0.0) == planning._effort(50, 0.0, None, None, 1e-7)
+    assert planning._effort(50, 0.0, 9, 250, 1e-4) == (9, 250)
 
 
 def test_a_small_gain_is_none(timed: Build) -> None:
@@ -208,6 +237,101 @@ def test_what_it_says_is_what_sample_takes(timed: Build) -> None:
     assert isinstance(found, deqkern.Plan)
     solution = deqkern.sample(model, noise(2), SCHEDULE, 10, solver=found.solver, max_batch=found.max_batch)
     assert bool(solution.converged.all())
+
+
+def test_auto_takes_all_steps_at_once_where_that_is_faster(timed: Build) -> None:
+    model, first = timed(lambda rows: 0.02), noise(2)
+    found = deqkern.sample(model, first, SCHEDULE, 20, solver="auto")
+    assert found.plan is not None and found.plan.pays and found.plan.solver == solvers.default()
+    expected = deqkern.sample(model, first, SCHEDULE, 20)
+    assert expected.plan is None
+    assert torch.equal(found.value, expected.value) and torch.equal(found.trajectory, expected.trajectory)
+    assert found.iterations == expected.iterations < 20 and torch.equal(found.nfe, expected.nfe)
+
+
+def test_auto_goes_step_by_step_where_parallel_does_not_pay(timed: Build) -> None:
+    model, first = timed(lambda rows: 0.01 * rows), noise(2)
+    found = deqkern.sample(model, first, SCHEDULE, 20, solver="auto", rtol=0.0)
+    assert found.plan is not None and not found.plan.pays
+    assert (found.iterations, found.nfe.tolist(), bool(found.converged.all())) == (20, [20, 20], True)
+    assert torch.equal(found.value, deqkern.sample(model, first, SCHEDULE, 20, solver=solvers.sequential()).value)
+    assert len(model.calls) > 2 * 20  # what measuring took is not in nfe
+
+
+def test_auto_takes_the_window_and_the_max_batch_of_its_plan(timed: Build) -> None:
+    for cost, window, max_batch in [
+        (lambda rows: 0.01 if rows <= 8 else 1.0, 7, None),
+        (lambda rows: 0.01 * (1 if rows <= 16 else rows), 25, 16),
+    ]:
+        model, first = timed(cost), noise()
+        found = deqkern.sample(model, first, SCHEDULE, 50, solver="auto")
+        chosen = found.plan
+        assert chosen is not None and (chosen.solver.window, chosen.max_batch) == (window, max_batch)
+        assert max(model.calls[-found.iterations :]) <= (max_batch or window)
+        expected = deqkern.sample(model, first, SCHEDULE, 50, solver=chosen.solver, max_batch=chosen.max_batch)
+        assert torch.equal(found.value, expected.value) and found.iterations == expected.iterations
+
+
+def test_auto_measures_the_solve_that_was_asked_for(timed: Build) -> None:
+    """With its arguments, its step noise drawn as ever, and a gradient."""
+    timing, first = timed(lambda rows: 1 / 64), noise(2).requires_grad_()
+
+    def model(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        assert len(text) == len(x)
+        with torch.no_grad():
+            timing(x, t)
+        return 0.5 * x + text[:, None, None, None]
+
+    def run(**options: Any) -> deqkern.Solution:
+        return deqkern.sample(
+            model, first, SCHEDULE, 50, eta=1.0, rtol=1e-4, gradient="exact", sigma_min=0.1,
+            generator=torch.Generator().manual_seed(3), model_kwargs={"text": torch.tensor([1.0, 2.0])}, **options,
+        )  # fmt: skip
+
+    found = run(solver="auto", max_batch=60)
+    assert found.plan is not None and found.plan.pays
+    assert (max(timing.calls), found.plan.max_batch) == (60, 60)
+    assert found.plan == plan(
+        model, first, SCHEDULE, 50, eta=1.0, rtol=1e-4, max_batch=60, model_kwargs={"text": torch.tensor([1.0, 2.0])}
+    )
+    expected = run(solver=found.plan.solver, max_batch=60)
+    assert torch.equal(found.value, expected.value)
+    gradients = [torch.autograd.grad(solution.value.sum(), first)[0] for solution in (found, expected)]
+    assert torch.equal(*gradients) and gradients[0].norm() > 0
+
+
+def untouched(x: Tensor, t: Tensor) -> Tensor:
+    raise AssertionError("called")
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "reason"),
+    [
+        (lambda: deqkern.sample(untouched, noise(), SCHEDULE, solver="fast"), TypeError, "solver must be .*'fast'"),
+        (
+            lambda: deqkern.sample(untouched, noise(), SCHEDULE, 50, solver="auto", max_iterations=49),
+            ValueError,
+            "max_iterations must be None or at least 50 with solver='auto'",
+        ),
+        (lambda: deqkern.sample(untouched, noise(0), SCHEDULE, solver="auto"), ValueError, "noise must hold at least"),
+        (lambda: deqkern.invert(untouched, noise(), SCHEDULE, solver="auto"), TypeError, "solver must be .*'auto'"),
+        (lambda: deqkern.fixed_point(untouched, noise(), solver="auto"), TypeError, "solver must be .*'auto'"),
+        (
+            lambda: sample_deq(untouched, noise(), torch.linspace(1, 0, 5), solver="auto"),
+            TypeError,
+            "solver must be .*of deqkern.sample 'auto', got 'auto'",
+        ),
+    ],
+)
+def test_auto_is_refused_where_it_does_not_fit(call: Callable[[], Any], kind: type[Exception], reason: str) -> None:
+    with pytest.raises(kind, match=reason):
+        call()
+
+
+def test_auto_is_refused_with_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "check_cuda_graph", lambda *arguments: None)  # which wants a GPU
+    with pytest.raises(ValueError, match=r"cuda_graph=True needs .* solver='auto'"):
+        deqkern.sample(untouched, noise(), SCHEDULE, solver="auto", cuda_graph=True)
 
 
 def test_a_guided_model_and_per_sample_arguments() -> None:
@@ -305,6 +429,27 @@ def test_the_command_prints_json(folder: Path) -> None:
         "seconds": 0,
     }
     assert report["pays"] == (report["speedup"] >= 1.1)
+
+
+def test_sampling_by_command_says_what_auto_chose(folder: Path, tmp_path: Path) -> None:
+    options = (
+        "sample",
+        "--model",
+        folder,
+        "--steps",
+        10,
+        "--batch",
+        2,
+        "--solver",
+        "auto",
+        "--out",
+        tmp_path / "a.png",
+    )
+    entry = json.loads(run(*options, "--json").stdout)["runs"][0]
+    assert entry["solver"] == "auto" and entry["plan"]["solver"] in ("default", "sequential")
+    assert (entry["iterations"] == 10) == (entry["plan"]["solver"] == "sequential")
+    assert re.search(r"(Yes|No): parallel sampling", plain(run(*options).stdout))
+    assert "--max-iterations" in plain(run(*options, "--max-iterations", 9, code=2).stderr)
 
 
 @pytest.mark.parametrize("option", ["--steps", "--batch", "--iterations", "--evaluations", "--max-batch", "--repeats"])

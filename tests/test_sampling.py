@@ -42,21 +42,6 @@ def as_prediction(model: problems.Model, schedule: NoiseSchedule) -> problems.Mo
     return predict
 
 
-def by_hand(model: Callable[..., Tensor], noise: Tensor, schedule: NoiseSchedule, steps: int, **options: Any) -> Tensor:
-    """The sequential chain as a loop, (B, *shape): the ground truth."""
-    z = options.pop("step_noise", None)
-    table = schedule.steps(steps, **options)
-    x = noise.float()
-    for i in range(steps):
-        out = model(x, table.timesteps[i].expand(len(x)))
-        if table.clips:
-            out = table.effective_output(x, out, torch.full((len(x),), i))
-        x = float(table.a[i]) * x + float(table.b[i]) * out
-        if z is not None:
-            x = x + float(table.n[i]) * z[i]
-    return x
-
-
 def rounding_floor(
     model: Callable[..., Tensor], noise: Tensor, schedule: NoiseSchedule, steps: int, **options: Any
 ) -> float:
@@ -64,9 +49,9 @@ def rounding_floor(
 
     Epsilon-prediction where alpha is near 0 (the cosine schedule's first step: 5e-5) amplifies rounding by 1 / alpha.
     """
-    expected = by_hand(model, noise, schedule, steps, **options)
+    expected = problems.chain(model, noise, schedule, steps, **options)
     nudged = noise * (1 + torch.finfo(torch.float32).eps * torch.sign(torch.randn_like(noise)))
-    return float(relative_error(by_hand(model, nudged, schedule, steps, **options), expected).max())
+    return float(relative_error(problems.chain(model, nudged, schedule, steps, **options), expected).max())
 
 
 def configurations() -> list[Any]:
@@ -111,7 +96,7 @@ def test_exact_mode_equals_the_sequential_chain(schedule: NoiseSchedule, eta: fl
     options: dict[str, Any] = {"eta": eta}
     if eta:
         options["step_noise"] = torch.randn(20, 2, *SHAPE, generator=generator)
-    expected = by_hand(model, noise, schedule, 20, **options)
+    expected = problems.chain(model, noise, schedule, 20, **options)
     assert expected.isfinite().all()
     bar = max(1e-5, 3 * rounding_floor(model, noise, schedule, 20, **options))
     for solver in (solvers.default(), solvers.parataa(), solvers.picard(), solvers.sequential()):
@@ -131,7 +116,7 @@ def test_error_at_the_stop_is_within_three_tolerances(name: str, rtol: float, et
         options: dict[str, Any] = {"eta": eta}
         if eta:
             options["step_noise"] = torch.randn(50, 4, *SHAPE, generator=generator)
-        expected = by_hand(model, noise, SCHEDULE, 50, **options)
+        expected = problems.chain(model, noise, SCHEDULE, 50, **options)
         solution = deqkern.sample(model, noise, SCHEDULE, 50, solver=getattr(solvers, name)(), rtol=rtol, **options)
         assert solution.converged.all() and (solution.error_estimate <= rtol).all()
         assert relative_error(solution.value, expected).max() <= 3 * rtol
@@ -142,14 +127,14 @@ def test_a_gaussian_of_known_variance_converges_at_once() -> None:
     noise = torch.randn(2, *SHAPE)
     solution = deqkern.sample(model, noise, SCHEDULE, 50, solver=solvers.Solver(deqkern.slopes.Gaussian(0.25)))
     assert solution.iterations <= 2
-    assert relative_error(solution.value, by_hand(model, noise, SCHEDULE, 50)).max() <= 1e-4
+    assert relative_error(solution.value, problems.chain(model, noise, SCHEDULE, 50)).max() <= 1e-4
 
 
 def test_sigma_min_ends_the_chain_early() -> None:
     model = problems.gaussian(SCHEDULE, SHAPE, torch.Generator().manual_seed(0))
     noise = torch.randn(2, *SHAPE)
     solution = deqkern.sample(model, noise, SCHEDULE, 20, sigma_min=0.1, rtol=0)
-    assert relative_error(solution.value, by_hand(model, noise, SCHEDULE, 20, sigma_min=0.1)).max() <= 1e-5
+    assert relative_error(solution.value, problems.chain(model, noise, SCHEDULE, 20, sigma_min=0.1)).max() <= 1e-5
 
 
 def float64_residuals(trajectory: Tensor, table: StepTable, denoise: Callable[..., Tensor], z: Tensor | None) -> Tensor:
@@ -309,7 +294,10 @@ def test_model_kwargs_follow_their_sample() -> None:
     solution = deqkern.sample(model, noise, SCHEDULE, 20, model_kwargs=kwargs, rtol=0)
     for b in range(3):
         alone = problems.Gaussian(SCHEDULE, means[b], torch.full((192,), 0.1))
-        assert relative_error(solution.value[b : b + 1], by_hand(alone, noise[b : b + 1], SCHEDULE, 20)).max() <= 1e-5
+        assert (
+            relative_error(solution.value[b : b + 1], problems.chain(alone, noise[b : b + 1], SCHEDULE, 20)).max()
+            <= 1e-5
+        )
 
 
 def test_generator_draws_in_the_sequential_order() -> None:
@@ -342,7 +330,7 @@ def test_half_precision_models_keep_an_fp32_state(dtype: torch.dtype) -> None:
     solution = deqkern.sample(model, noise, SCHEDULE, 20, rtol=0)
     assert model.seen == {dtype}
     assert solution.value.dtype == torch.float32 and solution.trajectory.dtype == torch.float32
-    expected = by_hand(lambda x, t: model(x.to(dtype), t).detach().float(), noise, SCHEDULE, 20)
+    expected = problems.chain(lambda x, t: model(x.to(dtype), t).detach().float(), noise, SCHEDULE, 20)
     assert relative_error(solution.value, expected).max() <= {torch.float32: 1e-5}.get(dtype, 2e-2)
     half = deqkern.sample(model, noise.to(dtype), SCHEDULE, 20)
     assert half.value.dtype == dtype and half.trajectory.dtype == torch.float32
@@ -365,7 +353,7 @@ def test_samples_of_any_shape(shape: tuple[int, ...]) -> None:
     model = problems.mixture(SCHEDULE, shape, torch.Generator().manual_seed(3))
     noise = torch.randn(2, *shape)
     solution = deqkern.sample(model, noise, SCHEDULE, 15, rtol=0)
-    assert relative_error(solution.value, by_hand(model, noise, SCHEDULE, 15)).max() <= 1e-5
+    assert relative_error(solution.value, problems.chain(model, noise, SCHEDULE, 15)).max() <= 1e-5
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 1000])
@@ -374,7 +362,7 @@ def test_short_and_long_chains(steps: int) -> None:
     noise = torch.randn(1, 4)
     solution = deqkern.sample(model, noise, SCHEDULE, steps, rtol=1e-4)
     assert solution.converged.all() and solution.iterations <= steps
-    assert relative_error(solution.value, by_hand(model, noise, SCHEDULE, steps)).max() <= 3e-4
+    assert relative_error(solution.value, problems.chain(model, noise, SCHEDULE, steps)).max() <= 3e-4
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
@@ -418,7 +406,7 @@ def test_a_diverging_solver_falls_back_and_says_so() -> None:
         warnings.simplefilter("error")
         solution = deqkern.sample(model, noise, SCHEDULE, 50, solver=solver, rtol=1e-3)
     assert "diverged and went on with plain iteration" in solution.message
-    assert relative_error(solution.value, by_hand(model, noise, SCHEDULE, 50)).max() <= 3e-3
+    assert relative_error(solution.value, problems.chain(model, noise, SCHEDULE, 50)).max() <= 3e-3
 
 
 def test_an_interrupt_leaves_nothing_broken() -> None:
@@ -539,9 +527,9 @@ def test_a_guess_saves_iterations_and_changes_nothing_else() -> None:
     near = deqkern.sample(model, noise + 1e-4, SCHEDULE, 25, rtol=1e-3)
     warm = deqkern.sample(model, noise, SCHEDULE, 25, rtol=1e-3, guess=near.trajectory)
     assert warm.iterations <= cold.iterations // 2
-    assert relative_error(warm.value, by_hand(model, noise, SCHEDULE, 25)).max() <= 3e-3
+    assert relative_error(warm.value, problems.chain(model, noise, SCHEDULE, 25)).max() <= 3e-3
     far = deqkern.sample(model, noise, SCHEDULE, 25, rtol=0.0, guess=torch.randn(26, *noise.shape))
-    assert relative_error(far.value, by_hand(model, noise, SCHEDULE, 25)).max() <= 1e-5
+    assert relative_error(far.value, problems.chain(model, noise, SCHEDULE, 25)).max() <= 1e-5
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from torch import Tensor
 
 import deqkern
 from deqkern import NoiseSchedule, gradients, models, solvers
-from deqkern.schedule import StepTable
 
 SHAPE = (3, 8, 8)
 SPACINGS = ("leading", "linspace", "trailing")
@@ -45,18 +44,6 @@ def by_scheduler(scheduler: Any, model: Any, noise: Tensor, z: Tensor | None = N
     return x
 
 
-def by_table(table: StepTable, model: Any, noise: Tensor, z: Tensor | None = None) -> Tensor:
-    x, before = noise, torch.zeros_like(noise)
-    for i in range(len(table.a)):
-        out = model(x, table.timesteps[i].expand(len(x)))
-        out = table.effective_output(x, getattr(out, "sample", out), torch.full((len(x),), i))
-        x = float(table.a[i]) * x + float(table.b[i]) * out + float(table.c[i]) * before
-        if z is not None:
-            x = x + float(table.n[i]) * z[i]
-        before = out
-    return x
-
-
 def wave(x: Tensor, t: Tensor) -> Tensor:
     """Something smooth that every output may be."""
     return 0.9 * torch.sin(x * (1 + t.view(-1, *[1] * (x.ndim - 1)) / 1000))
@@ -69,11 +56,12 @@ def test_the_chain_is_that_of_the_multistep_scheduler(kind: str, spacing: str, e
     for steps in (1, 2, 3, 14, 15, 50, 100):
         scheduler = multistep(eta, timestep_spacing=spacing, steps_offset=int(spacing == "leading"), **KINDS[kind])
         scheduler.set_timesteps(steps)
-        table = NoiseSchedule.from_diffusers(scheduler).steps(steps, eta=eta, order=2)
-        assert torch.equal(table.timesteps, scheduler.timesteps)
+        schedule = NoiseSchedule.from_diffusers(scheduler)
+        assert torch.equal(schedule.steps(steps, eta=eta, order=2).timesteps, scheduler.timesteps)
         noise, z = torch.randn(2, *SHAPE, dtype=torch.float64), torch.randn(steps, 2, *SHAPE, dtype=torch.float64)
-        expected = by_scheduler(scheduler, wave, noise, z if eta else None)
-        found = by_table(table, wave, noise, z if eta else None)
+        z = z if eta else None
+        expected = by_scheduler(scheduler, wave, noise, z)
+        found = problems.chain(wave, noise, schedule, steps, step_noise=z, eta=eta, order=2)
         assert relative_error(found, expected).max() <= 2e-5  # diffusers keeps its sigmas in fp32
 
 
@@ -91,7 +79,7 @@ def test_exact_mode_equals_the_sequential_chain(schedule: NoiseSchedule, eta: fl
     generator = torch.Generator().manual_seed(1)
     model, noise = problems.mixture(schedule, SHAPE, generator), torch.randn(2, *SHAPE, generator=generator)
     z = torch.randn(20, 2, *SHAPE, generator=generator) if eta else None
-    expected = by_table(schedule.steps(20, eta=eta, order=2), model, noise, z)
+    expected = problems.chain(model, noise, schedule, 20, step_noise=z, eta=eta, order=2)
     windowed = solvers.Solver(deqkern.slopes.Secant(), window=6)
     for solver in (None, solvers.parataa(), solvers.picard(), solvers.deq_ddim(), solvers.sequential(), windowed):
         solution = deqkern.sample(model, noise, schedule, 20, eta=eta, order=2, step_noise=z, solver=solver, rtol=0)
@@ -105,7 +93,7 @@ def test_error_at_the_stop_is_within_three_tolerances(eta: float, rtol: float) -
     schedule, generator = NoiseSchedule.linear(timestep_spacing="linspace"), torch.Generator().manual_seed(2)
     for model in (problems.gaussian(schedule, SHAPE, generator), problems.mixture(schedule, SHAPE, generator)):
         noise, z = torch.randn(4, *SHAPE, generator=generator), torch.randn(50, 4, *SHAPE, generator=generator)
-        expected = by_table(schedule.steps(50, eta=eta, order=2), model, noise, z if eta else None)
+        expected = problems.chain(model, noise, schedule, 50, step_noise=z if eta else None, eta=eta, order=2)
         options: dict[str, Any] = {"eta": eta, "step_noise": z if eta else None, "rtol": rtol}
         solution = deqkern.sample(model, noise, schedule, 50, order=2, **options)
         assert solution.converged.all()
@@ -211,7 +199,7 @@ def test_the_exact_gradient_equals_autograd(clip: bool, eta: float) -> None:
     found = deqkern.sample(
         model, noise, schedule, steps, eta=eta, order=2, step_noise=z, rtol=0, gradient="exact", max_batch=2
     ).value
-    expected = by_table(schedule.steps(steps, eta=eta, order=2), model, noise, z)
+    expected = problems.chain(model, noise, schedule, steps, step_noise=z, eta=eta, order=2)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     inputs, cotangent = [noise, *model.parameters(), *([] if z is None else [z])], torch.randn_like(noise)
     wanted = torch.autograd.grad(expected, inputs, cotangent)

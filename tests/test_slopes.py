@@ -9,7 +9,6 @@ import problems
 import pytest
 import torch
 from asserts import relative_error
-from test_sampling import by_hand
 
 import deqkern
 from deqkern import NoiseSchedule, SlopeProfile, slopes, solvers
@@ -92,7 +91,7 @@ def test_calibrate_finds_the_slopes_of_a_gaussian_and_saves_iterations() -> None
     before = deqkern.sample(model, noise, SCHEDULE, 50, solver=plain, rtol=1e-4)
     after = deqkern.sample(model, noise, SCHEDULE, 50, solver=solvers.default(profile=profile), rtol=1e-4)
     assert after.iterations < before.iterations
-    assert relative_error(after.value, by_hand(model, noise, SCHEDULE, 50)).max() <= 3e-4
+    assert relative_error(after.value, problems.chain(model, noise, SCHEDULE, 50)).max() <= 3e-4
 
 
 def test_calibrate_refuses_bad_counts() -> None:
@@ -138,7 +137,7 @@ def test_windows_reach_the_same_answer_with_no_more_rows_than_asked(window: int)
     noise = torch.randn(2, *SHAPE)
     solution = deqkern.sample(model, noise, SCHEDULE, 30, solver=solvers.picard(window=window), rtol=1e-4)
     assert solution.converged.all() and max(model.calls) <= 2 * window
-    assert relative_error(solution.value, by_hand(model, noise, SCHEDULE, 30)).max() <= 3e-4
+    assert relative_error(solution.value, problems.chain(model, noise, SCHEDULE, 30)).max() <= 3e-4
 
 
 @pytest.mark.parametrize("scope", ["row", "causal", "joint"])
@@ -148,7 +147,7 @@ def test_mixing_of_every_scope_and_size_is_exact_when_asked(scope: str, history_
     noise = torch.randn(2, *SHAPE)
     solver = solvers.Solver(slopes.Gaussian(), history_size=history_size, scope=scope, beta=0.9)
     solution = deqkern.sample(model, noise, SCHEDULE, 20, solver=solver, rtol=0)
-    assert relative_error(solution.value, by_hand(model, noise, SCHEDULE, 20)).max() <= 1e-5
+    assert relative_error(solution.value, problems.chain(model, noise, SCHEDULE, 20)).max() <= 1e-5
 
 
 def test_anderson_beats_plain_iteration() -> None:

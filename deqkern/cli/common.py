@@ -1,4 +1,4 @@
-"""What the commands share: errors that name options, progress, checks of what is to be written, JSON."""
+"""What the commands share: options, errors that name options, progress, checks of what is to be written, JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,18 @@ from rich.table import Table
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..planning import Plan
 from ..solve import Callback
+
+# Options of several commands.
+ModelOption = Annotated[str, typer.Option(help="digits, photos, or the folder of a diffusers UNet2DModel.")]
+StepsOption = Annotated[int, typer.Option(help="Steps of the chain.")]
+BatchOption = Annotated[int, typer.Option(min=1, help="Samples.")]
+EtaOption = Annotated[float, typer.Option(help="0 is DDIM, 1 is like DDPM.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of all noise.")]
+RtolOption = Annotated[float, typer.Option(help="Relative error of a sample at which it is done.")]
+MaxBatchOption = Annotated[int | None, typer.Option(help="Most rows in one model call (default: all).")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 
@@ -132,6 +143,12 @@ def new_table(title: str, names: tuple[str, ...], figures: tuple[str, ...]) -> T
     for head in figures:
         table.add_column(head, justify="right", no_wrap=True)
     return table
+
+
+def plan_summary(plan: Plan) -> dict[str, Any]:
+    """The plan in numbers, lists and None."""
+    names = {"solver": plan.solver.name, "window": plan.solver.window}
+    return vars(plan) | names | {"ways": [vars(way) for way in plan.ways]}
 
 
 def to_json(value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import platform
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
@@ -14,12 +14,10 @@ from rich.table import Table
 
 from .. import ops
 from ..version import version
-from .common import to_json
+from .common import JsonOption, to_json
 
 
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
-) -> None:
+def doctor(as_json: JsonOption = False) -> None:
     """Say what is installed, which backends run here, and why the others do not."""
     cuda = torch.cuda.is_available()
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if cuda else []

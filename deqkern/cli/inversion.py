@@ -20,19 +20,28 @@ from ..interpolation import slerp
 from ..optimization import Optimize
 from ..solve import Callback, ConvergenceWarning, relative_error
 from ..solvers import sequential
-from .common import PICTURES, SaveRunOption, check_out, errors_name_options, new_table, progress, to_json, writing
+from .common import (
+    PICTURES,
+    JsonOption,
+    MaxBatchOption,
+    ModelOption,
+    SaveRunOption,
+    StepsOption,
+    check_out,
+    errors_name_options,
+    new_table,
+    progress,
+    to_json,
+    writing,
+)
 from .files import Noise, read_pictures
 from .sampling import Run, run_table
 
 _FRAME = 112  # pixels
 
-ModelOption = Annotated[str, typer.Option(help="digits, photos, or the folder of a diffusers UNet2DModel.")]
-StepsOption = Annotated[int, typer.Option(help="Steps of the chain.")]
 SigmaMinOption = Annotated[
     float, typer.Option(help="Noise-to-signal ratio at which the chain ends; 0 is the schedule's own end.")
 ]
-MaxBatchOption = Annotated[int | None, typer.Option(help="Most rows in one model call (default: all).")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
 class Method(StrEnum):

@@ -9,21 +9,33 @@ import typer
 from rich.console import Console
 
 from .. import models, planning
-from .common import errors_name_options, new_table, to_json
-from .inversion import JsonOption, MaxBatchOption, ModelOption, StepsOption
+from .common import (
+    BatchOption,
+    EtaOption,
+    JsonOption,
+    MaxBatchOption,
+    ModelOption,
+    RtolOption,
+    StepsOption,
+    errors_name_options,
+    new_table,
+    plan_summary,
+    to_json,
+)
 
 
 def plan(
     model: ModelOption = "digits",
     steps: StepsOption = 50,
-    batch: Annotated[int, typer.Option(min=1, help="Samples.")] = 1,
-    eta: Annotated[float, typer.Option(help="0 is DDIM, 1 is like DDPM.")] = 0.0,
+    batch: BatchOption = 1,
+    eta: EtaOption = 0.0,
+    rtol: RtolOption = 1e-2,
     iterations: Annotated[
         int | None, typer.Option(help="Iterations of a solve (default: what the shipped models need).")
     ] = None,
     evaluations: Annotated[float | None, typer.Option(help="Model evaluations per sample, likewise.")] = None,
     max_batch: MaxBatchOption = None,
-    repeats: Annotated[int, typer.Option(help="Calls per size, of which the median counts.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Calls per size, of which the fastest counts.")] = 3,
     as_json: JsonOption = False,
 ) -> None:
     """Measure the model here, and say whether parallel sampling pays."""
@@ -35,16 +47,22 @@ def plan(
             pretrained.schedule,
             steps,
             eta=eta,
+            rtol=rtol,
             iterations=iterations,
             evaluations=evaluations,
             max_batch=max_batch,
             repeats=repeats,
         )
     if as_json:
-        report = {"model": model, "steps": steps, "batch": batch, "eta": eta, "threads": torch.get_num_threads()}
-        report |= vars(found) | {"solver": found.solver.name, "window": found.solver.window}
-        report["ways"] = [vars(way) for way in found.ways]
-        typer.echo(to_json(report))
+        report = {
+            "model": model,
+            "steps": steps,
+            "batch": batch,
+            "eta": eta,
+            "rtol": rtol,
+            "threads": torch.get_num_threads(),
+        }
+        typer.echo(to_json(report | plan_summary(found)))
         return
     title = f"{pretrained.name}, {steps} steps, batch {batch}, eta {eta:g}, {torch.get_num_threads()} CPU threads"
     table = new_table(title, ("window",), ("max_batch", "iterations", "nfe", "seconds"))

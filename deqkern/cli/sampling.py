@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -23,11 +23,20 @@ from ..solvers import Solver
 from ..version import version
 from .common import (
     PICTURES,
+    BatchOption,
+    EtaOption,
     Follow,
+    JsonOption,
+    MaxBatchOption,
+    ModelOption,
+    RtolOption,
     SaveRunOption,
+    SeedOption,
+    StepsOption,
     check_out,
     errors_name_options,
     new_table,
+    plan_summary,
     progress,
     to_json,
     writing,
@@ -42,7 +51,7 @@ does not pay. It pays on a GPU that the sequential chain leaves idle."""
 
 
 class Preset(StrEnum):
-    """The solvers by name; `profile` is the default one started from the model's measured slopes."""
+    """The solvers by name; `profile` is the default one started from the model's measured slopes, `auto` a plan's."""
 
     default = "default"
     profile = "profile"
@@ -50,6 +59,7 @@ class Preset(StrEnum):
     parataa = "parataa"
     picard = "picard"
     sequential = "sequential"
+    auto = "auto"
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,7 @@ class Run:
             "true_error": None if self.true_error is None else spread(self.true_error),
             "seconds": round(self.seconds, 3),
             "message": self.solution.message,
+            "plan": None if self.solution.plan is None else plan_summary(self.solution.plan),
         }
 
 
@@ -146,7 +157,9 @@ def spread(values: Tensor) -> dict[str, Any]:
     return {"median": float(values.median()), "max": float(values.max()), "per_sample": values.tolist()}
 
 
-def _solver(preset: Preset, pretrained: models.Pretrained) -> Solver:
+def _solver(preset: Preset, pretrained: models.Pretrained) -> Solver | Literal["auto"]:
+    if preset is Preset.auto:
+        return "auto"
     if preset is not Preset.profile:
         build: Callable[[], Solver] = getattr(solvers, preset)
         return build()
@@ -157,22 +170,22 @@ def _solver(preset: Preset, pretrained: models.Pretrained) -> Solver:
 
 def sample(
     context: typer.Context,
-    model: Annotated[str, typer.Option(help="digits, photos, or the folder of a diffusers UNet2DModel.")] = "digits",
-    steps: Annotated[int, typer.Option(help="Steps of the chain.")] = 50,
-    batch: Annotated[int, typer.Option(min=1, help="Samples.")] = 16,
+    model: ModelOption = "digits",
+    steps: StepsOption = 50,
+    batch: BatchOption = 16,
     solver: Annotated[Preset, typer.Option(help="How the chain is solved.")] = Preset.default,
-    eta: Annotated[float, typer.Option(help="0 is DDIM, 1 is like DDPM.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of all noise.")] = 0,
-    rtol: Annotated[float, typer.Option(help="Relative error of a sample at which it is done.")] = 1e-2,
+    eta: EtaOption = 0.0,
+    seed: SeedOption = 0,
+    rtol: RtolOption = 1e-2,
     max_iterations: Annotated[int | None, typer.Option(help="Stop after so many (default: the steps).")] = None,
-    max_batch: Annotated[int | None, typer.Option(help="Most rows in one model call (default: all).")] = None,
+    max_batch: MaxBatchOption = None,
     noise: Annotated[
         Path | None, typer.Option(help="What deqkern invert wrote: its noise, model, steps and sigma_min.")
     ] = None,
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("grid.png"),
     compare: Annotated[bool, typer.Option("--compare", help="Run the sequential chain too, and compare.")] = False,
     save_run: SaveRunOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Sample a batch from a model, write a picture of it, and say what it took."""
     check_out(out, "--out", PICTURES)
@@ -208,6 +221,8 @@ def sample(
         return
     title = f"{chains.pretrained.name}: {batch} samples, {chain}, rtol {rtol:g}"
     Console().print(run_table([((run.solver,), run) for run in runs], ("solver",), title))
+    if runs[0].solution.plan is not None:
+        typer.echo(runs[0].solution.plan.message)
     typer.echo(f"written: {out}" + (f" {save_run}" if save_run else ""))
 
 
@@ -231,10 +246,10 @@ def _stored_chains(path: Path, context: typer.Context) -> Chains:
 def demo(
     out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("out"),
     model: Annotated[list[str] | None, typer.Option(help="Instead of the shipped models; repeatable.")] = None,
-    steps: Annotated[int, typer.Option(help="Steps of the chain.")] = 50,
-    batch: Annotated[int, typer.Option(min=1, help="Samples.")] = 4,
-    rtol: Annotated[float, typer.Option(help="Relative error of a sample at which it is done.")] = 1e-2,
-    seed: Annotated[int, typer.Option(help="Seed of all noise.")] = 0,
+    steps: StepsOption = 50,
+    batch: BatchOption = 4,
+    rtol: RtolOption = 1e-2,
+    seed: SeedOption = 0,
 ) -> None:
     """Sample the shipped models with every solver, beside the sequential chain: pictures, curves and a table."""
     out.mkdir(parents=True, exist_ok=True)
@@ -269,7 +284,7 @@ def _run_all(chains: Chains, rtol: float, follow: Follow) -> tuple[list[Run], li
     reference = chains.run(Preset.sequential, follow(where + Preset.sequential, chains.steps, None), rtol=0.0)
     runs, curves = [], []
     for preset in Preset:
-        if preset is Preset.sequential or (preset is Preset.profile and chains.pretrained.profile is None):
+        if preset in (Preset.sequential, Preset.auto) or (preset == "profile" and chains.pretrained.profile is None):
             continue
         trace = Trace(reference.solution.value)
         run = chains.run(preset, follow(where + preset, chains.steps, trace), rtol=rtol)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_chain
 from ..network import Model, Network, arguments_of
-from ..sampling import check_chain
 from ..solve import Solution, Solve
 from ..solvers import Solver, default
 from ..step_table import StepTable

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .. import inversion, sampling
+from .. import inversion
+from ..checks import check_options, check_solver
+from ..guidance import guided
 from ..network import kwargs_of
 from ..schedule import NoiseSchedule, StepTable
 from ..solve import Solution, Solve
@@ -72,7 +74,8 @@ def parallel(
     pipe: one of `DENOISERS`, or a subclass with the same loop, with a DDIMScheduler, a DPMSolverMultistepScheduler of
         order 2 (dpmsolver++ or sde-dpmsolver++, midpoint) or, for Stable Diffusion 3, a
         FlowMatchEulerDiscreteScheduler. Inpainting needs a UNet of 9 channels.
-    rtol, solver: as in `deqkern.sample`. max_batch: rows in one call of the denoiser; guidance takes two per state.
+    rtol, solver: as in `deqkern.sample`, but no "auto". max_batch: rows in one call of the denoiser; guidance takes two
+        per state.
     eta and generator of the call are kept to: step noise is drawn in the order of the sequential loop.
 
     Yields an object whose `solution` is the `Solution` of the last finished call; `nfe` counts states, guided or not.
@@ -90,9 +93,8 @@ def parallel(
             "'dpmsolver++'"
         )
     solver = default() if solver is None else solver
-    if not isinstance(solver, Solver):
-        raise TypeError(f"solver must be a Solver, got {type(solver).__name__}")
-    sampling.check_options(rtol, None, max_batch)
+    check_solver("solver", solver)
+    check_options(rtol, None, max_batch)
     run = ParallelRun(pipe, denoiser, scheduler, rtol, solver, max_batch)
     before, kind = pipe.scheduler, type(pipe)
     handles = [
@@ -380,7 +382,7 @@ def invert(
 
     Raises ValueError or TypeError for an argument that does not fit.
     """
-    sampling.check_options(rtol, None, max_batch)
+    check_options(rtol, None, max_batch)
     name = _loop(pipe)
     if name not in INVERTIBLE:
         raise ValueError(
@@ -418,20 +420,12 @@ def invert(
         prompts = [prompt] * len(latents) if isinstance(prompt, str) else list(prompt)
         if len(prompts) != len(latents):
             raise ValueError(f"prompt must be one or {len(latents)}, as many as images, got {len(prompts)}")
-        guided = guidance_scale > 1
-        text, empty = pipe.encode_prompt(prompts, latents.device, 1, guided)
-        context = torch.stack([empty, text] if guided else [text], dim=1)  # (B, 1 or 2, tokens, features)
-        copies = context.shape[1]
-
-        def model(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-            inputs = x.to(unet.dtype).repeat(copies, 1, 1, 1)
-            output = unet(inputs, t.repeat(copies), encoder_hidden_states=context.transpose(0, 1).flatten(0, 1)).sample
-            if not guided:
-                return output
-            without, given = output.chunk(2)
-            return without + guidance_scale * (given - without)
-
-        return found(model, latents, copies, {"context": context})
+        guides = guidance_scale > 1
+        text, empty = pipe.encode_prompt(prompts, latents.device, 1, guides)
+        given = {"encoder_hidden_states": text}  # (B, tokens, features)
+        if not guides:
+            return found(unet, latents, 1, given)
+        return found(guided(unet, guidance_scale, given, {"encoder_hidden_states": empty}), latents, 2, {})
 
 
 def _pixels(pipe: Any, image: Any) -> Tensor:  # (B, C, H, W) in -1 .. 1

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_callable
 from ..solve import warn_unless_converged
 from ..solvers import Solver
 from ..step_table import StepTable
@@ -179,8 +180,8 @@ class _Denoiser:
         if kind not in ("EPSILON", "START_X"):
             raise ValueError(f"diffusion.model_mean_type must be EPSILON or START_X, got {kind}")
         for name, function in (("denoised_fn", denoised_fn), ("cond_fn", cond_fn)):
-            if function is not None and not callable(function):
-                raise TypeError(f"{name} must be callable, got {type(function).__name__}")
+            if function is not None:
+                check_callable(name, function)
         steps = getattr(diffusion, "timestep_map", None)
         total = len(abar) if steps is None else getattr(diffusion, "original_num_steps", 1000)
         timesteps = torch.arange(len(abar)) if steps is None else torch.tensor(list(steps))

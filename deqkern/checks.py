@@ -1,0 +1,176 @@
+"""What the public functions refuse in their arguments: each rule once, with the message that names the argument."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .network import Model
+from .schedule import NoiseSchedule
+from .solvers import Solver
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_arguments(
+    model: Model,
+    name: str,
+    first: Tensor,
+    schedule: NoiseSchedule,
+    solver: Solver,
+    rtol: float,
+    max_iterations: int | None,
+    model_kwargs: Mapping[str, Any] | None,
+    max_batch: int | None,
+    callback: Callable[..., Any] | None,
+) -> None:
+    """What `sample` and `invert` share; `name` is the argument that holds the chain's known state `first`."""
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
+    check_chain(model, name, first, solver, rtol, max_iterations, model_kwargs, max_batch, callback)
+
+
+def check_chain(
+    model: Model,
+    name: str,
+    first: Tensor,
+    solver: Solver,
+    rtol: float,
+    max_iterations: int | None,
+    model_kwargs: Mapping[str, Any] | None,
+    max_batch: int | None,
+    callback: Callable[..., Any] | None,
+) -> None:
+    """The same for a chain that is given by its table."""
+    check_callable("model", model)
+    if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
+        raise TypeError(f"model_kwargs must be a mapping, got {type(model_kwargs).__name__}")
+    if not isinstance(first, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(first).__name__}")
+    check_dtype(name, first)
+    if first.ndim < 2 or math.prod(first.shape[1:]) == 0:
+        raise ValueError(f"{name} must have shape (B, *shape) with a non-empty sample shape, got {tuple(first.shape)}")
+    check_solver("solver", solver)
+    check_finite(name, first)
+    check_options(rtol, max_iterations, max_batch)
+    check_callback(callback)
+
+
+def check_options(rtol: float, max_iterations: int | None, max_batch: int | None) -> None:
+    """Refuse what no solve can stop at or keep to."""
+    check_rtol(rtol)
+    check_count("max_iterations", max_iterations, optional=True)
+    check_count("max_batch", max_batch, optional=True)
+
+
+def check_rtol(rtol: float) -> None:
+    """A finite number >= 0."""
+    if not isinstance(rtol, (int, float)):
+        raise TypeError(f"rtol must be a number, got {type(rtol).__name__}")
+    if not 0 <= rtol < math.inf:
+        raise ValueError(f"rtol must be finite and >= 0, got {rtol}")
+
+
+def check_count(name: str, value: int | None, *, optional: bool = False) -> None:
+    """An int >= 1, or None where that is an option."""
+    if optional and value is None:
+        return
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be {'None or ' if optional else ''}an int >= 1, got {value!r}")
+
+
+def check_callable(name: str, value: Any) -> None:
+    """A function, or what is called like one."""
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, got {type(value).__name__}")
+
+
+def check_callback(callback: Any) -> None:
+    """None or callable."""
+    if callback is not None:
+        check_callable("callback", callback)
+
+
+def check_solver(name: str, solver: Any) -> None:
+    """A `Solver`."""
+    if isinstance(solver, str):
+        raise TypeError(f"{name} must be a Solver, or of deqkern.sample 'auto', got {solver!r}")
+    if not isinstance(solver, Solver):
+        raise TypeError(f"{name} must be a Solver, got {type(solver).__name__}")
+
+
+def check_generator(generator: Any) -> None:
+    """None or a `torch.Generator`."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+
+
+def check_dtype(name: str, value: Tensor) -> None:
+    """One that states come in."""
+    if value.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64, got {value.dtype}")
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    """No infinity and no NaN."""
+    if not bool(value.isfinite().all()):
+        raise ValueError(f"{name} must be finite")
+
+
+def check_cuda_graph(cuda_graph: bool, noise: Tensor, solver: Solver) -> None:
+    """Refuse `cuda_graph` where nothing can be captured."""
+    if not isinstance(cuda_graph, bool):
+        raise TypeError(f"cuda_graph must be a bool, got {type(cuda_graph).__name__}")
+    if cuda_graph and not noise.is_cuda:
+        raise ValueError(f"cuda_graph=True needs noise on a CUDA device, got {noise.device}")
+    if cuda_graph and solver.window is not None:
+        raise ValueError("cuda_graph=True needs a solver without a window: the rows of a graph do not move")
+
+
+def check_auto(max_iterations: int | None, cuda_graph: bool, steps: int) -> None:
+    """Refuse with solver="auto" what one of the solvers that it may choose cannot keep to."""
+    if max_iterations is not None and max_iterations < steps:
+        raise ValueError(
+            f"max_iterations must be None or at least {steps} with solver='auto', which may choose the sequential "
+            f"chain of {steps} iterations, got {max_iterations}"
+        )
+    if cuda_graph:
+        raise ValueError("cuda_graph=True needs a solver without a window, and solver='auto' may choose one")
+
+
+def check_guess(guess: Tensor | None, noise: Tensor, steps: int) -> None:
+    """Finite states (S+1, B, *shape) where the noise (B, *shape) is."""
+    if guess is None:
+        return
+    _check_states("guess", guess)
+    _check_fits("guess", guess, steps + 1, noise)
+    check_finite("guess", guess)
+
+
+def check_step_noise(
+    step_noise: Tensor | None, generator: torch.Generator | None, noise: Tensor, steps: int, eta: float
+) -> None:
+    """Where steps draw noise at all: (S, B, *shape) where the noise (B, *shape) is, or a generator of it."""
+    check_generator(generator)
+    if step_noise is None:
+        return
+    _check_states("step_noise", step_noise)
+    if eta == 0:
+        raise ValueError("step_noise needs eta > 0: with eta = 0 no step draws noise")
+    _check_fits("step_noise", step_noise, steps, noise)
+
+
+def _check_states(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor) or value.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be an fp32, bf16, fp16 or fp64 tensor")
+
+
+def _check_fits(name: str, value: Tensor, count: int, noise: Tensor) -> None:
+    if value.shape != (count, *noise.shape):
+        raise ValueError(f"{name} must have shape {(count, *noise.shape)}, got {tuple(value.shape)}")
+    if value.device != noise.device:
+        raise ValueError(f"{name} is on {value.device}, noise on {noise.device}")
