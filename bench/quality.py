@@ -1,0 +1,287 @@
+"""How near samples come to the exact ones, and how many sequential model calls that takes: docs/images/quality.png.
+
+    python bench/quality.py measure digits --seeds 8 --out bench/results/quality-digits.json
+    python bench/quality.py measure photos --seeds 6 --out bench/results/quality-photos.json
+    python bench/quality.py draw bench/results/quality-*.json --out docs/images/quality.png
+
+Every chain starts from the same noise at the last timestep of training and ends at the clean sample: in diffusers'
+words "trailing" spacing and final sigma 0. The exact sample is the end of the probability-flow ODE, to which all of
+them converge: DPM-Solver++ 2M in as many steps as there are timesteps. `floors` holds how far other chains as long
+end from it: smaller errors mean nothing. Errors are relative 2-norms per sample.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import subprocess
+import warnings
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from torch import Tensor
+
+import deqkern
+from deqkern import NoiseSchedule, models, plots, solvers
+from deqkern.solve import relative_error
+
+BUDGETS = (4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50)  # S of the sequential chains
+FIRST, SECOND = (50, 100, 200), (15, 20, 25, 50, 100)  # S of the joint ones, of DDIM and of DPM-Solver++ 2M
+ITERATIONS = 8
+RTOL = 1e-4  # so that no sample stops earlier
+# DDIM is DPM-Solver++ of order 1. DDIMScheduler itself steps by T // S, past its next timestep if S does not divide T.
+SAMPLERS: dict[str, tuple[Any, int]] = {
+    "DDIM": (DPMSolverMultistepScheduler, 1),
+    "DPM-Solver++ 2M": (DPMSolverMultistepScheduler, 2),
+    "UniPC": (UniPCMultistepScheduler, 2),
+}
+JOINT = ("DDIM", "DPM-Solver++ 2M")
+SPACINGS = {
+    "even in t": {"timestep_spacing": "trailing"},
+    "even in log-SNR": {"use_exponential_sigmas": True},
+    "Karras": {"use_karras_sigmas": True},
+}
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@dataclass
+class Point:
+    """The samples of one chain after so many sequential model calls."""
+
+    sampler: str
+    spacing: str
+    solver: str  # "sequential", or of the joint solve
+    steps: int
+    calls: int
+    nfe: float  # model evaluations per sample, mean
+    error: list[float]  # per sample
+    error_ddim: list[float]  # against the DDIM chain of `floors` in place of the exact sample
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.error)
+
+
+@dataclass
+class Problem:
+    """A model, its noise (B, *shape) at the last timestep, and the samples that chains are compared with."""
+
+    loaded: models.Pretrained
+    noise: Tensor
+    exact: Tensor
+    ddim: Tensor
+
+    def errors(self, value: Tensor) -> tuple[list[float], list[float]]:
+        return relative_error(value, self.exact).tolist(), relative_error(value, self.ddim).tolist()
+
+
+def scheduler_of(schedule: NoiseSchedule, sampler: str, spacing: str, steps: int) -> Any:
+    """One of diffusers' schedulers, set to S steps from the last timestep to the clean sample."""
+    abar = schedule.alphas_cumprod
+    assert abar is not None
+    kind, order = SAMPLERS[sampler]
+    scheduler = kind(
+        num_train_timesteps=len(abar),
+        trained_betas=(1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])).float().numpy(),
+        solver_order=order,
+        prediction_type=schedule.prediction_type,
+        **SPACINGS[spacing],
+    )
+    scheduler.set_timesteps(steps)
+    top = ((1 - abar[-1]) / abar[-1]).sqrt().item()
+    assert len(scheduler.timesteps) == steps
+    assert math.isclose(scheduler.sigmas[0], top, rel_tol=1e-3) and scheduler.sigmas[-1] == 0
+    return scheduler
+
+
+@torch.no_grad()
+def sequential(problem: Problem, sampler: str, spacing: str, steps: int) -> Point:
+    value = chain(problem.loaded, problem.noise, sampler, spacing, steps)
+    return Point(sampler, spacing, "sequential", steps, steps, steps, *problem.errors(value))
+
+
+@torch.no_grad()
+def chain(loaded: models.Pretrained, noise: Tensor, sampler: str, spacing: str, steps: int) -> Tensor:
+    """The clean samples (B, *shape) of a sequential chain."""
+    scheduler, x = scheduler_of(loaded.schedule, sampler, spacing, steps), noise
+    for t in scheduler.timesteps:
+        x = scheduler.step(loaded.model(x, t).sample, t, x).prev_sample
+    return x
+
+
+def long_chain(loaded: models.Pretrained, noise: Tensor, sampler: str, steps: int, cache: Path) -> Tensor:
+    """The same with steps even in t, kept in a file."""
+    weights = b"".join(value.numpy().tobytes() for value in (*loaded.model.state_dict().values(), noise))
+    path = cache / f"{loaded.name}-{zlib.crc32(weights):08x}-{sampler.replace(' ', '')}-{steps}.pt"
+    if not path.is_file():
+        value = chain(loaded, noise, sampler, "even in t", steps)
+        cache.mkdir(parents=True, exist_ok=True)
+        torch.save(value, path)
+    return torch.load(path)
+
+
+def joint(problem: Problem, sampler: str, spacing: str, steps: int, solver: solvers.Solver) -> list[Point]:
+    """The joint solve of the same chain, after each iteration."""
+    loaded, noise = problem.loaded, problem.noise
+    scheduler = scheduler_of(loaded.schedule, sampler, spacing, steps)
+    timesteps = scheduler.timesteps.flip(0)
+    # a schedule that has these noise levels only, and is stepped through one by one
+    levels = 1 / (1 + scheduler.sigmas[:-1].double().flip(0) ** 2)
+    schedule = NoiseSchedule(levels, prediction_type=loaded.schedule.prediction_type)
+    rows, points = 0, list[Point]()
+
+    def model(x: Tensor, index: Tensor) -> Tensor:
+        nonlocal rows
+        rows += len(x)
+        return loaded.model(x, timesteps[index.long()]).sample
+
+    def watch(iteration: int, estimate: Tensor, error_estimate: Tensor) -> None:
+        nfe = rows / len(noise)
+        points.append(Point(sampler, spacing, solver.name, steps, iteration, nfe, *problem.errors(estimate)))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", deqkern.ConvergenceWarning)
+        deqkern.sample(
+            model,
+            noise,
+            schedule,
+            steps,
+            order=SAMPLERS[sampler][1],
+            solver=solver,
+            rtol=RTOL,
+            max_iterations=ITERATIONS,
+            callback=watch,
+        )
+    return points
+
+
+def cell(point: Point) -> str:
+    return f"{point.median:.1e} ({max(point.error):.1e})"
+
+
+def sequential_table(points: list[Point]) -> str:
+    own = {(point.sampler, point.steps): cell(point) for point in points if point.solver == "sequential"}
+    lines = ["| S | " + " | ".join(SAMPLERS) + " |", "|---" * (len(SAMPLERS) + 1) + "|"]
+    for steps in sorted({steps for _, steps in own}):
+        lines.append(f"| {steps} | " + " | ".join(own.get((name, steps), "") for name in SAMPLERS) + " |")
+    return "\n".join(lines)
+
+
+def joint_table(points: list[Point]) -> str:
+    calls = range(3, ITERATIONS + 1)
+    head = ["chain", "S", "solver", *(f"{k} its" for k in calls), "nfe"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    solves = dict.fromkeys((p.sampler, p.steps, p.solver) for p in points if p.solver != "sequential")
+    for key in solves:
+        found = {p.calls: p for p in points if (p.sampler, p.steps, p.solver) == key}
+        nfe = " / ".join(f"{found[k].nfe:.0f}" for k in calls if k in found)
+        cells = [*map(str, key), *(cell(found[k]) if k in found else "" for k in calls), nfe]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def verdict(points: list[Point], floors: list[Point]) -> str:
+    """The bar: 6 joint iterations against 20 sequential steps."""
+    lines = [f"floor: {point.sampler} S={point.steps} {cell(point)}" for point in floors]
+    best = {}
+    for label, chosen in {
+        "sequential, 20 calls": [p for p in points if p.solver == "sequential" and p.calls == 20],
+        "joint, 6 calls": [p for p in points if p.solver != "sequential" and p.calls == 6],
+    }.items():
+        if chosen:
+            best[label] = min(chosen, key=lambda point: point.median)
+            point = best[label]
+            lines.append(f"best {label}: {point.sampler} S={point.steps} {point.solver} {cell(point)}, {point.nfe:.0f} nfe")
+    return "\n".join(lines)
+
+
+@app.command()
+def measure(
+    name: Annotated[str, typer.Argument(help="digits, photos, or a folder")],
+    seeds: Annotated[int, typer.Option(help="samples")] = 8,
+    budgets: Annotated[list[int] | None, typer.Option(help="S of the sequential chains")] = None,
+    first: Annotated[list[int] | None, typer.Option(help="S of the joint DDIM chains")] = None,
+    second: Annotated[list[int] | None, typer.Option(help="S of the joint DPM-Solver++ 2M chains")] = None,
+    timesteps: Annotated[int | None, typer.Option(help="S of the exact sample; all if None")] = None,
+    cache: Annotated[Path, typer.Option(help="where long chains are kept")] = Path("out/quality"),
+    out: Annotated[Path | None, typer.Option(help="JSON to write")] = None,
+) -> None:
+    """Measure, print the table, write the figures."""
+    loaded = models.load(name)
+    noise = torch.randn(seeds, *loaded.shape, generator=torch.Generator().manual_seed(1000))
+    timesteps = timesteps or loaded.schedule.num_train_timesteps
+    lengths = {CHAINS[2]: timesteps, "UniPC": timesteps, "DDIM": timesteps - 1}
+    long = {sampler: long_chain(loaded, noise, sampler, steps, cache) for sampler, steps in lengths.items()}
+    problem = Problem(loaded, noise, exact=long[CHAINS[2]], ddim=long["DDIM"])
+    floors = [problem.point(k, "sequential", lengths[k], lengths[k], lengths[k], long[k]) for k in ("UniPC", "DDIM")]
+    points = []
+    chains = {1: first or JOINT[1], 2: second or JOINT[2]}
+    own = {CHAINS[order]: steps for order, steps in chains.items()}
+    for sampler in SAMPLERS:
+        for steps in sorted({*(budgets or BUDGETS), *own.get(sampler, ())}):
+            value = sequential(loaded, noise, sampler, steps)
+            points.append(problem.point(sampler, "sequential", steps, steps, steps, value))
+    presets = [solvers.default()] + [solvers.default(profile=loaded.profile)] * (loaded.profile is not None)
+    for order, counts in chains.items():
+        for steps in counts:
+            for solver in presets:
+                points += joint(problem, order, steps, solver)
+    print("\n\n".join([verdict(points, floors), sequential_table(points), joint_table(points)]))
+    if out:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+        head = {"model": loaded.name, "commit": commit, "torch": torch.__version__, "seeds": seeds}
+        figures = {"floors": [asdict(point) for point in floors], "points": [asdict(point) for point in points]}
+        out.write_text(json.dumps(head | figures, indent=1) + "\n")
+
+
+@app.command()
+def draw(
+    files: Annotated[list[Path], typer.Argument(help="what `measure` wrote")],
+    out: Annotated[Path, typer.Option(help="the picture")] = Path("docs/images/quality.png"),
+    solver: Annotated[str, typer.Option(help="of the joint solves")] = "default",
+) -> None:
+    """Median errors against sequential model calls, a panel per file."""
+    figure = plots._figure(6.4 * len(files), 5.2, layout="constrained")
+    axes = figure.subplots(1, len(files), sharey=True, squeeze=False)[0]
+    colours = dict(zip(SAMPLERS, plots._COLOURS, strict=False))
+    for axis, file in zip(axes, files, strict=True):
+        figures = json.loads(file.read_text())
+        lines: dict[tuple[str, str, int], list[Point]] = {}
+        for point in (Point(**point) for point in figures["points"]):
+            joint = point.solver != "sequential"
+            if point.solver in (solver, "sequential"):
+                lines.setdefault((point.sampler, point.solver, point.steps if joint else 0), []).append(point)
+        for (sampler, kind, steps), found in lines.items():
+            joint = kind != "sequential"
+            axis.loglog(
+                [point.calls for point in found],
+                [point.median for point in found],
+                "o-" if joint else "o--",
+                color=colours[sampler],
+                markerfacecolor=colours[sampler] if joint else "white",
+                markersize=4 if joint else 4.5,
+                linewidth=1.8 if joint else 1.2,
+                label="_" if joint else sampler,
+            )
+            if joint:
+                axis.annotate(f" S={steps}", (found[-1].calls, found[-1].median), color=colours[sampler], fontsize=8)
+        ticks = [3, 4, 5, 6, 8, 10, 15, 20, 30, 50, 100, 200]
+        axis.set_xticks(ticks, list(map(str, ticks)))
+        axis.minorticks_off()
+        axis.set(title=f"{figures['model']}, {figures['seeds']} samples", xlabel="sequential model calls")
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("error of the sample, median")
+    axes[-1].legend(fontsize=8, frameon=False)
+    figure.savefig(out, dpi=150)
+
+
+if __name__ == "__main__":
+    app()
