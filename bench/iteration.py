@@ -78,7 +78,8 @@ class _Kernels(Work):
 
     def _scan(self, e: Tensor, slope: Tensor, f: Tensor, g: Tensor) -> None:
         ops.ddim_scan(
-            self.x, e, None, self.a, self.b, self.n, slope, self.basis.bands, self.window, 1.0, False, f, g, self.norms
+            *(self.x, e, None, self.a, self.b, None, self.n, slope, self.basis.bands, self.window, 1.0, False),
+            *(f, g, self.norms),
         )
 
     def _progress(self) -> None:

@@ -86,6 +86,7 @@ def _cases_of(size: Size, histories: tuple[int, ...]) -> Iterator[Case]:
     n, unit, flat = size.elements, 4 * size.elements, Size(size.steps, size.batch, ())
     for noise in (False, True):
         yield Case("ddim_scan", "eta>0" if noise else "", size, _ddim_scan(size, noise), (4 + noise) * unit, 4 * n)
+    yield Case("ddim_scan", "two-step", size, _ddim_scan(size, False, two_step=True), 4 * unit, 4 * n)
     yield Case("band_moments", "", size, _band_moments(size), 3 * unit, 40 * n)
     if len(size.shape) == 3:
         slopes = flat.elements * (len(basis_of(size.shape, torch.device("cpu")).bands) - 1)
@@ -117,16 +118,17 @@ def _states(size: Size, device: torch.device, *more: int) -> Tensor:
     return torch.randn(*more, size.steps, size.batch, math.prod(size.shape), device=device)
 
 
-def _ddim_scan(size: Size, noise: bool) -> Callable[[torch.device], Arguments]:
+def _ddim_scan(size: Size, noise: bool, two_step: bool = False) -> Callable[[torch.device], Arguments]:
     def make(device: torch.device) -> Arguments:
         bands = basis_of(size.shape, device).bands
-        coefficients = torch.rand(3, size.steps, device=device)
+        coefficients = torch.rand(4, size.steps, device=device)
         return {
             "x": torch.randn(size.steps + 1, size.batch, math.prod(size.shape), device=device),
             "e": _states(size, device),
             "z": _states(size, device) if noise else None,
             "a": 0.9 + 0.1 * coefficients[0],
             "b": 0.2 * coefficients[1] - 0.1,
+            "c": 0.05 * coefficients[3] if two_step else None,
             "n": coefficients[2].clone(),
             "slope": torch.rand(size.steps, size.batch, len(bands) - 1, device=device),
             "bands": bands,

@@ -63,8 +63,8 @@ void dct2(Address image, Address spectrum, Address rows, Address dct_h, Address 
   kernels().dct2(op);
 }
 
-void ddim_scan(Address x, Address e, Address z, Address a, Address b, Address n, Address slope, Address bands,
-               Address window, Address f, Address g, Address norms, int64_t S, int64_t B, int64_t D, int64_t K,
+void ddim_scan(Address x, Address e, Address z, Address a, Address b, Address c, Address n, Address slope,
+               Address bands, Address window, Address f, Address g, Address norms, int64_t S, int64_t B, int64_t D, int64_t K,
                float beta, bool implicit, int threads) {
   require(S >= 0 && B >= 0 && D >= 0 && K >= 0, "sizes must not be negative");
   if (S == 0 || B == 0) return;
@@ -74,6 +74,7 @@ void ddim_scan(Address x, Address e, Address z, Address a, Address b, Address n,
               pointer<const float>(z, false, "z"),
               pointer<const float>(a, true, "a"),
               pointer<const float>(b, true, "b"),
+              pointer<const float>(c, false, "c"),
               pointer<const float>(n, z != 0, "n"),
               pointer<const float>(slope, K > 0, "slope"),
               pointer<const int64_t>(bands, true, "bands"),
@@ -82,6 +83,7 @@ void ddim_scan(Address x, Address e, Address z, Address a, Address b, Address n,
               pointer<float>(g, data, "g"),
               pointer<double>(norms, true, "norms"),
               S, B, D, K, beta, implicit, threads};
+  require(c == 0 || !implicit, "c must be null for an implicit chain");
   check_bands(op.bands, K, D);
   kernels().ddim_scan(op);
 }
@@ -208,9 +210,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("dct2", &dct2, NoGil(), arg("image"), arg("spectrum"), arg("rows"), arg("dct_h"), arg("dct_w"),
              arg("colour"), arg("order"), arg("N"), arg("C"), arg("H"), arg("W"), arg("R"), arg("inverse"),
              arg("threads"));
-  module.def("ddim_scan", &ddim_scan, NoGil(), arg("x"), arg("e"), arg("z"), arg("a"), arg("b"), arg("n"),
-             arg("slope"), arg("bands"), arg("window"), arg("f"), arg("g"), arg("norms"), arg("S"), arg("B"), arg("D"),
-             arg("K"), arg("beta"), arg("implicit"), arg("threads"));
+  module.def("ddim_scan", &ddim_scan, NoGil(), arg("x"), arg("e"), arg("z"), arg("a"), arg("b"), arg("c"),
+             arg("n"), arg("slope"), arg("bands"), arg("window"), arg("f"), arg("g"), arg("norms"), arg("S"), arg("B"),
+             arg("D"), arg("K"), arg("beta"), arg("implicit"), arg("threads"));
   module.def("band_moments", &band_moments, NoGil(), arg("dx"), arg("e"), arg("e_prev"), arg("bands"), arg("window"),
              arg("moments"), arg("S"), arg("B"), arg("D"), arg("K"), arg("threads"));
   module.def("secant_slope", &secant_slope, NoGil(), arg("moments"), arg("low"), arg("high"), arg("slope"), arg("S"),

@@ -34,6 +34,7 @@ _STEP = StepTable(  # x[1] = f(x[1])
     sigma_next=_ONE,
     a=_ZERO,
     b=_ONE,
+    c=_ZERO,
     n=_ZERO,
     slope_0=_ZERO,
     slope_1=_ZERO,

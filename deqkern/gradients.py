@@ -304,19 +304,22 @@ class Pullback:
     def _walk(self, sums: _Sums, cotangent: Tensor, with_noise: bool, walk: _Walk) -> Pulled:
         """lam[i] = keep[i] lam[i+1] + now[i] v + before[i] (the v before), v = of_lam[i] lam[i+1] + of_product[i] p,
 
-        p = J^T lam[i+1] with the J of the model at the state place[i].
+        p = J^T (lam[i+1] + lag[i] lam[i+2]) with the J of the model at the state place[i].
         """
         table, lam, last = self.network.table, cotangent, torch.zeros_like(cotangent)
+        lam_before = last
         steps, samples = len(table.a), torch.arange(len(cotangent), device=cotangent.device)
         noise = cotangent.new_empty(steps, *cotangent.shape) if with_noise else None
         for i in reversed(range(steps)):
             if noise is not None:
                 noise[i] = float(table.n[i]) * lam
             own = torch.full_like(samples, walk.place[i])
+            pushed = lam + walk.lag[i] * lam_before if walk.lag[i] else lam
             through = torch.empty_like(lam)
             for part in samples.split(self.max_batch or max(len(samples), 1)):
-                through[part] = sums.add(lam[part], own[part], samples[part], walk.weight[i])
+                through[part] = sums.add(pushed[part], own[part], samples[part], walk.weight[i])
             v = walk.of_lam[i] * lam + walk.of_product[i] * through
+            lam_before = lam
             lam, last = walk.keep[i] * lam + walk.now[i] * v + walk.before[i] * last, v
         return Pulled(lam, noise, sums.total(), torch.full((len(lam),), steps))
 
@@ -365,7 +368,8 @@ class _Walk:
     keep: list[float]
     now: list[float]
     before: list[float]
-    weight: list[float]  # of (d out / d theta)^T lam[i+1]
+    weight: list[float]  # of (d out / d theta)^T (lam[i+1] + lag[i] lam[i+2])
+    lag: list[float]
 
 
 def _exact_walk(table: StepTable) -> _Walk:
@@ -378,6 +382,7 @@ def _exact_walk(table: StepTable) -> _Walk:
         now=table.b.tolist(),
         before=[0.0] * steps,
         weight=table.b.tolist(),
+        lag=[*(table.c[1:] / table.b[:-1]).tolist(), 0.0] if table.order == 2 else [0.0] * steps,
     )
 
 

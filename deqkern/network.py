@@ -68,7 +68,7 @@ class Network:
 
     The model sees the states in its own dtype, timesteps `(N,)`, and those tensors of `model_kwargs` whose first
     dimension is B, one row per state. What comes back is what enters the chain: the model's output, or the table's
-    `effective_output` where it clips.
+    `effective_output` where it converts.
     """
 
     what = "model returned"
@@ -87,7 +87,7 @@ class Network:
 
     def __call__(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
         output = self._call(self._input(states), self.timesteps[steps], samples, self.model_kwargs)
-        if self.table.clips:
+        if self.table.converts:
             return self.table.effective_output(states, output.to(states.dtype), steps)
         return output
 

@@ -28,6 +28,7 @@ def sample(
     num_inference_steps: int = 50,
     *,
     eta: float = 0.0,
+    order: int = 1,
     solver: Solver | None = None,
     rtol: float = 1e-2,
     max_iterations: int | None = None,
@@ -41,7 +42,7 @@ def sample(
     gradient: str | Gradient | None = None,
     callback: Callback | None = None,
 ) -> Solution:
-    """Sample from a diffusion model: the DDIM chain of `num_inference_steps` = S steps as one fixed point.
+    """Sample from a diffusion model: the chain of `num_inference_steps` = S steps as one fixed point.
 
     The result is the chain's own, to a relative error of about `rtol`; rtol = 0 gives the sequential chain exactly, up
     to the effect of the batch size on the model. All states are evaluated in one batch per iteration
@@ -52,6 +53,8 @@ def sample(
     noise: (B, *shape) fp32, bf16 or fp16: the chain's noisy end, standard normal for most schedules. Any layout. With
         fp64 the states are fp64 too, and the ops run as plain torch.
     schedule: see `NoiseSchedule`. eta: 0 is DDIM, 1 is DDPM-like (arXiv 2010.02502, eq. 16).
+    order: 1 is DDIM; 2 is DPM-Solver++ 2M (arXiv 2211.01095), whose S steps come closer to the ODE's solution; with
+        eta = 1 its SDE variant. Timesteps as in `NoiseSchedule.steps`.
     solver: `deqkern.solvers.default()` if None. rtol: relative 2-norm of the error of each clean sample.
     max_iterations: at most so many; S if None, which is always enough.
     step_noise: (S, B, *shape), the noise of each step, eta > 0 only; else drawn from `generator` in the order of the
@@ -66,7 +69,8 @@ def sample(
         evaluations more, since the rows of a graph stay until half of them have settled. Needs a GPU and no window.
     gradient: None, "exact", "implicit", "phantom", "residual", "adjoint", or an object of `deqkern.gradients`: makes
         `value` differentiable by the noise, `step_noise`, tensors in `model_kwargs` and the model's parameters; once,
-        not twice. The gradient is the chain's at the states found, so a small `rtol` matters for it.
+        not twice. The gradient is the chain's at the states found, so a small `rtol` matters for it. With order = 2
+        only "exact".
     callback: called with (iteration, x0_estimate (B, *shape), error_estimate (B,)) after each iteration.
 
     Raises ValueError or TypeError, before the model is called, for an argument that does not fit; ValueError if the
@@ -77,7 +81,9 @@ def sample(
     check_arguments(model, "noise", noise, schedule, solver, rtol, max_iterations, model_kwargs, max_batch, callback)
     check_cuda_graph(cuda_graph, noise, solver)
     method = gradients.named(gradient)
-    table = schedule.steps(num_inference_steps, eta=eta, sigma_min=sigma_min)
+    table = schedule.steps(num_inference_steps, eta=eta, sigma_min=sigma_min, order=order)
+    if order == 2 and not isinstance(method, gradients.Exact | None):
+        raise ValueError(f"gradient must be None or 'exact' with order=2, got {gradient!r}")
     if isinstance(method, gradients.Adjoint) and table.clips:
         raise ValueError("schedule clips or thresholds x0: gradient='adjoint' needs one that does not")
     _check_step_noise(step_noise, generator, noise, len(table.a), eta)

@@ -23,6 +23,8 @@ __all__ = ["NoiseSchedule", "StepTable"]
 
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 
+_ZERO_SNR = 2**-24  # what some diffusers schedulers put for a last abar of 0
+_LOWER_ORDER_FINAL = 15  # a chain of fewer steps ends with a first-order one: DPMSolverMultistepScheduler
 _TINY = 1e-12  # a variance that rounding may be off by
 # options of other schedulers that replace the noise levels or the timesteps of training, which DDIM steps on
 _OTHER_LEVELS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas")
@@ -41,7 +43,7 @@ class NoiseSchedule:
     Raises ValueError or TypeError, naming the argument.
     """
 
-    alphas_cumprod: Tensor | None  # (T,) in (0, 1], not increasing; the last may be 0. Kept in float64
+    alphas_cumprod: Tensor | None  # (T,) in (0, 1], not increasing; the last may be 0, or 2^-24. Kept in float64
     _: KW_ONLY
     prediction_type: str = "epsilon"
     timestep_spacing: str = "leading"
@@ -183,8 +185,8 @@ class NoiseSchedule:
         `set_timesteps(S)` gives a copy of it; dynamic shifting needs the first, since only `set_timesteps` knows mu.
 
         Raises ValueError for noise levels or timesteps other than those of training (Karras, exponential, beta and flow
-        sigmas, continuous timesteps), consistency samplers (LCM, TCD) and stochastic or inverted flow matching, and
-        TypeError for anything else, such as the EDM schedulers.
+        sigmas, continuous timesteps, lambda_min_clipped), consistency samplers (LCM, TCD) and stochastic or inverted
+        flow matching, and TypeError for anything else, such as the EDM schedulers.
         """
         name = type(scheduler).__name__
         config = getattr(scheduler, "config", None)
@@ -198,7 +200,9 @@ class NoiseSchedule:
             return cls(None, prediction_type="flow", num_train_timesteps=total, _flow_scheduler=scheduler)
         raise TypeError(f"scheduler must have alphas_cumprod or be a FlowMatchEulerDiscreteScheduler, got {name}")
 
-    def steps(self, num_inference_steps: int, eta: float = 0.0, sigma_min: float | None = None) -> StepTable:
+    def steps(
+        self, num_inference_steps: int, eta: float = 0.0, sigma_min: float | None = None, order: int = 1
+    ) -> StepTable:
         """The coefficients of a chain of S = `num_inference_steps` steps.
 
         `eta` scales the noise of each step (arXiv 2010.02502, eq. 16): 0 is DDIM, 1 is like DDPM. `sigma_min` ends the
@@ -209,6 +213,12 @@ class NoiseSchedule:
         in t are so long at the clean end that some images have no start there (docs/inversion.md). The steps of flow
         matching keep their spacing.
 
+        `order` 2 is DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2) for eta 0, and its SDE variant for eta 1: the chain
+        of diffusers' DPMSolverMultistepScheduler with solver_order=2 and solver_type="midpoint" (algorithm_type
+        "dpmsolver++" and "sde-dpmsolver++"), whose timesteps differ from those of DDIMScheduler: each step leads to the
+        next timestep, and `timestep_spacing` lays S + 1 of them of which the last is left out ("leading", "linspace").
+        `set_alpha_to_one` stands for final_sigmas_type="zero".
+
         Raises ValueError or TypeError, naming the argument.
         """
         count, eta = _integer("num_inference_steps", num_inference_steps), _real("eta", eta)
@@ -216,27 +226,34 @@ class NoiseSchedule:
             raise ValueError(f"num_inference_steps must be in 1 .. {self.num_train_timesteps}, got {count}")
         if not 0 <= eta < math.inf:
             raise ValueError(f"eta must be finite and >= 0, got {eta}")
+        if order not in (1, 2):
+            raise ValueError(f"order must be 1 or 2, got {order!r}")
+        if order == 2 and eta not in (0, 1):
+            raise ValueError(f"eta must be 0 or 1 with order=2, got {eta}")
         if sigma_min is not None and not 0 < _real("sigma_min", sigma_min) < math.inf:
             raise ValueError(f"sigma_min must be None, or finite and > 0, got {sigma_min}")
         if self.alphas_cumprod is not None:
-            return self._variance_preserving_steps(self.alphas_cumprod, count, eta, sigma_min)
+            return self._variance_preserving_steps(self.alphas_cumprod, count, eta, sigma_min, order)
         if eta > 0:
             raise ValueError(f"eta must be 0 for prediction_type='flow', got {eta}")
         timesteps, sigmas = self._flow_levels(count)
         if sigma_min is not None:
             timesteps, sigmas = _end_flow_at(timesteps, sigmas, sigma_min)
         sigma, sigma_next = sigmas[:-1], sigmas[1:]
-        return self._table(timesteps, 1 - sigma, sigma, 1 - sigma_next, sigma_next, torch.zeros_like(sigma))
+        return self._table(timesteps, 1 - sigma, sigma, 1 - sigma_next, sigma_next, torch.zeros_like(sigma), order)
 
-    def _variance_preserving_steps(self, abar: Tensor, count: int, eta: float, sigma_min: float | None) -> StepTable:
+    def _variance_preserving_steps(
+        self, abar: Tensor, count: int, eta: float, sigma_min: float | None, order: int
+    ) -> StepTable:
         total = self.num_train_timesteps
-        timesteps = _spaced_timesteps(self.timestep_spacing, total, count, self.steps_offset)
+        spaced = _spaced_timesteps if order == 1 else _multistep_timesteps
+        timesteps = spaced(self.timestep_spacing, total, count, self.steps_offset)
         if timesteps[0] >= total:
             raise ValueError(
                 f"steps_offset={self.steps_offset} with num_inference_steps={count} starts at timestep {timesteps[0]}, "
                 f"beyond the last one, {total - 1}"
             )
-        following = [t - total // count for t in timesteps]
+        following = [t - total // count for t in timesteps] if order == 1 else [*timesteps[1:], -1]
         if sigma_min is not None:
             chain = self._joined_timesteps(abar, count, timesteps[0], sigma_min)
             timesteps, following = chain[:-1], chain[1:]
@@ -251,7 +268,7 @@ class NoiseSchedule:
         if bool((variance > 1 - after + _TINY).any()):
             raise ValueError(f"eta={eta} adds more noise than a step has room for; it is at most 1")
         ends = (now.sqrt(), (1 - now).sqrt(), after.sqrt(), (1 - after).sqrt())
-        return self._table(torch.tensor(timesteps), *ends, variance.sqrt())
+        return self._table(torch.tensor(timesteps), *ends, variance.sqrt(), order)
 
     def _joined_timesteps(self, abar: Tensor, count: int, top: int, sigma_min: float) -> list[int]:  # (S+1,)
         reached = ((1 - abar) >= sigma_min**2 * abar).nonzero()
@@ -293,12 +310,20 @@ class NoiseSchedule:
         return sigmas * total, torch.cat([sigmas.double(), torch.zeros(1, dtype=torch.float64)])
 
     def _table(
-        self, timesteps: Tensor, alpha: Tensor, sigma: Tensor, alpha_next: Tensor, sigma_next: Tensor, n: Tensor
+        self,
+        timesteps: Tensor,
+        alpha: Tensor,
+        sigma: Tensor,
+        alpha_next: Tensor,
+        sigma_next: Tensor,
+        n: Tensor,
+        order: int,
     ) -> StepTable:
         return StepTable.build(
             self.prediction_type, timesteps, alpha, sigma, alpha_next, sigma_next, n,
             clip_sample_range=self.clip_sample_range if self.clip_sample else None,
             thresholding=(self.dynamic_thresholding_ratio, self.sample_max_value) if self.thresholding else None,
+            order=order, lower_order_final=len(timesteps) < _LOWER_ORDER_FINAL,
         )  # fmt: skip
 
 
@@ -316,6 +341,15 @@ def _spaced_timesteps(spacing: str, total: int, count: int, offset: int) -> list
     # the scheduler a timestep -1, which is not part of any schedule: left out here
     delta = (total - total / count) - total
     return [round(total + i * delta) - 1 for i in range(count)]
+
+
+def _multistep_timesteps(spacing: str, total: int, count: int, offset: int) -> list[int]:
+    """DPMSolverMultistepScheduler.set_timesteps, descending: S + 1 timesteps but for the last, or trailing."""
+    if spacing == "leading":
+        return [i * (total // (count + 1)) + offset for i in range(1, count + 1)][::-1]
+    if spacing == "linspace":
+        return [round(i * ((total - 1) / count)) for i in range(1, count + 1)][::-1]
+    return _spaced_timesteps(spacing, total, count, offset)
 
 
 def _end_flow_at(timesteps: Tensor, sigmas: Tensor, sigma_min: float) -> tuple[Tensor, Tensor]:
@@ -350,6 +384,8 @@ def _variance_preserving_options(name: str, config: Mapping[str, Any]) -> dict[s
     _refuse_options(name, config, (*_OTHER_LEVELS, "original_inference_steps"))
     if config.get("timestep_type", "discrete") != "discrete":
         raise ValueError(f"scheduler: {name} with timestep_type={config['timestep_type']!r} is not supported")
+    if config.get("lambda_min_clipped", -math.inf) > -math.inf:
+        raise ValueError(f"scheduler: {name} with lambda_min_clipped={config['lambda_min_clipped']!r} is not supported")
     prediction_type = config.get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction", "sample"):
         raise ValueError(f"scheduler: {name} with prediction_type={prediction_type!r} is not supported")
@@ -391,7 +427,8 @@ def _checked_alphas_cumprod(values: Any) -> Tensor:
     abar = torch.as_tensor(values).detach().to("cpu", torch.float64, copy=True)
     if abar.ndim != 1 or not len(abar):
         raise ValueError(f"alphas_cumprod must have shape (T,) with T >= 1, got {tuple(abar.shape)}")
-    if not bool((abar[1:] <= abar[:-1]).all()):
+    ordered = abar[:-1] if abar[-1] == _ZERO_SNR else abar
+    if not bool((ordered[1:] <= ordered[:-1]).all()):
         raise ValueError("alphas_cumprod must not increase")
     if not 0 < float(abar[0]) <= 1 or not bool((abar[:-1] > 0).all()) or abar[-1] < 0:
         raise ValueError("alphas_cumprod must lie in (0, 1]; only its last entry may be 0")

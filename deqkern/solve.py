@@ -95,6 +95,8 @@ class _Iteration:
         self.arguments = x[1:] if self.implicit else x[:-1]  # the states that the model is called at
         self.moved = self.work.g_ring[0] if self.implicit else self.work.dx  # their last change, if nothing mixes
         self.a, self.b, self.n = (v.to(device, x.dtype) for v in (table.a, table.b, table.n))
+        self.c = table.c.to(device, x.dtype) if table.order == 2 else None
+        self.samples = torch.arange(trajectory.batch, device=device)
         ends = torch.stack([table.slope_0, table.slope_1]).to(device)
         self.low, self.high = ends.amin(0), ends.amax(0)  # (S,) float64
         shrinkage = solver.slope.initial(table, trajectory.basis).to(device)
@@ -133,7 +135,7 @@ class _Iteration:
         head = k % (m + 1)
         f, g = work.f_ring[head], work.g_ring[head]
         ops.ddim_scan(
-            *(x, e, trajectory.z, self.a, self.b, self.n, self.slope, bands, window),
+            *(x, e, trajectory.z, self.a, self.b, self.c, self.n, self.slope, bands, window),
             *(solver.beta, self.implicit, f, g, work.norms),
         )
         if m:
@@ -142,6 +144,9 @@ class _Iteration:
             *(work.norms, self.scale, self.rtol, self.tolerance, CONTRACTION, GROWTH, self.size, self.implicit),
             *(work.errors, window, work.diverged),
         )
+        if self.c is not None and e_prev is not e:  # the next scan reads the output before its window
+            before = (window[:, 0] - 1).clamp_min(0)
+            e_prev[before, self.samples] = e[before, self.samples]
 
     def _mix(self, head: int, count: int) -> None:
         work, solver, window, gamma = self.work, self.solver, self.work.window, self.work.gamma

@@ -1,4 +1,4 @@
-"""The coefficients of one sampling chain: every step is x_next = a x + b out + n z, linear in the model's output.
+"""The coefficients of one sampling chain: x_next = a x + b out + c out_before + n z, linear in the model's outputs.
 
 A state is x = alpha x0 + sigma eps and the model's output is out = u x0 + w eps. With det = alpha w - sigma u,
 
@@ -6,7 +6,12 @@ A state is x = alpha x0 + sigma eps and the model's output is out = u x0 + w eps
     x_next = alpha_next x0 + direction eps + n z,      direction^2 = sigma_next^2 - n^2,
     a = (alpha_next w - direction u) / det,      b = (direction alpha - alpha_next sigma) / det.
 
-Nothing here assumes that a step begins where the one before it ended. Everything is computed in float64 on the CPU.
+A second-order step (DPM-Solver++ 2M, arXiv 2211.01095, algorithm 2) extrapolates x0 from the step before it, linearly
+in log(alpha / sigma), with h the length of a step in it:
+
+    x_next = a x + b (x0 + (x0 - x0_before) h / (2 h_before)) + n z,      a and b of the model's output x0.
+
+Nothing else here assumes that a step begins where the one before it ended. All is computed in float64 on the CPU.
 """
 
 from __future__ import annotations
@@ -29,7 +34,8 @@ _QUANTILE_ELEMENTS = 1 << 23  # torch.quantile refuses inputs of more than 16 mi
 class StepTable:
     """The coefficients of a chain of S steps: tensors (S,) float64 on the CPU, in the order in which the chain runs.
 
-    `a`, `b` and the slopes belong to what enters the chain: the model's output, or `effective_output` if `clips`.
+    `a`, `b`, `c` and the slopes belong to what enters the chain: the model's output, or `effective_output` if the table
+    `converts`.
     A slope is d out / dx = slope_0 (1 - kappa) + slope_1 kappa for a shrinkage kappa in [0, 1], where
     d eps / dx = kappa / sigma and d x0 / dx = (1 - kappa) / alpha: 0 freezes epsilon, 1 freezes x0. Where one of the
     two has no meaning (alpha = 0 or sigma = 0) it is replaced by the other.
@@ -42,6 +48,7 @@ class StepTable:
     sigma_next: Tensor
     a: Tensor
     b: Tensor
+    c: Tensor  # zero, but for order 2
     n: Tensor
     slope_0: Tensor
     slope_1: Tensor
@@ -50,6 +57,7 @@ class StepTable:
     direction: Tensor
     clip_sample_range: float | None = None
     thresholding: tuple[float, float] | None = None  # ratio and largest value of dynamic thresholding
+    order: int = 1  # 2: the chain is written for x0, and steps use that of the step before
     implicit: bool = False  # a step takes the model's output at its own end: see `reversed`
     _device_rows: dict[tuple[torch.device, torch.dtype], Tensor] = field(default_factory=dict, init=False, repr=False)
 
@@ -65,17 +73,24 @@ class StepTable:
         n: Tensor,
         clip_sample_range: float | None = None,
         thresholding: tuple[float, float] | None = None,
+        order: int = 1,
+        lower_order_final: bool = False,
     ) -> StepTable:
         """The table of steps between these noise levels.
 
+        order: 1 is DDIM. 2 is DPM-Solver++ 2M, where the first step is first order, and the last one if it ends without
+        noise or if `lower_order_final`; n must be that of eta = 0 or 1, and each step begin where the last one ended.
+
         A table that clips is written for the velocity alpha eps - sigma x0 (arXiv 2202.00512, appendix D), whatever the
         model predicts: its a and b lie within -1 .. 1 at any noise level, while those of epsilon grow with 1 / alpha
-        and would lose in rounding what clipping keeps. Raises ValueError for an unknown `prediction_type`.
+        would lose in rounding what clipping keeps. Raises ValueError for an unknown `prediction_type`, and with order 2
+        for a step between equal noise levels.
         """
         sigma = sigma.clamp_min(_SMALLEST_SIGMA)
         u, w = _output_mix(prediction_type, alpha, sigma)
         clips = clip_sample_range is not None or thresholding is not None
-        chain_u, chain_w = _output_mix("v_prediction", alpha, sigma) if clips else (u, w)
+        chain = "sample" if order == 2 else "v_prediction" if clips else prediction_type
+        chain_u, chain_w = _output_mix(chain, alpha, sigma)
         direction = torch.where(n == 0, sigma_next, (sigma_next**2 - n**2).clamp_min(0).sqrt())
         det = alpha * chain_w - sigma * chain_u
         a = (alpha_next * chain_w - direction * chain_u) / det
@@ -83,19 +98,32 @@ class StepTable:
         slope_0, slope_1 = chain_u / alpha, chain_w / sigma
         slope_0 = torch.where(alpha == 0, slope_1, slope_0)
         slope_1 = torch.where(sigma == _SMALLEST_SIGMA, slope_0, slope_1)
-        if clips:  # a step that stays where it is (b = 0) still clips: give its output a way in, and no slope
+        c = torch.zeros_like(b)
+        if order == 2:
+            length = (alpha_next / sigma_next).log() - (alpha / sigma).log()
+            if not bool((length > 0).all()):
+                raise ValueError("order=2 needs noise levels that fall from step to step; take fewer steps")
+            extrapolation = torch.zeros_like(b)
+            extrapolation[1:] = length[1:] / (2 * length[:-1])
+            if lower_order_final or sigma_next[-1] == 0:
+                extrapolation[-1] = 0
+            b, c = b * (1 + extrapolation), -b * extrapolation
+        elif clips:  # a step that stays where it is (b = 0) still clips: give its output a way in, and no slope
             idle = b.abs() <= _IDLE
             b = torch.where(idle, 1.0, b)
             slope_0, slope_1 = torch.where(idle, 0.0, slope_0), torch.where(idle, 0.0, slope_1)
         ends = (alpha, sigma, alpha_next, sigma_next)
-        return cls(timesteps, *ends, a, b, n, slope_0, slope_1, u, w, direction, clip_sample_range, thresholding)
+        clipping = (clip_sample_range, thresholding)
+        return cls(timesteps, *ends, a, b, c, n, slope_0, slope_1, u, w, direction, *clipping, order)
 
     def reversed(self) -> StepTable:
         """The same chain from its clean end to its noise: y[j] = x[S-j], an implicit chain.
 
         x_next = a x + b out(x) becomes y_next = y / a - (b / a) out(y_next). Raises ValueError for a table that clips,
-        that draws noise, or that has a step with a = 0: such steps cannot be undone.
+        that draws noise, or that has a step with a = 0: such steps cannot be undone; or a table of order 2.
         """
+        if self.order != 1:
+            raise ValueError("order must be 1: steps that use the output of the step before are not inverted")
         if self.clips:
             raise ValueError("schedule clips or thresholds x0: what is cut off cannot be found again by inversion")
         if bool((self.n != 0).any()):
@@ -113,8 +141,10 @@ class StepTable:
         Implicit:  y[j+1] = a' y[j] + b J[S-j]^T y[j+1],   a y[S] = dL/dx[0];      a' of the step before, at first 1.
 
         What step i adds to dL/dtheta is b (d out / d theta)^T y: y[j] of an explicit step, y[j+1] of an implicit one.
-        The chain draws no noise.
+        The chain draws no noise. Raises ValueError for a table of order 2, whose transposed chain has another form.
         """
+        if self.order != 1:
+            raise ValueError("order must be 1 for the transposed chain")
         flipped = {name: getattr(self, name).flip(0) for name in _PER_STEP}
         flipped["n"] = torch.zeros_like(self.n)
         if self.implicit:
@@ -128,8 +158,13 @@ class StepTable:
 
     @property
     def clips(self) -> bool:
-        """Whether `effective_output` has anything to do."""
+        """Whether x0 is clipped or thresholded."""
         return self.clip_sample_range is not None or self.thresholding is not None
+
+    @property
+    def converts(self) -> bool:
+        """Whether `effective_output` stands for the model's output: the table clips, or is written for x0."""
+        return self.clips or self.order == 2
 
     @property
     def log_snr(self) -> Tensor:
@@ -155,7 +190,7 @@ class StepTable:
         """The estimate of x0 (N, *shape), fp32 or wider, from the model's own output at steps `index`.
 
         It is clipped if the table clips: the pred_original_sample of diffusers' DDIMScheduler (arXiv 2010.02502,
-        eq. 12). An `effective_output` gives no estimate of x0.
+        eq. 12). Do not call it with an `effective_output`.
         """
         x, out, rows = self._gather(x, out, index)
         return self._clip(rows[0] * x + rows[1] * out)
@@ -170,10 +205,12 @@ class StepTable:
 
         x and out are in pixel space; the result (N, *shape) is fp32 or wider. x0 is clipped to `clip_sample_range` or
         dynamically thresholded (arXiv 2205.11487, section 2.3) and eps is left alone, as in diffusers' DDIMScheduler.
-        Raises ValueError for a table that does not clip.
+        With order 2 it is x0 itself, clipped if the table clips. Raises ValueError for a table that does not convert.
         """
-        if not self.clips:
-            raise ValueError("effective_output is for a table that clips")
+        if not self.converts:
+            raise ValueError("effective_output is for a table that converts")
+        if self.order == 2:
+            return self.original_sample(x, out, index)
         x, out, rows = self._gather(x, out, index)
         x0 = rows[0] * x + rows[1] * out
         eps = rows[2] * x + rows[3] * out
@@ -193,7 +230,7 @@ class StepTable:
     def _rows(self) -> Tensor:  # (R, S)
         det = self.alpha * self.w - self.sigma * self.u
         rows = [self.w / det, -self.sigma / det, -self.u / det, self.alpha / det]  # x0, eps of (x, out)
-        if self.clips:
+        if self.clips and self.order == 1:
             idle = (self.direction * self.alpha - self.alpha_next * self.sigma).abs() <= _IDLE  # see build
             rows += [torch.where(idle, 0.0, -self.sigma), torch.where(idle, 0.0, self.alpha)]
             rows += [self.alpha_next / self.b, self.direction / self.b, self.a / self.b]

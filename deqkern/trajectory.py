@@ -146,9 +146,13 @@ def start(
         slope = slope_of(table, solver.slope.initial(table, basis))
         a, bend = table.a[:, None], table.b[:, None] * slope
         factors = (a / (1 - bend) if table.implicit else a + bend).to(device, dtype)  # (S, K)
+        lagged = torch.zeros_like(factors)
+        lagged[1:] = (table.c[1:, None] * slope[:-1]).to(device, dtype)
         widths = basis.bands.diff()
         for i in range(steps):
             x[i + 1] = torch.repeat_interleave(factors[i], widths) * x[i]
+            if table.order == 2 and i > 0:
+                x[i + 1] += torch.repeat_interleave(lagged[i], widths) * x[i - 1]
             if z is not None:
                 x[i + 1] += float(table.n[i]) * z[i]
     return Trajectory(map, table, basis, x, z, max_batch)

@@ -18,6 +18,7 @@ def ddim_scan_kernel(
     z,  # None: no noise
     a,
     b,
+    c,  # None: no step uses the output of the one before
     n,
     slope,
     bands,
@@ -34,7 +35,8 @@ def ddim_scan_kernel(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """p[i] = a[i] x[i] + b[i] e[i] + n[i] z[i],  r = p[i] - x[i+1],  g[i] = (a[i] + b[i] slope[i]) g[i-1] + r,
+    """p[i] = a[i] x[i] + b[i] e[i] + c[i] e[i-1] + n[i] z[i],  r = p[i] - x[i+1],
+    g[i] = (a[i] + b[i] slope[i]) g[i-1] + c[i] slope[i-1] g[i-2] + r,
     f[i] = x[i+1] + beta g[i], and at the first active step f = p, g = r;
     IMPLICIT: g[i] = (a[i] g[i-1] + r) / (1 - b[i] slope[i]), f[i] = x[i+1] + beta g[i] everywhere.
 
@@ -63,20 +65,34 @@ def ddim_scan_kernel(
     g += sample * size
     state = tl.load(x + begin * plane + d, mask=inside, other=0.0)
     correction = tl.zeros([BLOCK], tl.float32)
+    bent_before = tl.zeros([BLOCK], tl.float32)  # slope[i-1] g[i-2]
+    output_before = tl.zeros([BLOCK], tl.float32)
+    if c is not None:
+        output_before = tl.load(e + (begin - 1) * plane + d, mask=inside & (begin > 0), other=0.0).to(tl.float32)
     for i in tl.range(begin, end, num_stages=STAGES):
         after = tl.load(x + (i + 1) * plane + d, mask=inside, other=0.0)
         output = tl.load(e + i * plane + d, mask=inside, other=0.0).to(tl.float32)
-        bend = tl.load(b + i) * tl.load(slope + (i * batch + sample) * count + band, mask=inside, other=0.0)
+        weight = tl.load(b + i)
+        bend = tl.load(slope + (i * batch + sample) * count + band, mask=inside, other=0.0)
         growth = tl.load(a + i)
-        plain = growth * state + tl.load(b + i) * output
+        plain = growth * state + weight * output
+        if c is not None:
+            lag = tl.load(c + i, mask=i > 0, other=0.0)
+            plain += lag * output_before
+            output_before = output
         if z is not None:
             plain += tl.load(n + i) * tl.load(z + sample * size + i * plane + d, mask=inside, other=0.0)
         residual = plain - after
         if IMPLICIT:
-            correction = (growth * correction + residual) / (1.0 - bend)
+            correction = (growth * correction + residual) / (1.0 - weight * bend)
             update = after + beta * correction
+        elif c is not None:  # at the first step correction and bent_before are zero
+            bent = bend * correction
+            correction = growth * correction + weight * bent + lag * bent_before + residual
+            bent_before = bent
+            update = tl.where(i == begin, plain, after + beta * correction)
         else:
-            correction = tl.where(i == begin, residual, (growth + bend) * correction + residual)
+            correction = tl.where(i == begin, residual, (growth + weight * bend) * correction + residual)
             update = tl.where(i == begin, plain, after + beta * correction)
         tl.store(g + i * plane + d, correction, mask=inside)
         tl.store(f + i * plane + d, update, mask=inside)
@@ -120,6 +136,7 @@ def ddim_scan(
     z: torch.Tensor | None,  # (S, B, D)
     a: torch.Tensor,  # (S,)
     b: torch.Tensor,  # (S,)
+    c: torch.Tensor | None,  # (S,)
     n: torch.Tensor,  # (S,)
     slope: torch.Tensor,  # (S, B, K)
     bands: torch.Tensor,  # (K+1,) int64
@@ -135,7 +152,7 @@ def ddim_scan(
     blocks = triton.cdiv(size, block)
     partial = torch.empty((steps, batch, 3, blocks), dtype=torch.float32, device=x.device)
     ddim_scan_kernel[(batch * blocks,)](
-        x, e, z, a, b, n, slope, bands, window, beta, f, g, partial, batch * size, batch, size, slope.shape[2],
+        x, e, z, a, b, c, n, slope, bands, window, beta, f, g, partial, batch * size, batch, size, slope.shape[2],
         implicit, block, stages, num_warps=1,
     )  # fmt: skip
     ddim_scan_norms_kernel[(steps * batch,)](partial, window, norms, batch, blocks, PARTIALS, num_warps=1)

@@ -87,7 +87,7 @@ def one_iteration(threads: int) -> list[Tensor]:
     ring, norms = torch.randn(m + 1, S, B, D), torch.zeros(S, B, 3, dtype=torch.float64)
     gram, rhs = torch.zeros(S, B, m, m, dtype=torch.float64), torch.zeros(S, B, m, dtype=torch.float64)
     moments, gamma = torch.zeros(S, B, K, 2, dtype=torch.float64), torch.zeros(S, B, m)
-    scan = [address(value) for value in (x, e, z, a, b, n, slope, bands, window, x[1:], ring[2], norms)]
+    scan = [address(value) for value in (x, e, z, a, b, a, n, slope, bands, window, x[1:], ring[2], norms)]
     _C.ddim_scan(*scan, S, B, D, K, 0.9, False, threads)
     _C.band_moments(*map(address, (e, x, z, bands, window, moments)), S, B, D, K, threads)
     _C.anderson_gram(*map(address, (ring, window, gram, rhs)), S, B, D, m, 2, m, threads)
@@ -111,10 +111,10 @@ def test_arrays_too_large_for_the_cache(D: int, in_place: bool) -> None:
     bands, window = torch.tensor([0, D]), torch.tensor([[0, S]])
     f, g, norms = torch.empty_like(e), torch.empty_like(e), torch.zeros(S, 1, 3, dtype=torch.float64)
     expected = [torch.empty_like(value) for value in (f, g, norms, f)]
-    reference.ddim_scan(x, e, None, a, b, b, slope, bands, window, 0.5, False, *expected[:3])
+    reference.ddim_scan(x, e, None, a, b, b, b, slope, bands, window, 0.5, False, *expected[:3])
     reference.anderson_mix(ring, 1, m, gamma, window, expected[3])
     f = x[1:] if in_place else f
-    scan = [address(value) for value in (x, e, None, a, b, None, slope, bands, window, f, g, norms)]
+    scan = [address(value) for value in (x, e, None, a, b, b, None, slope, bands, window, f, g, norms)]
     _C.ddim_scan(*scan, S, 1, D, 1, 0.5, False, 2)
     mixed = torch.empty_like(e)
     _C.anderson_mix(*map(address, (ring, gamma, window, mixed)), S, 1, D, m, 1, m, 2)

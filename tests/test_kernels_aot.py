@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 ARCHITECTURES = (80, 90)
 TYPES = {
-    **dict.fromkeys(("x", "e", "z", "a", "b", "n", "slope", "f", "g", "f_ring", "gamma", "out"), "*fp32"),
+    **dict.fromkeys(("x", "e", "z", "a", "b", "c", "n", "slope", "f", "g", "f_ring", "gamma", "out"), "*fp32"),
     **dict.fromkeys(("dx", "e_prev", "g_ring", "source", "target"), "*fp32"),
     **dict.fromkeys(("matrix", "dct_h", "dct_w", "colour", "partial"), "*fp32"),
     **dict.fromkeys(("norms", "moments", "gram", "rhs", "low", "high", "scale", "errors"), "*fp64"),
@@ -45,7 +45,11 @@ class Case(NamedTuple):
 
 
 def scan(block: int, stages: int, implicit: bool, **constants: Any) -> dict[str, Any]:
-    return {"IMPLICIT": implicit, "BLOCK": block, "STAGES": stages, **constants}
+    return {"IMPLICIT": implicit, "BLOCK": block, "STAGES": stages, "c": None, **constants}
+
+
+def two_step(block: int, stages: int, **constants: Any) -> dict[str, Any]:
+    return {"IMPLICIT": False, "BLOCK": block, "STAGES": stages, **constants}
 
 
 def transform(inverse: bool, side: int) -> dict[str, Any]:
@@ -76,6 +80,9 @@ CASES = [
     Case("ddim_scan_kernel", scan(256, 4, False, z=None), 1, 10, 4, BF16),
     Case("ddim_scan_kernel", scan(128, 8, False), 1, 17, 2, FP16),
     Case("ddim_scan_kernel", scan(256, 4, True), 1, 0, 0, BF16, aligned=False),
+    Case("ddim_scan_kernel", two_step(128, 8), 1, 26, 2),  # and the first output
+    Case("ddim_scan_kernel", two_step(256, 4, z=None), 1, 20, 4),
+    Case("ddim_scan_kernel", two_step(256, 4, z=None), 1, 11, 4, BF16),
     Case("ddim_scan_norms_kernel", {"PARTIALS": 128}, 1),
     Case("band_moments_kernel", {"BLOCK": 256, "BANDS": 32}, 1, 6),
     Case("band_moments_kernel", {"BLOCK": 256, "BANDS": 32}, 1, 2, 0, BF16 | {"e_prev": "*bf16"}),

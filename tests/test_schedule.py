@@ -166,7 +166,7 @@ def test_effective_output_takes_a_step_of_each_row_and_a_wider_or_narrower_dtype
         )
     assert table.effective_output(x.double(), out.double(), index).dtype == torch.float64
     assert table.effective_output(x.bfloat16(), out.bfloat16(), index).dtype == torch.float32
-    with pytest.raises(ValueError, match="clips"):
+    with pytest.raises(ValueError, match="converts"):
         NoiseSchedule.linear().steps(10).effective_output(x, out, index)
 
 
@@ -479,6 +479,7 @@ def test_from_diffusers_reads_final_sigmas_type() -> None:
         ("LCMScheduler", {}, "original_inference_steps"),
         ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, "stochastic_sampling"),
         ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, "invert_sigmas"),
+        ("DPMSolverMultistepScheduler", {"lambda_min_clipped": -5.1}, "lambda_min_clipped"),
         ("DDIMScheduler", {"trained_betas": TRAINED_BETAS}, "num_train_timesteps"),
     ],
 )

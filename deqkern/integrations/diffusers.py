@@ -230,7 +230,7 @@ class ParallelRun:
         solve, trajectory = self._solve, self._solve.trajectory
         rows, outputs = trajectory.rows, solve.iteration.outputs(solve.count)
         output = output[: len(rows)]  # DiT gives the guided output twice
-        if trajectory.table.clips:
+        if trajectory.table.converts:
             output = trajectory.table.effective_output(trajectory.images(rows), output, rows // self._batch)
         trajectory.basis.forward(output.to(outputs.dtype).contiguous(), outputs.flatten(0, 1), rows)
         solve.iteration.update(solve.count)

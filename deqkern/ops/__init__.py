@@ -78,6 +78,7 @@ def ddim_scan(
     z: Tensor | None,
     a: Tensor,
     b: Tensor,
+    c: Tensor | None,
     n: Tensor,
     slope: Tensor,
     bands: Tensor,
@@ -98,6 +99,10 @@ def ddim_scan(
         check.array("z", z, shape, dtype, device)
     check.array("a", a, (steps,), dtype, device)
     check.array("b", b, (steps,), dtype, device)
+    if c is not None:
+        check.array("c", c, (steps,), dtype, device)
+        if implicit:
+            raise ValueError("c must be None for an implicit chain")
     check.array("n", n, (steps,), dtype, device)
     check.array("slope", slope, (steps, batch, count), dtype, device)
     check.array("bands", bands, (count + 1,), torch.int64, device)
@@ -106,7 +111,7 @@ def ddim_scan(
     check.array("f", f, shape, dtype, device)
     check.array("g", g, shape, dtype, device)
     check.array("norms", norms, (steps, batch, 3), torch.float64, device)
-    _ddim_scan(x, e, z, a, b, n, slope, bands, window, beta, implicit, f, g, norms)
+    _ddim_scan(x, e, z, a, b, c, n, slope, bands, window, beta, implicit, f, g, norms)
 
 
 @_documented

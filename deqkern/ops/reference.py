@@ -52,6 +52,7 @@ def ddim_scan(
     z: Tensor | None,  # (S, B, D), the noise of each step
     a: Tensor,  # (S,)
     b: Tensor,  # (S,)
+    c: Tensor | None,  # (S,), of the output of the step before; None: no step uses it
     n: Tensor,  # (S,)
     slope: Tensor,  # (S, B, K)
     bands: Tensor,  # (K+1,) int64, band k holds the elements bands[k] .. bands[k+1]-1
@@ -64,10 +65,12 @@ def ddim_scan(
 ) -> None:
     """Residual, scan over all steps with one slope per band, update and squared norms, in one pass.
 
-        p[i] = a[i] x[i] + b[i] e[i] + n[i] z[i]                 r[i+1] = p[i] - x[i+1]
-        g[i+1] = (a[i] + b[i] slope[i]) g[i] + r[i+1],           g[begin] = 0
-        f[i+1] = x[i+1] + beta g[i+1],                           f[begin+1] = p[begin]
+        p[i] = a[i] x[i] + b[i] e[i] + c[i] e[i-1] + n[i] z[i]                          r[i+1] = p[i] - x[i+1]
+        g[i+1] = (a[i] + b[i] slope[i]) g[i] + c[i] slope[i-1] g[i-1] + r[i+1],         g[begin] = g[begin-1] = 0
+        f[i+1] = x[i+1] + beta g[i+1],                                                  f[begin+1] = p[begin]
         norms[i] = |r[i+1]|^2, |g[i+1]|^2, |x[i+1]|^2
+
+    c is that of a two-step method: e[begin-1] is read then, outside the window; c[0] is not looked at.
 
     Implicit, where step i takes the model's output at its own end x[i+1]: the same but for
 
@@ -76,26 +79,33 @@ def ddim_scan(
     Index i of f, g and norms holds the value that belongs to state i+1. All of x is read before f is written.
     A chain that runs the other way is one of these two with its steps in the other order: inversion, which knows the
     end, is implicit with a' = 1/a, b' = -b/a, n' = -n/a; the transposed chain of a gradient is explicit, same a and b.
+    Neither has c.
     """
     steps = len(e)
     active = _active(window, steps)
     state = x.clone()
     widths = bands[1:] - bands[:-1]
     correction = torch.zeros_like(state[0])
+    bent = torch.zeros_like(correction)  # slope[i-1] g[i-1], the change of the output before
     norms.zero_()
     for i in range(steps):
         plain = a[i] * state[i] + b[i] * e[i].to(x.dtype)
+        if c is not None and i > 0:
+            plain = plain + c[i] * e[i - 1].to(x.dtype)
         if z is not None:
             plain = plain + n[i] * z[i]
         residual = plain - state[i + 1]
-        bend = torch.repeat_interleave(b[i] * slope[i], widths, dim=-1)  # (B, D)
+        bend = torch.repeat_interleave(slope[i], widths, dim=-1)  # (B, D)
         first = (window[:, 0] == i)[:, None]  # (B, 1)
-        correction = torch.where(first, 0.0, correction)
+        correction, bent = torch.where(first, 0.0, correction), torch.where(first, 0.0, bent)
         if implicit:
-            correction = (a[i] * correction + residual) / (1 - bend)
+            correction = (a[i] * correction + residual) / (1 - b[i] * bend)
             update = state[i + 1] + beta * correction
         else:
-            correction = (a[i] + bend) * correction + residual
+            bent_before, bent = bent, bend * correction
+            correction = a[i] * correction + b[i] * bent + residual
+            if c is not None and i > 0:
+                correction = correction + c[i] * bent_before
             update = torch.where(first, plain, state[i + 1] + beta * correction)
         rows = active[i]
         g[i, rows] = correction[rows]

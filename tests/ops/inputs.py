@@ -165,7 +165,14 @@ def inactive(window: Tensor, steps: int) -> Tensor:
 
 
 def ddim_scan(
-    steps: int, batch: int, size: int, count: int, first: int = 0, noise: bool = True, implicit: bool = False
+    steps: int,
+    batch: int,
+    size: int,
+    count: int,
+    first: int = 0,
+    noise: bool = True,
+    implicit: bool = False,
+    two_step: bool = False,
 ) -> Arguments:
     window = windows(steps, batch, first)
     outside = inactive(window, steps)
@@ -175,12 +182,19 @@ def ddim_scan(
     x[(index < window[:, 0]) | (index > window[:, 1]) | (window[:, 0] == window[:, 1])] = NAN
     for value in (e, z, slope):
         value[outside] = NAN
+    c = None
+    if two_step:
+        c = 0.1 * torch.rand(steps) - 0.05
+        c[0] = NAN
+        before = (window[:, 0] - 1).clamp_min(0)
+        e[before, torch.arange(batch)] = torch.randn(batch, size)
     return {
         "x": x,
         "e": e,
         "z": z if noise else None,
         "a": 0.9 + 0.1 * torch.rand(steps),
         "b": 0.2 * torch.rand(steps) - 0.1,
+        "c": c,
         "n": torch.rand(steps),
         "slope": slope,
         "bands": bands(size, count),
@@ -360,8 +374,10 @@ def example(op: str) -> Arguments:
     """Small finite arguments of any op, every step active, one sample."""
     if op == "dct2":
         arguments = dct2(2, 3, 4, 5, inverse=False)
-    elif op in ("ddim_scan", "band_moments"):
-        arguments = globals()[op](4, 1, 10, 3)
+    elif op == "ddim_scan":
+        arguments = ddim_scan(4, 1, 10, 3, two_step=True)
+    elif op == "band_moments":
+        arguments = band_moments(4, 1, 10, 3)
     elif op == "anderson_solve":
         arguments = anderson_solve(4, 1, 3)
     elif op == "secant_slope":

@@ -10,25 +10,27 @@ from asserts import assert_close
 from deqkern.ops import reference
 
 BACKENDS = inputs.backends("ddim_scan")
-IMPLICIT = pytest.mark.parametrize("implicit", [False, True], ids=["explicit", "implicit"])
+KINDS = pytest.mark.parametrize(
+    "kind", [{}, {"implicit": True}, {"two_step": True}], ids=["explicit", "implicit", "two-step"]
+)
 
 
 @BACKENDS
-@IMPLICIT
+@KINDS
 @pytest.mark.parametrize("noise", [True, False])
 @pytest.mark.parametrize(("steps", "batch", "size", "count"), inputs.SIZES)
 def test_equals_the_reference(
-    backend: str, steps: int, batch: int, size: int, count: int, noise: bool, implicit: bool
+    backend: str, steps: int, batch: int, size: int, count: int, noise: bool, kind: dict[str, bool]
 ) -> None:
     inputs.skip_slow(backend, steps, batch, size)
-    inputs.check("ddim_scan", inputs.ddim_scan(steps, batch, size, count, size % 5, noise, implicit), backend)
+    inputs.check("ddim_scan", inputs.ddim_scan(steps, batch, size, count, size % 5, noise, **kind), backend)
 
 
 @BACKENDS
-@IMPLICIT
+@KINDS
 @pytest.mark.parametrize("first", range(5))
-def test_every_kind_of_window(backend: str, first: int, implicit: bool) -> None:
-    inputs.check("ddim_scan", inputs.ddim_scan(7, 1, 33, 3, first, implicit=implicit), backend)
+def test_every_kind_of_window(backend: str, first: int, kind: dict[str, bool]) -> None:
+    inputs.check("ddim_scan", inputs.ddim_scan(7, 1, 33, 3, first, **kind), backend)
 
 
 @BACKENDS
@@ -40,11 +42,13 @@ def test_model_output_in_half_precision(backend: str, dtype: torch.dtype) -> Non
 
 
 @BACKENDS
-@IMPLICIT
+@KINDS
 @pytest.mark.parametrize(("steps", "batch", "size"), [(1, 1, 1), (7, 3, 255), (50, 1, 3072)])
-def test_update_may_overwrite_the_states(backend: str, steps: int, batch: int, size: int, implicit: bool) -> None:
+def test_update_may_overwrite_the_states(
+    backend: str, steps: int, batch: int, size: int, kind: dict[str, bool]
+) -> None:
     inputs.skip_slow(backend, steps, batch, size)
-    arguments = inputs.ddim_scan(steps, batch, size, 3, implicit=implicit)
+    arguments = inputs.ddim_scan(steps, batch, size, 3, **kind)
     expected = inputs.wide(arguments)
     reference.ddim_scan(**expected)
     before = arguments["x"].clone()
@@ -76,6 +80,22 @@ def test_exact_slopes_solve_a_linear_chain(backend: str) -> None:
 
 
 @BACKENDS
+def test_exact_slopes_solve_a_linear_chain_of_two_steps(backend: str) -> None:
+    """The same where each step uses the output of the one before too, in a window that begins in the chain."""
+    steps, batch, size, begin = 20, 2, 31, 6
+    arguments = inputs.ddim_scan(steps, batch, size, 1, noise=False, two_step=True) | {"beta": 1.0}
+    slope, a, b, c = torch.randn(steps, batch, 1), *(arguments[name] for name in "abc")
+    state = [torch.randn(batch, size)]
+    for i in range(steps):
+        state.append((a[i] + b[i] * slope[i]) * state[i] + (c[i] * slope[i - 1] * state[i - 1] if i else 0.0))
+    x = torch.randn(steps + 1, batch, size)
+    x[: begin + 1] = torch.stack(state[: begin + 1])
+    arguments |= {"x": x, "slope": slope, "e": slope * x[:-1], "window": torch.tensor([[begin, steps]] * batch)}
+    inputs.run("ddim_scan", backend, arguments)
+    assert_close(arguments["f"][begin:], torch.stack(state[begin + 1 :]), 1e-4)
+
+
+@BACKENDS
 def test_exact_slopes_invert_a_linear_chain(backend: str) -> None:
     """From the end of x[i+1] = (a + b s) x[i], the implicit scan with the steps in the other order finds its start."""
     steps, batch, size = 20, 2, 31
@@ -96,9 +116,9 @@ def test_exact_slopes_invert_a_linear_chain(backend: str) -> None:
 
 
 @BACKENDS
-@IMPLICIT
-def test_a_sample_that_overflowed_stays_alone(backend: str, implicit: bool) -> None:
-    arguments = inputs.ddim_scan(5, 3, 300, 3, implicit=implicit) | {"window": torch.tensor([[0, 5]] * 3)}
+@KINDS
+def test_a_sample_that_overflowed_stays_alone(backend: str, kind: dict[str, bool]) -> None:
+    arguments = inputs.ddim_scan(5, 3, 300, 3, **kind) | {"window": torch.tensor([[0, 5]] * 3)}
     for name in ("x", "e", "z", "slope"):
         arguments[name] = torch.randn_like(arguments[name])
     spoilt = inputs.clone(arguments)
@@ -112,10 +132,10 @@ def test_a_sample_that_overflowed_stays_alone(backend: str, implicit: bool) -> N
     assert not spoilt["norms"][2, 1, 0].isfinite() and not spoilt["norms"][2:, 1, 1].isfinite().any()
 
 
-@IMPLICIT
-def test_the_blocks_of_large_problems(monkeypatch: pytest.MonkeyPatch, implicit: bool) -> None:
+@KINDS
+def test_the_blocks_of_large_problems(monkeypatch: pytest.MonkeyPatch, kind: dict[str, bool]) -> None:
     """Triton takes other blocks where there are many elements: more than fit into a test."""
     pytest.importorskip("triton")
     module = importlib.import_module("deqkern.kernels.ddim_scan")
     monkeypatch.setattr(module, "launch_size", lambda batch, size: (256, 4))
-    inputs.check("ddim_scan", inputs.ddim_scan(5, 3, 700, 24, implicit=implicit), "triton")
+    inputs.check("ddim_scan", inputs.ddim_scan(5, 3, 700, 24, **kind), "triton")

@@ -58,12 +58,15 @@ def five_ops(
     moments = torch.empty(steps, batch, slope.shape[2], 2, dtype=torch.float64)
     gram, rhs = torch.zeros(steps, batch, 2, 2, dtype=torch.float64), torch.empty(steps, batch, 2, dtype=torch.float64)
     gamma = torch.empty(steps, batch, 2)
-    ops.ddim_scan(x, e, None, ones, -0.1 * ones, ones, slope, bands, window, 1.0, False, f_ring[2], g_ring[2], norms)
+    ops.ddim_scan(
+        *(x, e, None, ones, -0.1 * ones, 0.1 * ones, ones, slope, bands, window, 1.0, False),
+        *(f_ring[2], g_ring[2], norms),
+    )
     ops.band_moments(g_ring[2], e, f_ring[2], bands, window, moments)
     ops.anderson_gram(g_ring, 2, 1, window, gram, rhs)
     ops.anderson_solve(gram, rhs, window, "joint", 1e-8, 0.0, False, gamma)
     ops.anderson_mix(f_ring, 2, 1, gamma, window, x[1:])
-    ops.ddim_scan(x, e, None, ones, -0.1 * ones, ones, slope, bands, window, 1.0, False, x[1:], g_ring[0], norms)
+    ops.ddim_scan(x, e, None, ones, -0.1 * ones, None, ones, slope, bands, window, 1.0, False, x[1:], g_ring[0], norms)
     return norms, moments, gram, rhs, gamma
 
 

@@ -100,7 +100,7 @@ def test_requires_grad(op: str, name: str) -> None:
 
 STATE = [
     *[("dct2", name) for name in ("dct_h", "dct_w", "colour")],
-    *[("ddim_scan", name) for name in ("z", "a", "b", "n", "slope", "f", "g")],
+    *[("ddim_scan", name) for name in ("z", "a", "b", "c", "n", "slope", "f", "g")],
     ("anderson_mix", "gamma"),
     ("anderson_mix", "out"),
 ]
@@ -166,6 +166,13 @@ def test_ridges(name: str, value: Any, error: type[Exception]) -> None:
 )
 def test_beta(value: Any, error: type[Exception]) -> None:
     refused("ddim_scan", "beta", value, error)
+
+
+def test_an_implicit_chain_has_no_second_step() -> None:
+    arguments = inputs.example("ddim_scan") | {"implicit": True}
+    with pytest.raises(ValueError, match="c must be None"):
+        ops.ddim_scan(**arguments)
+    ops.ddim_scan(**arguments | {"c": None})
 
 
 @pytest.mark.parametrize("value", ["rows", "", None, 0])
