@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import diffusers
 import torch
 import typer
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
@@ -32,7 +33,12 @@ from deqkern import NoiseSchedule, models, plots, solvers
 from deqkern.solve import relative_error
 
 BUDGETS = (4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50)  # S of the sequential chains
-FIRST, SECOND = (50, 100, 200), (15, 20, 25, 50, 100)  # S of the joint ones, of DDIM and of DPM-Solver++ 2M
+SHOWN = (5, 6, 8, 10, 15, 20, 30, 50)  # of them in the table
+JOINT = {  # S of the joint ones
+    ("DDIM", "even in t"): (50, 100, 200),
+    ("DPM-Solver++ 2M", "even in t"): (15, 20, 25, 50, 100),
+    ("DPM-Solver++ 2M", "even in log-SNR"): (15, 20, 25, 50),
+}
 ITERATIONS = 8
 RTOL = 1e-4  # so that no sample stops earlier
 # DDIM is DPM-Solver++ of order 1. DDIMScheduler itself steps by T // S, past its next timestep if S does not divide T.
@@ -41,7 +47,6 @@ SAMPLERS: dict[str, tuple[Any, int]] = {
     "DPM-Solver++ 2M": (DPMSolverMultistepScheduler, 2),
     "UniPC": (UniPCMultistepScheduler, 2),
 }
-JOINT = ("DDIM", "DPM-Solver++ 2M")
 SPACINGS = {
     "even in t": {"timestep_spacing": "trailing"},
     "even in log-SNR": {"use_exponential_sigmas": True},
@@ -133,7 +138,8 @@ def joint(problem: Problem, sampler: str, spacing: str, steps: int, solver: solv
     timesteps = scheduler.timesteps.flip(0)
     # a schedule that has these noise levels only, and is stepped through one by one
     levels = 1 / (1 + scheduler.sigmas[:-1].double().flip(0) ** 2)
-    schedule = NoiseSchedule(levels, prediction_type=loaded.schedule.prediction_type)
+    prediction_type = loaded.schedule.prediction_type
+    schedule = NoiseSchedule(levels, prediction_type=prediction_type, timestep_spacing="trailing")
     rows, points = 0, list[Point]()
 
     def model(x: Tensor, index: Tensor) -> Tensor:
@@ -165,40 +171,32 @@ def cell(point: Point) -> str:
     return f"{point.median:.1e} ({max(point.error):.1e})"
 
 
+def markdown(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
 def sequential_table(points: list[Point]) -> str:
-    own = {(point.sampler, point.steps): cell(point) for point in points if point.solver == "sequential"}
-    lines = ["| S | " + " | ".join(SAMPLERS) + " |", "|---" * (len(SAMPLERS) + 1) + "|"]
-    for steps in sorted({steps for _, steps in own}):
-        lines.append(f"| {steps} | " + " | ".join(own.get((name, steps), "") for name in SAMPLERS) + " |")
-    return "\n".join(lines)
+    found = {(p.sampler, p.spacing, p.steps): cell(p) for p in points if p.solver == "sequential"}
+    rows = [["sampler", "spacing", *(f"S = {steps}" for steps in SHOWN)]]
+    for name, spacing in dict.fromkeys(key[:2] for key in found):
+        rows.append([name, spacing, *(found.get((name, spacing, steps), "") for steps in SHOWN)])
+    return markdown(rows)
 
 
 def joint_table(points: list[Point]) -> str:
     calls = range(3, ITERATIONS + 1)
-    head = ["chain", "S", "solver", *(f"{k} its" for k in calls), "nfe"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    solves = dict.fromkeys((p.sampler, p.steps, p.solver) for p in points if p.solver != "sequential")
-    for key in solves:
-        found = {p.calls: p for p in points if (p.sampler, p.steps, p.solver) == key}
-        nfe = " / ".join(f"{found[k].nfe:.0f}" for k in calls if k in found)
-        cells = [*map(str, key), *(cell(found[k]) if k in found else "" for k in calls), nfe]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def verdict(points: list[Point], floors: list[Point]) -> str:
-    """The bar: 6 joint iterations against 20 sequential steps."""
-    lines = [f"floor: {point.sampler} S={point.steps} {cell(point)}" for point in floors]
-    best = {}
-    for label, chosen in {
-        "sequential, 20 calls": [p for p in points if p.solver == "sequential" and p.calls == 20],
-        "joint, 6 calls": [p for p in points if p.solver != "sequential" and p.calls == 6],
-    }.items():
-        if chosen:
-            best[label] = min(chosen, key=lambda point: point.median)
-            point = best[label]
-            lines.append(f"best {label}: {point.sampler} S={point.steps} {point.solver} {cell(point)}, {point.nfe:.0f} nfe")
-    return "\n".join(lines)
+    rows = [["chain", "spacing", "S", "solver", *(f"{k} its" for k in calls), "nfe", "the chain"]]
+    solves: dict[tuple[str, str, int, str], dict[int, Point]] = {}
+    for p in points:
+        solves.setdefault((p.sampler, p.spacing, p.steps, p.solver), {})[p.calls] = p
+    for key, found in solves.items():
+        if key[-1] != "sequential":
+            own = solves[*key[:3], "sequential"][key[2]]
+            nfe = " / ".join(f"{found[k].nfe:.0f}" for k in calls if k in found)
+            errors = [cell(found[k]) if k in found else "" for k in calls]
+            rows.append([*map(str, key), *errors, nfe, cell(own)])
+    return markdown(rows)
 
 
 @app.command()
@@ -206,40 +204,40 @@ def measure(
     name: Annotated[str, typer.Argument(help="digits, photos, or a folder")],
     seeds: Annotated[int, typer.Option(help="samples")] = 8,
     budgets: Annotated[list[int] | None, typer.Option(help="S of the sequential chains")] = None,
-    first: Annotated[list[int] | None, typer.Option(help="S of the joint DDIM chains")] = None,
-    second: Annotated[list[int] | None, typer.Option(help="S of the joint DPM-Solver++ 2M chains")] = None,
-    timesteps: Annotated[int | None, typer.Option(help="S of the exact sample; all if None")] = None,
+    joint_steps: Annotated[list[int] | None, typer.Option("--joint", help="S of the joint ones")] = None,
+    profile: Annotated[bool, typer.Option(help="solve with the model's profile too")] = True,
+    exact_steps: Annotated[int | None, typer.Option(help="S of the exact sample; all timesteps if None")] = None,
     cache: Annotated[Path, typer.Option(help="where long chains are kept")] = Path("out/quality"),
     out: Annotated[Path | None, typer.Option(help="JSON to write")] = None,
 ) -> None:
-    """Measure, print the table, write the figures."""
+    """Measure, print the tables, write the figures."""
     loaded = models.load(name)
     noise = torch.randn(seeds, *loaded.shape, generator=torch.Generator().manual_seed(1000))
-    timesteps = timesteps or loaded.schedule.num_train_timesteps
-    lengths = {CHAINS[2]: timesteps, "UniPC": timesteps, "DDIM": timesteps - 1}
-    long = {sampler: long_chain(loaded, noise, sampler, steps, cache) for sampler, steps in lengths.items()}
-    problem = Problem(loaded, noise, exact=long[CHAINS[2]], ddim=long["DDIM"])
-    floors = [problem.point(k, "sequential", lengths[k], lengths[k], lengths[k], long[k]) for k in ("UniPC", "DDIM")]
+    steps = exact_steps or loaded.schedule.num_train_timesteps
+    long = {sampler: long_chain(loaded, noise, sampler, steps, cache) for sampler in SAMPLERS}
+    problem = Problem(loaded, noise, exact=long["DPM-Solver++ 2M"], ddim=long["DDIM"])
+    floors = {f"{sampler}, S={steps}": problem.errors(value)[0] for sampler, value in long.items()}
+    for label, errors in floors.items():
+        print(f"{label}: {statistics.median(errors):.1e} ({max(errors):.1e}) from the exact sample")
     points = []
-    chains = {1: first or JOINT[1], 2: second or JOINT[2]}
-    own = {CHAINS[order]: steps for order, steps in chains.items()}
     for sampler in SAMPLERS:
-        for steps in sorted({*(budgets or BUDGETS), *own.get(sampler, ())}):
-            value = sequential(loaded, noise, sampler, steps)
-            points.append(problem.point(sampler, "sequential", steps, steps, steps, value))
-    presets = [solvers.default()] + [solvers.default(profile=loaded.profile)] * (loaded.profile is not None)
-    for order, counts in chains.items():
-        for steps in counts:
+        for spacing in SPACINGS:
+            counts = {*(budgets or BUDGETS), *(joint_steps or JOINT.get((sampler, spacing), ()))}
+            points += [sequential(problem, sampler, spacing, steps) for steps in sorted(counts)]
+    print("", sequential_table(points), "", sep="\n", flush=True)
+    presets = [solvers.default()] + [solvers.default(profile=loaded.profile)] * (profile and loaded.profile is not None)
+    for (sampler, spacing), counts in JOINT.items():
+        for steps in joint_steps or counts:
             for solver in presets:
-                points += joint(problem, order, steps, solver)
-    print("\n\n".join([verdict(points, floors), sequential_table(points), joint_table(points)]))
+                points += joint(problem, sampler, spacing, steps, solver)
+    print(joint_table(points))
     if out:
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
         ).stdout.strip()
         head = {"model": loaded.name, "commit": commit, "torch": torch.__version__, "seeds": seeds}
-        figures = {"floors": [asdict(point) for point in floors], "points": [asdict(point) for point in points]}
-        out.write_text(json.dumps(head | figures, indent=1) + "\n")
+        head |= {"diffusers": diffusers.__version__}
+        out.write_text(json.dumps(head | {"floors": floors, "points": list(map(asdict, points))}, indent=1) + "\n")
 
 
 @app.command()
