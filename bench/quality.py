@@ -52,6 +52,12 @@ SPACINGS = {
     "even in log-SNR": {"use_exponential_sigmas": True},
     "Karras": {"use_karras_sigmas": True},
 }
+DASHES = {"even in t": "--", "even in log-SNR": ":"}  # of the sequential chains in the picture
+DRAWN = {  # joint chains in the picture, and their markers
+    ("DDIM", "even in t", 100): "o",
+    ("DPM-Solver++ 2M", "even in t", 50): "s",
+    ("DPM-Solver++ 2M", "even in log-SNR", 50): "^",
+}
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -244,40 +250,38 @@ def measure(
 def draw(
     files: Annotated[list[Path], typer.Argument(help="what `measure` wrote")],
     out: Annotated[Path, typer.Option(help="the picture")] = Path("docs/images/quality.png"),
-    solver: Annotated[str, typer.Option(help="of the joint solves")] = "default",
+    solver: Annotated[str, typer.Option(help="of the joint solves")] = "default+profile",
 ) -> None:
-    """Median errors against sequential model calls, a panel per file."""
-    figure = plots._figure(6.4 * len(files), 5.2, layout="constrained")
+    """Median errors against sequential model calls, a panel per file: joint solves solid, sequential chains not."""
+    figure = plots._figure(6.2 * len(files), 5.4, layout="constrained")
     axes = figure.subplots(1, len(files), sharey=True, squeeze=False)[0]
     colours = dict(zip(SAMPLERS, plots._COLOURS, strict=False))
     for axis, file in zip(axes, files, strict=True):
         figures = json.loads(file.read_text())
-        lines: dict[tuple[str, str, int], list[Point]] = {}
+        lines: dict[tuple[str, str, int | None], list[Point]] = {}
         for point in (Point(**point) for point in figures["points"]):
-            joint = point.solver != "sequential"
-            if point.solver in (solver, "sequential"):
-                lines.setdefault((point.sampler, point.solver, point.steps if joint else 0), []).append(point)
-        for (sampler, kind, steps), found in lines.items():
-            joint = kind != "sequential"
-            axis.loglog(
-                [point.calls for point in found],
-                [point.median for point in found],
-                "o-" if joint else "o--",
-                color=colours[sampler],
-                markerfacecolor=colours[sampler] if joint else "white",
-                markersize=4 if joint else 4.5,
-                linewidth=1.8 if joint else 1.2,
-                label="_" if joint else sampler,
-            )
-            if joint:
-                axis.annotate(f" S={steps}", (found[-1].calls, found[-1].median), color=colours[sampler], fontsize=8)
-        ticks = [3, 4, 5, 6, 8, 10, 15, 20, 30, 50, 100, 200]
+            if point.solver == "sequential" and point.spacing in DASHES and point.calls <= max(BUDGETS):
+                lines.setdefault((point.sampler, point.spacing, None), []).append(point)
+            elif point.solver == solver and (point.sampler, point.spacing, point.steps) in DRAWN:
+                lines.setdefault((point.sampler, point.spacing, point.steps), []).append(point)
+        for (sampler, spacing, steps), found in lines.items():
+            calls, errors = [point.calls for point in found], [point.median for point in found]
+            colour, label = colours[sampler], f"{sampler}, {spacing}"
+            if steps is None:
+                axis.loglog(calls, errors, DASHES[spacing], color=colour, linewidth=1.4, label=f"{label}, step by step")
+            else:
+                marker = DRAWN[sampler, spacing, steps]
+                label = f"{label}, S = {steps}, jointly"
+                axis.loglog(calls, errors, f"{marker}-", color=colour, markersize=5, linewidth=1.6, label=label)
+        ticks = [1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50]
         axis.set_xticks(ticks, list(map(str, ticks)))
         axis.minorticks_off()
-        axis.set(title=f"{figures['model']}, {figures['seeds']} samples", xlabel="sequential model calls")
+        axis.set(
+            title=f"{figures['model']}, {figures['seeds']} samples", xlabel="sequential model calls", ylim=(1e-3, 1)
+        )
         axis.grid(alpha=0.25)
-    axes[0].set_ylabel("error of the sample, median")
-    axes[-1].legend(fontsize=8, frameon=False)
+    axes[0].set_ylabel("relative error of the sample, median")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     figure.savefig(out, dpi=150)
 
 
