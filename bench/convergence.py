@@ -2,6 +2,7 @@
 
     python bench/convergence.py                      # all of it, about half an hour on two cores
     python bench/convergence.py --models digits --steps 50 --etas 0 --seeds 4
+    python bench/convergence.py --order 2 --steps 20 --steps 50      # chains of DPM-Solver++ 2M
 
 Each case is one batch of `seeds` samples against its own sequential chain. `to 1e-2` counts the iterations until the
 true relative error is below, as the callback sees it; `stop` is what a user gets: the iterations, evaluations
@@ -39,6 +40,7 @@ class Case:
     model: str
     steps: int
     eta: float
+    order: int
     solver: str
     iterations_to: dict[str, list[int]]  # NEVER where the error was not reached
     stop_iterations: dict[str, list[int]]
@@ -46,12 +48,16 @@ class Case:
     stop_error: dict[str, list[float]]
 
 
-def measure(loaded: models.Pretrained, steps: int, eta: float, solver: solvers.Solver, seeds: int, limit: int) -> Case:
+def measure(
+    loaded: models.Pretrained, steps: int, eta: float, order: int, solver: solvers.Solver, seeds: int, limit: int
+) -> Case:
     generator = torch.Generator().manual_seed(1000)
     noise = torch.randn(seeds, *loaded.shape, generator=generator)
-    options = {"eta": eta, "step_noise": torch.randn(steps, *noise.shape, generator=generator)} if eta else {}
+    options: dict[str, object] = {"order": order}
+    if eta:
+        options |= {"eta": eta, "step_noise": torch.randn(steps, *noise.shape, generator=generator)}
     reference = chain(loaded, noise, steps, options)
-    case = Case(loaded.name, steps, eta, solver.name, {}, {}, {}, {})
+    case = Case(loaded.name, steps, eta, order, solver.name, {}, {}, {}, {})
     track: list[list[float]] = []
     finished: list[Tensor] = []
 
@@ -89,11 +95,11 @@ def measure(loaded: models.Pretrained, steps: int, eta: float, solver: solvers.S
     return case
 
 
-_CHAINS: dict[tuple[str, int, bool], Tensor] = {}
+_CHAINS: dict[tuple[str, int, bool], Tensor] = {}  # of one order
 
 
 def chain(loaded: models.Pretrained, noise: Tensor, steps: int, options: dict[str, object]) -> Tensor:
-    key = (loaded.name, steps, bool(options))
+    key = (loaded.name, steps, "eta" in options)
     if key not in _CHAINS:
         _CHAINS[key] = deqkern.sample(
             loaded.model, noise, loaded.schedule, steps, solver=solvers.sequential(), rtol=0, **options
@@ -125,6 +131,7 @@ def main(
     names: Annotated[list[str] | None, typer.Option("--models", help="digits, photos, or folders")] = None,
     steps: Annotated[list[int] | None, typer.Option(help="S")] = None,
     etas: Annotated[list[float] | None, typer.Option(help="eta")] = None,
+    order: Annotated[int, typer.Option(help="1 is DDIM, 2 DPM-Solver++ 2M")] = 1,
     only: Annotated[list[str] | None, typer.Option("--solvers", help="names of presets")] = None,
     seeds: Annotated[int, typer.Option(help="samples per case")] = 6,
     limit: Annotated[int, typer.Option(help="iterations at most")] = 34,
@@ -144,7 +151,7 @@ def main(
         for count in steps or [50, 100]:
             for eta in etas or [0.0, 1.0]:
                 for preset in only or list(presets):
-                    cases.append(measure(loaded, count, eta, presets[preset], seeds, limit))
+                    cases.append(measure(loaded, count, eta, order, presets[preset], seeds, limit))
                     print(row(cases[-1]), flush=True)
     if out:
         commit = subprocess.run(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from . import gradients as gradients
 from . import nn as nn
+from . import runs as runs
 from . import slopes as slopes
 from . import solvers as solvers
 from .calibration import calibrate as calibrate

@@ -74,9 +74,10 @@ def fixed_point(
     callback: called with (iteration, z as z0, error_estimate (B,)) after each iteration.
 
     `value` of the result is z, as z0; `trajectory` (2, B, *shape) is z0 and z, (2, B, D) for a tuple, side by side.
-    `nfe` counts every sample in every call. A sample whose residual grows a thousandfold goes on from z0 with plain
-    iteration. One that does not converge is reported in the `Solution` and by one `ConvergenceWarning`. Raises
-    ValueError or TypeError for an argument that does not fit, or if f returns other shapes or NaN.
+    `nfe` counts every sample in every call, `nfe_history` without the one for the gradient. A sample whose residual
+    grows a thousandfold goes on from z0 with plain iteration. One that does not converge is reported in the `Solution`
+    and by one `ConvergenceWarning`. Raises ValueError or TypeError for an argument that does not fit, or if f returns
+    other shapes or NaN.
     """
     solver = anderson() if solver is None else solver
     method = check_options(f, solver, rtol, max_iterations, gradient)

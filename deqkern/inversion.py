@@ -122,7 +122,7 @@ def invert(
             network = Network(model, table, kwargs, sample)
             value = gradients.attach(found.value, network, found.trajectory, sample, None, pulled, rtol, max_batch)
             found = replace(found, value=value)
-        found = replace(found, trajectory=found.trajectory.flip(0))
+        found = replace(found, trajectory=found.trajectory.flip(0), residual_history=found.residual_history.flip(1))
     if round_trip:
         again = sampling.sample(
             model,
@@ -167,7 +167,9 @@ def _undo(
     if method == "naive":  # the same coefficients, as if the steps were explicit
         follow = callback and _without_estimate(callback)
         found = run(every, replace(table, implicit=False), sequential(), steps, rtol=0.0, callback=follow)
-        unknown, history = (torch.full_like(v, torch.nan) for v in (found.error_estimate, found.history))
+        unknown, history, residuals = (
+            torch.full_like(v, torch.nan) for v in (found.error_estimate, found.history, found.residual_history)
+        )
         message = f"naive inversion in {steps} steps: its error is not known"
         return replace(
             found,
@@ -175,6 +177,7 @@ def _undo(
             error_estimate=unknown,
             residual=unknown.clone(),
             history=history,
+            residual_history=residuals,
             message=message,
         )
     if method == "stepwise":
@@ -218,8 +221,11 @@ def _merge(joint: Solution, again: Solution, left: Tensor) -> Solution:
     converged[left], estimate[left] = again.converged, again.error_estimate
     residual = joint.residual.clone()
     residual[left] = again.residual
-    later = joint.history[-1].repeat(len(again.history), 1)
+    later, later_nfe = (v[-1].repeat(len(again.history), 1) for v in (joint.history, joint.nfe_history))
     later[:, left] = again.history
+    later_nfe[:, left.cpu()] += again.nfe_history
+    residuals = joint.residual_history.new_full((len(later), *joint.residual_history.shape[1:]), torch.nan)
+    residuals[:, :, left] = again.residual_history
     message = f"{joint.message}; {len(left)} of the samples went on step by step: {again.message}"
     return Solution(
         value=value,
@@ -230,5 +236,7 @@ def _merge(joint: Solution, again: Solution, left: Tensor) -> Solution:
         iterations=joint.iterations + again.iterations,
         nfe=nfe,
         history=torch.cat([joint.history, later]),
+        nfe_history=torch.cat([joint.nfe_history, later_nfe]),
+        residual_history=torch.cat([joint.residual_history, residuals]),
         message=message,
     )

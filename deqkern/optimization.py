@@ -114,6 +114,7 @@ class _Search:
         self.best: _Best | None = None
         self.iterations, self.nfe = 0, torch.zeros(len(sample), dtype=torch.int64)
         self.history: list[Tensor] = []
+        self.nfe_history: list[Tensor] = []
 
     def __call__(self) -> float:
         """The loss at the noise as it is, with the gradient left in `noise.grad`."""
@@ -134,6 +135,7 @@ class _Search:
         self.nfe += found.nfe + pulled.products
         each = losses.detach().double().expand(len(noise))
         self.history.append(each)
+        self.nfe_history.append(self.nfe.clone())
         if self.best is None:
             self.best = _Best(
                 torch.full_like(each, torch.inf),
@@ -206,6 +208,8 @@ def optimize(
         iterations=search.iterations,
         nfe=search.nfe,
         history=torch.stack(search.history),
+        nfe_history=torch.stack(search.nfe_history),
+        residual_history=best.loss.new_full((len(search.history), len(best.states) - 1, len(sample)), torch.nan),
         message=f"loss {float(best.loss.median()):.3g} (median), {float(best.loss.max()):.3g} (largest) after "
         f"{steps} steps of the optimizer; {int(reached.sum())} of {len(sample)} samples converged (rtol {rtol:g})",
     )

@@ -11,8 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .runs import StoredRun
+
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
     from numpy import ndarray
 
 _DPI = 100
@@ -24,6 +28,9 @@ _CURVES = 300  # the height of curves under a picture
 _NAMED = 8  # so many curves are told apart
 _DOTTED = 60  # so many points are marked
 _COLOURS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
+_RUNS_DPI = 100
+_RUNS_WIDTH, _LINES_HEIGHT, _HEAT_HEIGHT = 12.0, 4.2, 3.2  # inches
+_HEAT_COLOURS = "magma"
 
 
 @dataclass(frozen=True)
@@ -175,6 +182,97 @@ def convergence(
     if title:
         figure.suptitle(title, weight="bold")
     figure.savefig(path, dpi=150)
+
+
+def save_runs(path: str | PathLike[str], runs: Mapping[str, StoredRun], *, title: str = "") -> None:
+    """Named runs: error against iterations and against evaluations, and the residual of every step at every iteration.
+
+    The lines show the largest error of the samples, solid where it was measured and dashed as the solver estimates it.
+    """
+    runs_figure(runs, title).savefig(path, dpi=_RUNS_DPI)
+
+
+def runs_figure(runs: Mapping[str, StoredRun], title: str = "") -> Figure:
+    """The figure of `save_runs`: two axes of lines, then one axis per run, then the colour scale."""
+    columns = 2 if len(runs) == 4 else min(len(runs), 3)
+    rows = math.ceil(len(runs) / columns)
+    heights = (_LINES_HEIGHT, _HEAT_HEIGHT * rows)
+    figure = _figure(_RUNS_WIDTH, sum(heights), layout="constrained")
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
+    _draw_errors(above.subplots(1, 2, sharey=True), runs)
+    axes = below.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat[len(runs) :]:
+        axis.remove()
+    heat = list(axes.flat[: len(runs)])
+    image = _draw_residuals(heat, runs)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("step, from noise up to sample")
+    bar = below.colorbar(image, ax=heat, aspect=30, pad=0.01)
+    bar.set_label("one-step residual / state\n(grey: settled, not evaluated)")
+    if title:
+        figure.suptitle(title, weight="bold")
+    return figure
+
+
+def _draw_errors(axes: Sequence[Axes], runs: Mapping[str, StoredRun]) -> None:
+    """Error against iterations and against evaluations."""
+    rtols = set()
+    for i, (name, run) in enumerate(runs.items()):
+        iterations, nfe = range(1, len(run.history) + 1), run.nfe_history.double().mean(1).tolist()
+        errors = [(run.history, "--")] if run.true_error is None else [(run.true_error, "-"), (run.history, "--")]
+        for j, (values, style) in enumerate(errors):
+            worst = values.amax(1)
+            known = worst.isfinite() & (worst > 0)
+            for axis, along in zip(axes, (iterations, nfe), strict=True):
+                axis.semilogy(
+                    along,
+                    worst.where(known, torch.nan).tolist(),
+                    style,
+                    color=_COLOURS[i % len(_COLOURS)],
+                    label="_" if j else name,
+                    marker="o" if j == 0 and int(known.sum()) <= _DOTTED else None,
+                    markersize=3.5,
+                    linewidth=1.5,
+                )
+            if run.metadata.get("rtol") and bool(known.any()):
+                rtols.add(float(run.metadata["rtol"]))
+    labels = ("iterations (one batched model call each)", "model evaluations per sample")
+    for axis, label in zip(axes, labels, strict=True):
+        for rtol in sorted(rtols):
+            axis.axhline(rtol, color="0.4", linestyle=":", linewidth=1.2, label=f"rtol {rtol:g}")
+        axis.set_xlabel(label)
+        axis.locator_params(axis="x", integer=True)
+        axis.grid(alpha=0.25)
+    axes[-1].plot([], [], "--", color="0.4", label="as the solver estimates it")
+    axes[0].set_ylabel("relative error, largest of the samples")
+    axes[-1].legend(fontsize=8, edgecolor="none", framealpha=0.85)
+
+
+def _draw_residuals(axes: Sequence[Axes], runs: Mapping[str, StoredRun]) -> AxesImage:
+    """A heat map per run on one colour scale: grey where no sample is evaluated again, white where none was yet."""
+    from matplotlib.colors import ListedColormap, LogNorm
+
+    worst = [run.residual_history.nan_to_num(-1.0, torch.inf).amax(2) for run in runs.values()]  # (iterations, S)
+    shown = torch.cat([values[(values > 0) & values.isfinite()] for values in worst])
+    low, high = (float(shown.min()), float(shown.max())) if len(shown) else (0.1, 1.0)
+    norm = LogNorm(min(low, high / 10), high)
+    for axis, (name, run), values in zip(axes, runs.items(), worst, strict=True):
+        count, steps = values.shape
+        evaluated = values >= 0
+        settled = (evaluated.cumsum(0) > 0) & ~evaluated
+        place: dict[str, Any] = {
+            "extent": (0.5, count + 0.5, 0.5, steps + 0.5),
+            "origin": "lower",
+            "aspect": "auto",
+            "interpolation": "nearest",
+        }
+        axis.imshow(torch.ones(steps, count).where(settled.T, torch.nan).numpy(), cmap=ListedColormap(["0.9"]), **place)
+        residual = values.clamp(norm.vmin, norm.vmax).where(evaluated, torch.nan)
+        image = axis.imshow(residual.T.numpy(), norm=norm, cmap=_HEAT_COLOURS, **place)
+        axis.set_title(f"{name}: {count} iterations, nfe {float(run.nfe_history[-1].double().mean()):.0f}", fontsize=10)
+        axis.set(xlabel="iteration", xlim=(0.5, max(map(len, worst)) + 0.5))
+        axis.locator_params(axis="x", integer=True)
+    return image
 
 
 def _figure(width: float, height: float, layout: Any = None) -> Figure:

@@ -7,6 +7,7 @@ A state is x = alpha x0 + sigma eps, either variance preserving (alpha^2 = abar,
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import math
 import operator
@@ -191,7 +192,7 @@ class NoiseSchedule:
         name = type(scheduler).__name__
         config = getattr(scheduler, "config", None)
         if isinstance(config, Mapping) and getattr(scheduler, "alphas_cumprod", None) is not None:
-            return cls(scheduler.alphas_cumprod, **_variance_preserving_options(name, config))
+            return cls(scheduler.alphas_cumprod, **_variance_preserving_options(name, _own(scheduler, config)))
         if isinstance(config, Mapping) and any(
             kind.__name__ == "FlowMatchEulerDiscreteScheduler" for kind in type(scheduler).__mro__
         ):
@@ -378,6 +379,13 @@ def _rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
         raise ValueError("rescale_betas_zero_snr needs betas (T,) with T > 1 and some noise after the first")
     abar = ((root - last) * (first / (first - last))) ** 2
     return 1 - torch.cat([abar[:1], abar[1:] / abar[:-1]])
+
+
+def _own(scheduler: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the scheduler itself takes: `from_config` also keeps the options of the one whose config it was."""
+    inits = [vars(kind)["__init__"] for kind in type(scheduler).__mro__ if "__init__" in vars(kind)]
+    own = {name for init in inits for name in inspect.signature(init).parameters}
+    return {name: value for name, value in config.items() if name in own}
 
 
 def _variance_preserving_options(name: str, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,8 @@ class ConvergenceWarning(UserWarning):
 class Solution:
     """What a solve gives back.
 
+    The histories hold 8 (S + 2) bytes per iteration and sample; while a solve runs, 24 (S + 1).
+
     value: (B, *shape), the clean end of the chain, in the dtype of the input.
     trajectory: (S+1, B, *shape) fp32 (fp64 if the input is), all states, the noise first.
     converged: (B,) bool.
@@ -40,6 +42,11 @@ class Solution:
     iterations: sequential batched model calls (a batch cut by `max_batch` counts once).
     nfe: (B,) int64, model evaluations per sample.
     history: (iterations, B) fp64, the error estimate after each iteration.
+    nfe_history: (iterations, B) int64, model evaluations per sample after each iteration.
+    residual_history: (iterations, S, B) fp64, the one-step residual of every step i of `trajectory` relative to its
+        state, |r[i+1]| / |x[i+1]| (inverting: |x[i]|), at the states that each iteration evaluated, before it moved
+        them. NaN for a step that it did not evaluate, one that is settled or that a window has not reached, and
+        throughout where no chain is solved: naive inversion, a search.
     message: one line for people.
     round_trip: (B,) or None, of `invert` on request: the relative error of the sample made from `value` again.
     """
@@ -52,6 +59,8 @@ class Solution:
     iterations: int
     nfe: Tensor
     history: Tensor
+    nfe_history: Tensor
+    residual_history: Tensor
     message: str
     round_trip: Tensor | None = None
 
@@ -217,8 +226,25 @@ def relative_error(value: Tensor, reference: Tensor) -> Tensor:
 
 def open_rows(window: Tensor, steps: int) -> Tensor:
     """Flat indices i * B + b of the active (step, sample) pairs of window (B, 2), in the order of the steps."""
+    return _active(window, steps).flatten().nonzero().flatten()
+
+
+def _active(windows: Tensor, steps: int) -> Tensor:
+    """Whether a step is in the window of a sample (.., S, B) bool, for windows (.., B, 2)."""
     index = torch.arange(steps)[:, None]
-    return ((index >= window[:, 0]) & (index < window[:, 1])).flatten().nonzero().flatten()
+    return (index >= windows[..., None, :, 0]) & (index < windows[..., None, :, 1])
+
+
+def _residuals(norms: Tensor, windows: Tensor) -> Tensor:
+    """`Solution.residual_history` from the norms (iterations, S, B, 3) of the scans in windows (iterations, B, 2)."""
+    residual, _, state = norms.sqrt().unbind(-1)
+    relative = torch.where(residual == 0, 0.0, (residual / state).nan_to_num(torch.inf, torch.inf))
+    return torch.where(_active(windows, norms.shape[1]).to(norms.device), relative, torch.nan)
+
+
+def _stacked(values: list[Tensor], like: Tensor) -> Tensor:
+    """`values`, of the shape of `like`, as one tensor; also if there are none."""
+    return torch.stack(values) if values else like.new_zeros(0, *like.shape)
 
 
 class Solve:
@@ -242,6 +268,9 @@ class Solve:
         self.mailbox = _Mailbox(self.iteration.work.status)
         self.run: _Iteration | CapturedIterations = self.iteration
         self.history: list[Tensor] = []
+        self.nfe: list[Tensor] = []
+        self.norms: list[Tensor] = []
+        self.windows: list[Tensor] = []  # on the CPU
         self.limit = trajectory.steps if max_iterations is None else max_iterations
         if not self.iteration.implicit:
             self.limit = min(self.limit, trajectory.steps)  # by then every step is exact
@@ -278,6 +307,9 @@ class Solve:
         if bool(diverged.any()):
             self.iteration.fall_back(diverged, before, self.count)
         self.history.append(self.iteration.work.errors[:, 0].clone())
+        self.nfe.append(self.trajectory.nfe.clone())
+        self.norms.append(self.iteration.work.norms.clone())
+        self.windows.append(before)
 
     def value(self, dtype: torch.dtype) -> Tensor:
         """The last state as it is now (B, *shape)."""
@@ -292,6 +324,7 @@ class Solve:
         steps, batch = trajectory.steps, trajectory.batch
         converged = (self.window[:, 0] >= steps).to(trajectory.x.device)
         estimate, residual = errors[:, 0].clone(), errors[:, 4].clone()
+        norms = _stacked(self.norms, self.iteration.work.norms)
         fallen_back = int(self.iteration.fallen_back.sum())
         del self.iteration, self.run, self.mailbox, errors  # their memory makes room for the states
         states = trajectory.x.new_empty(steps + 1, batch, *trajectory.basis.shape)
@@ -309,7 +342,9 @@ class Solve:
             residual=residual,
             iterations=len(history),
             nfe=trajectory.nfe,
-            history=torch.stack(history) if history else torch.zeros(0, batch, dtype=torch.float64),
+            history=_stacked(history, estimate),
+            nfe_history=_stacked(self.nfe, trajectory.nfe),
+            residual_history=_residuals(norms, _stacked(self.windows, self.window)),
             message=message,
         )
 

@@ -96,7 +96,8 @@ def assert_equal(plain: deqkern.Solution, graph: deqkern.Solution) -> None:
     torch.testing.assert_close(graph.history, plain.history, rtol=1e-3, atol=0)
     torch.testing.assert_close(graph.trajectory, plain.trajectory, rtol=1e-5, atol=1e-5)
     assert torch.equal(graph.converged, plain.converged)
-    assert (graph.nfe >= plain.nfe).all()
+    assert (graph.nfe >= plain.nfe).all() and torch.equal(graph.nfe_history[-1], graph.nfe)
+    torch.testing.assert_close(graph.residual_history, plain.residual_history, rtol=1e-3, atol=1e-7, equal_nan=True)
 
 
 @SOLVERS

@@ -65,7 +65,10 @@ def test_a_linear_map_has_its_closed_form(solver: Solver, dtype: torch.dtype) ->
     assert solution.value.dtype is dtype and solution.value.shape == z0.shape
     assert all(z.shape == z0.shape and z.dtype is dtype and not z.requires_grad for z in calls)
     assert len(calls) == solution.iterations == len(solution.history)
-    assert solution.nfe.tolist() == [len(calls)] * BATCH
+    assert solution.nfe.tolist() == [len(calls)] * BATCH and torch.equal(solution.nfe_history[-1], solution.nfe)
+    assert solution.residual_history.shape == (len(calls), 1, BATCH)
+    first = relative_error(z0.double() @ matrix + offset, z0.double())  # |f(z0) - z0| / |z0|
+    torch.testing.assert_close(solution.residual_history[0, 0], first, rtol=1e-4, atol=0)
     assert solution.trajectory.shape == (2, *z0.shape) and torch.equal(solution.trajectory[0], z0)
     torch.testing.assert_close(solution.trajectory[1], solution.value, rtol=0, atol=0)
     assert (solution.error_estimate <= 1e-4).all() and (solution.residual <= 1e-3).all()

@@ -204,6 +204,57 @@ def test_parallel_is_sequential(name: str, guided: bool) -> None:
             assert torch.equal(run.solution.value, actual)
 
 
+def second_order(pipe: Any, kind: str = "dpmsolver++", **options: Any) -> None:
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
+        pipe.scheduler.config, algorithm_type=kind, **options
+    )
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *[(name, "dpmsolver++") for name in ("sd", "img2img", "inpaint", "xl", "xl_img2img", "dit")],
+        *[(name, "sde-dpmsolver++") for name in ("sd", "img2img", "xl_img2img")],
+    ],
+)
+def test_the_multistep_scheduler(name: str, kind: str, guided: bool) -> None:
+    pipe, call = pieces(name, guided)
+    call |= {"num_inference_steps": 16}
+    second_order(pipe, kind)
+    expected = result(pipe, call)
+    for rtol, bound in ((1e-4, 2e-3), (0.0, 1e-5)):
+        with parallel(pipe, rtol=rtol) as run:
+            actual = result(pipe, call)
+        assert float(relative_error(actual, expected).max()) <= bound
+        assert run.solution is not None and bool(run.solution.converged.all())
+        assert 1 < run.solution.iterations <= 16
+    second_order(pipe, kind, final_sigmas_type="sigma_min", use_karras_sigmas=False, timestep_spacing="trailing")
+    check_exact(pipe, call)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"solver_order": 3}, "solver_order=3.*solves solver_order=2"),
+        ({"solver_type": "heun"}, "solver_type='heun'"),
+        ({"kind": "dpmsolver", "final_sigmas_type": "sigma_min"}, "algorithm_type='dpmsolver'"),
+        ({"use_karras_sigmas": True}, "use_karras_sigmas"),
+        ({"final_sigmas_type": "sigma_min", "euler_at_final": True}, "euler_at_final"),
+    ],
+)
+def test_other_multistep_schedulers_are_refused(options: dict[str, Any], message: str) -> None:
+    pipe, _ = pieces("sd", False)
+    second_order(pipe, **options)
+    refused(pipe, message)
+
+
+def test_the_noise_of_dit_is_refused() -> None:
+    pipe, _ = pieces("dit", False)
+    second_order(pipe, "sde-dpmsolver++")
+    refused(pipe, "DiTPipeline gives no generator")
+
+
 @pytest.mark.parametrize("generators", ["none", "one", "list"])
 @pytest.mark.parametrize("name", ["ddim", "sd"])
 def test_step_noise_is_drawn_as_the_sequential_loop_does(name: str, generators: str) -> None:
@@ -424,7 +475,7 @@ def refused(pipe: Any, match: str, call: dict[str, Any] | None = None, error: ty
 
 def test_schedulers_with_other_rules_are_refused() -> None:
     pipe, _ = pieces("sd", False)
-    names = ("DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "PNDMScheduler", "DDPMScheduler", "LCMScheduler")
+    names = ("DPMSolverSinglestepScheduler", "EulerDiscreteScheduler", "PNDMScheduler", "DDPMScheduler", "LCMScheduler")
     for name in names:
         pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
         refused(pipe, rf"is a {name}, .* DDIMScheduler\.from_config\(pipe\.scheduler\.config\)")

@@ -33,6 +33,19 @@ def euler(model: Denoiser, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any]
     return [*seen, {"x": x}]
 
 
+def dpmpp_2m(model: Denoiser, x: Tensor, sigmas: Tensor) -> Tensor:
+    """k-diffusion's `sample_dpmpp_2m`: its result."""
+    before = None
+    for i in range(len(sigmas) - 1):
+        denoised = model(x, sigmas[i] * x.new_ones(len(x)))
+        bent, h = denoised, (sigmas[i] / sigmas[i + 1]).log()
+        if before is not None and sigmas[i + 1] > 0:
+            r = (sigmas[i - 1] / sigmas[i]).log() / h
+            bent = (1 + 1 / (2 * r)) * denoised - 1 / (2 * r) * before
+        x, before = sigmas[i + 1] / sigmas[i] * x - torch.expm1(-h) * bent, denoised
+    return x
+
+
 def karras(steps: int, low: float = 0.02, high: float = 80.0, rho: float = 7.0) -> Tensor:
     """Descending noise levels and a final 0 (arXiv 2206.00364, eq. 5)."""
     part = torch.linspace(0, 1, steps)
@@ -87,6 +100,36 @@ def test_equals_the_sequential_loop(kind: str) -> None:
     for rtol, bar in ((0.0, 1e-5), (1e-4, 2e-3)):
         found = sample_deq(model, x, sigmas, disable=True, rtol=rtol)
         assert found.dtype == x.dtype and relative_error(found, expected).max() <= bar, rtol
+
+
+@pytest.mark.parametrize("end", ["zero", "noisy"])
+@pytest.mark.parametrize("kind", ["convolutions", "mixture", "digits"])
+def test_second_order_equals_the_sequential_loop(kind: str, end: str) -> None:
+    sigmas, shape = karras(20), SHAPE
+    if kind == "digits":
+        model, sigmas = digits()
+        shape = models.load("digits").shape
+    else:
+        model = Convolutions() if kind == "convolutions" else mixture()
+    sigmas = sigmas if end == "zero" else sigmas[:-2]
+    x, seen = torch.randn(2, *shape) * sigmas[0], []
+    expected = dpmpp_2m(model, x, sigmas)
+    for rtol, bar in ((0.0, 1e-5), (1e-4, 2e-3)):
+        found = sample_deq(model, x, sigmas, None, seen.append, disable=True, order=2, rtol=rtol)
+        assert relative_error(found, expected).max() <= bar, rtol
+    last = seen[-1]
+    if end == "zero":
+        assert relative_error(last["denoised"], found).max() <= 1e-6
+    else:  # what the last step took for it leads from its state to the result
+        ratio = sigmas[-1] / sigmas[-2]
+        assert relative_error(ratio * last["x"] + (1 - ratio) * last["denoised"], found).max() <= 1e-5
+
+
+def test_second_order_needs_sigmas_that_fall() -> None:
+    with pytest.raises(ValueError, match="sigmas must be finite and fall"):
+        sample_deq(Convolutions(), torch.randn(1, *SHAPE), torch.tensor([3.0, 1.0, 1.0, 0.0]), order=2)
+    with pytest.raises(ValueError, match="order must be 1 or 2"):
+        sample_deq(Convolutions(), torch.randn(1, *SHAPE), karras(5), order=3)
 
 
 def test_other_solvers() -> None:
@@ -235,5 +278,8 @@ def test_the_comfyui_node(monkeypatch: pytest.MonkeyPatch) -> None:
     model, sigmas, x = Convolutions(), karras(6), torch.randn(2, *SHAPE) * 80
     expected = euler(model, x, sigmas)[-1]["x"]
     assert relative_error(made.f(model, x, sigmas, {}, None, True, **made.o), expected).max() <= 2e-2
+    (second,) = getattr(node(), node.FUNCTION)(**options | {"sampler_name": "dpmpp_2m"})
+    expected = dpmpp_2m(model, x, sigmas)
+    assert relative_error(second.f(model, x, sigmas, {}, None, True, **second.o), expected).max() <= 2e-2
     with pytest.raises(ValueError, match="mask"):
         made.f(model, x, sigmas, {"denoise_mask": torch.ones_like(x)}, None, True, **made.o)

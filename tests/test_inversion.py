@@ -82,8 +82,9 @@ def test_naive_inversion_makes_one_call_per_step_and_claims_nothing() -> None:
         found = deqkern.invert(model, data_of(model, 2), SCHEDULE, STEPS, method="naive")
     assert model.calls == [2] * STEPS and found.nfe.tolist() == [STEPS] * 2
     assert not found.converged.any()
-    for unknown in (found.error_estimate, found.residual, found.history):
+    for unknown in (found.error_estimate, found.residual, found.history, found.residual_history):
         assert unknown.isnan().all()
+    assert found.nfe_history.tolist() == [[k + 1] * 2 for k in range(STEPS)]
 
 
 class Conditioned:
@@ -127,6 +128,10 @@ def test_what_each_solve_reached_is_reported_for_its_samples(monkeypatch: pytest
     found = deqkern.invert(model, sample, SCHEDULE, STEPS, rtol=1e-5, callback=lambda *args: seen.append(args))
     torch.testing.assert_close(found.residual[joint.converged], joint.residual[joint.converged])
     torch.testing.assert_close(found.residual[left], again.residual, rtol=1e-2, atol=1e-7)
+    evaluated = ~found.residual_history.isnan()
+    assert evaluated.shape == (found.iterations, STEPS, 3) and not evaluated[4:, :, joint.converged].any()
+    assert torch.equal(evaluated.sum(1).cumsum(0), found.nfe_history)
+    assert torch.equal(found.nfe_history[-1], found.nfe) and torch.equal(found.nfe_history[3], joint.nfe)
     assert found.iterations == 4 + again.iterations
     assert [number for number, _, _ in seen] == list(range(1, found.iterations + 1))
     assert torch.equal(torch.stack([estimate for _, _, estimate in seen]), found.history)
@@ -149,6 +154,8 @@ def test_the_residual_is_that_of_the_states_before_the_last_iteration() -> None:
         expected.append(residual.flatten(1).norm(dim=1) / before[i + 1].flatten(1).norm(dim=1))
     assert (torch.stack(expected).amax(0) > 1e-3).all()
     torch.testing.assert_close(after.residual, torch.stack(expected).amax(0).double(), rtol=1e-3, atol=1e-6)
+    in_order = torch.stack(expected).flip(0).double()  # of the trajectory
+    torch.testing.assert_close(after.residual_history[1], in_order, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["joint", "stepwise", "naive"])

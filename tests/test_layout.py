@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module may import what stands in a lower layer, never its own or a higher one.
 LAYERS = [
     ["deqkern._C", "deqkern.kernels"],
-    ["deqkern.ops", "deqkern.guidance"],
+    ["deqkern.ops", "deqkern.guidance", "deqkern.version"],
     ["deqkern.step_table"],
     ["deqkern.schedule"],
     ["deqkern.spectral"],
@@ -22,7 +22,7 @@ LAYERS = [
     ["deqkern.trajectory"],
     ["deqkern.capture"],
     ["deqkern.solve"],
-    ["deqkern.gradients"],
+    ["deqkern.gradients", "deqkern.runs"],
     ["deqkern.sampling", "deqkern.optimization", "deqkern.fixed_point"],
     ["deqkern.calibration", "deqkern.inversion", "deqkern.interpolation", "deqkern.nn", "deqkern.planning"],
     ["deqkern"],

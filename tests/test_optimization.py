@@ -41,6 +41,8 @@ def test_the_loss_falls_and_the_best_noise_is_returned(gradient: Any) -> None:
         callback=lambda step, noise, loss: told.append((step, loss)),
     )  # fmt: skip
     assert found.history.shape == (26, 3) and [step for step, _ in told] == list(range(1, 26))
+    assert torch.equal(found.nfe_history[-1], found.nfe) and (found.nfe_history.diff(dim=0) > 0).all()
+    assert found.residual_history.shape == (26, STEPS, 3) and found.residual_history.isnan().all()
     best = found.history.amin(0)
     assert (best <= 0.2 * found.history[0]).all()
     again = deqkern.sample(model, found.value, SCHEDULE, STEPS, sigma_min=0.3, solver=solvers.sequential(), rtol=0.0)

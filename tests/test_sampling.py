@@ -16,6 +16,7 @@ from torch import Tensor
 
 import deqkern
 from deqkern import NoiseSchedule, solvers
+from deqkern.step_table import StepTable
 
 SCHEDULE = NoiseSchedule.linear()
 SHAPE = (3, 8, 8)
@@ -149,6 +150,47 @@ def test_sigma_min_ends_the_chain_early() -> None:
     noise = torch.randn(2, *SHAPE)
     solution = deqkern.sample(model, noise, SCHEDULE, 20, sigma_min=0.1, rtol=0)
     assert relative_error(solution.value, by_hand(model, noise, SCHEDULE, 20, sigma_min=0.1)).max() <= 1e-5
+
+
+def float64_residuals(trajectory: Tensor, table: StepTable, denoise: Callable[..., Tensor], z: Tensor | None) -> Tensor:
+    """|x[i+1] - step(x[i])| / |x[i+1]| (S, B) of states (S+1, B, *shape), computed in float64."""
+    x = trajectory.double().flatten(2)  # (S+1, B, D)
+    found = []
+    for i in range(len(x) - 1):
+        alpha, sigma = table.alpha[i], table.sigma[i]
+        eps = (x[i] - alpha * denoise(x[i], alpha, sigma)) / sigma
+        step = table.a[i] * x[i] + table.b[i] * eps
+        if z is not None:
+            step += table.n[i] * z[i].double().flatten(1)
+        found.append((x[i + 1] - step).norm(dim=1) / x[i + 1].norm(dim=1))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "solver", [solvers.default(), solvers.deq_ddim(), solvers.picard(window=8)], ids=lambda solver: solver.name
+)
+def test_the_residual_history_is_that_of_the_states_before_each_iteration(solver: solvers.Solver, eta: float) -> None:
+    model = problems.mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(2))
+    wide = problems.GaussianMixture(SCHEDULE, model.means.double(), model.width)
+    noise, z = torch.randn(2, *SHAPE), torch.randn(20, 2, *SHAPE) if eta else None
+
+    def solved(limit: int | None) -> deqkern.Solution:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", deqkern.ConvergenceWarning)
+            return deqkern.sample(
+                model, noise, SCHEDULE, 20, eta=eta, step_noise=z, solver=solver, rtol=1e-4, max_iterations=limit
+            )
+
+    whole, table = solved(None), SCHEDULE.steps(20, eta=eta)
+    assert whole.residual_history.shape == (whole.iterations, 20, 2)
+    for k in range(1, whole.iterations):
+        expected, found = float64_residuals(solved(k).trajectory, table, wide.denoise, z), whole.residual_history[k]
+        evaluated = ~found.isnan()
+        torch.testing.assert_close(found[evaluated], expected[evaluated], rtol=1e-3, atol=3e-6)
+        assert not evaluated[:k].any() and evaluated.any()
+    counts = (~whole.residual_history.isnan()).sum(1).cumsum(0)
+    assert torch.equal(counts, whole.nfe_history) and torch.equal(whole.nfe_history[-1], whole.nfe)
 
 
 def test_the_solution_holds_what_it_says() -> None:

@@ -462,6 +462,17 @@ def test_from_diffusers_is_ddim_with_all_its_options() -> None:
         assert getattr(read, name) == getattr(built, name) == value
 
 
+def test_from_diffusers_leaves_out_what_another_scheduler_was_given() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    first = diffusers.DDIMScheduler(set_alpha_to_one=False, clip_sample=True)
+    scheduler = diffusers.DPMSolverMultistepScheduler.from_config(first.config)
+    assert scheduler.config["clip_sample"] and not scheduler.config["set_alpha_to_one"]  # which it does not use
+    schedule = NoiseSchedule.from_diffusers(scheduler)
+    assert schedule.set_alpha_to_one and not schedule.clip_sample
+    again = NoiseSchedule.from_diffusers(diffusers.DDIMScheduler.from_config(scheduler.config))
+    assert not again.set_alpha_to_one and again.clip_sample
+
+
 def test_from_diffusers_reads_final_sigmas_type() -> None:
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.DPMSolverMultistepScheduler(final_sigmas_type="sigma_min")

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from . import doctor, inversion, planning, sampling
-from .common import version
+from ..version import version
+from . import doctor, inversion, planning, plotting, sampling
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -29,7 +29,7 @@ def main(
 
 _commands = (
     *(sampling.sample, sampling.demo, inversion.invert, inversion.interpolate),
-    *(planning.plan, doctor.doctor),
+    *(planning.plan, plotting.plot, doctor.doctor),
 )
 for _command in _commands:
     app.command()(_command)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 import os
@@ -10,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -23,6 +22,10 @@ from torch import Tensor
 from ..solve import Callback
 
 PICTURES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
+
+SaveRunOption = Annotated[
+    Path | None, typer.Option(help="Where to write how the run converged, for deqkern plot (default: nowhere).")
+]
 
 # What deqkern's own checks name first in their messages -> the option that set it.
 _OPTION_OF = {
@@ -47,14 +50,6 @@ _OPTION_OF = {
 
 # (description, most iterations, what else to call) -> the callback of the solve
 Follow = Callable[[str, int, Callback | None], Callback]
-
-
-def version() -> str:
-    """The version of deqkern, or why there is none."""
-    try:
-        return importlib.metadata.version("deqkern")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed, imported from its sources"
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import ops
-from .common import to_json, version
+from ..version import version
+from .common import to_json
 
 
 def doctor(

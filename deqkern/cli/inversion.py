@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from .. import inversion, models, plots, sampling
+from .. import inversion, models, plots, runs, sampling
 from ..interpolation import slerp
 from ..optimization import Optimize
 from ..solve import Callback, ConvergenceWarning, relative_error
 from ..solvers import sequential
-from .common import PICTURES, check_out, errors_name_options, new_table, progress, to_json, writing
+from .common import PICTURES, SaveRunOption, check_out, errors_name_options, new_table, progress, to_json, writing
 from .files import Noise, read_pictures
 from .sampling import Run, run_table
 
@@ -116,12 +116,19 @@ def invert(
         "noise.safetensors"
     ),
     report: Annotated[Path | None, typer.Option(help="A picture of the round trip to write (default: none).")] = None,
+    save_run: SaveRunOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Find the noise that a model turns into given pictures, and say how well it does."""
     check_out(out, "--out", (".safetensors",))
     if report is not None:
         check_out(report, "--report", PICTURES)
+    if save_run is not None:
+        check_out(save_run, "--save-run", (".safetensors",))
+        if save_run == out:
+            raise typer.BadParameter(f"{out} is to hold the noise", param_hint="--save-run")
+        if method in (Method.naive, Method.optimize):
+            raise typer.BadParameter(f"--method {method} does not solve a chain", param_hint="--save-run")
     tolerance = rtol if rtol is not None else 1e-2 if method == Method.optimize else 1e-4
     names = [str(image) for image in images]
     with errors_name_options():
@@ -139,16 +146,20 @@ def invert(
         if report is not None:
             with writing(report, "--report"):
                 _draw(report, names, pictures, again, run, chain, tolerance)
+        options: dict[str, Any] = {"model": model, "steps": steps, "sigma_min": chain.sigma_min, "method": str(method)}
+        options |= {"rtol": tolerance}
+        if save_run is not None:
+            with writing(save_run, "--save-run"):
+                runs.save(save_run, found, options | {"solver": f"{method} inversion", "images": names})
     if as_json:
-        options = {"model": model, "steps": steps, "sigma_min": chain.sigma_min, "method": str(method)}
-        options |= {"rtol": tolerance, "out": str(out), "report": str(report) if report else None}
+        options |= {"out": str(out), "report": str(report) if report else None}
         totals = {"iterations": found.iterations, "seconds": round(run.seconds, 3), "message": found.message}
         typer.echo(to_json({**options, **totals, "images": _entries(names, run, round_trip)}))
         return
     title = f"{pretrained.name}: {_count(names)}, {steps} steps, {method}, rtol {tolerance:g}, {_end(chain)}"
     Console().print(_image_table(_entries([image.name for image in images], run, round_trip), title, method))
     trips = f"round trip {float(round_trip.median()):.0e} (median), {float(round_trip.max()):.0e} (largest)"
-    written = f"written: {out}" + (f" {report}" if report else "")
+    written = f"written: {' '.join(str(path) for path in (out, report, save_run) if path)}"
     typer.echo(f"{found.message}; {trips}; {run.seconds:.1f} seconds\n{written}")
 
 

@@ -17,9 +17,21 @@ from rich.table import Table
 from torch import Tensor
 
 from .. import models, plots, sampling, solvers
+from .. import runs as stored_runs
 from ..solve import Callback, ConvergenceWarning, Solution, relative_error
 from ..solvers import Solver
-from .common import PICTURES, Follow, check_out, errors_name_options, new_table, progress, to_json, version, writing
+from ..version import version
+from .common import (
+    PICTURES,
+    Follow,
+    SaveRunOption,
+    check_out,
+    errors_name_options,
+    new_table,
+    progress,
+    to_json,
+    writing,
+)
 from .files import Noise
 
 _ABOUT_THE_TABLE = """\
@@ -114,16 +126,19 @@ class Chains:
 
 @dataclass
 class Trace:
-    """A callback that collects a convergence curve: the largest errors of the samples."""
+    """A callback that collects the true errors (B,) after each iteration."""
 
     reference: Tensor  # (B, *shape)
-    true_error: list[float] = field(default_factory=list)
-    error_estimate: list[float] = field(default_factory=list)
+    errors: list[Tensor] = field(default_factory=list)
 
     def __call__(self, iteration: int, value: Tensor, estimate: Tensor) -> None:
         """Take in one iteration."""
-        self.true_error.append(float(relative_error(value, self.reference).max()))
-        self.error_estimate.append(float(estimate.max()))
+        self.errors.append(relative_error(value, self.reference))
+
+    @property
+    def true_error(self) -> Tensor:
+        """(iterations, B) float64."""
+        return torch.stack(self.errors)
 
 
 def spread(values: Tensor) -> dict[str, Any]:
@@ -156,33 +171,44 @@ def sample(
     ] = None,
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("grid.png"),
     compare: Annotated[bool, typer.Option("--compare", help="Run the sequential chain too, and compare.")] = False,
+    save_run: SaveRunOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Sample a batch from a model, write a picture of it, and say what it took."""
     check_out(out, "--out", PICTURES)
+    if save_run is not None:
+        check_out(save_run, "--save-run", (".safetensors",))
     with errors_name_options(), progress(rtol) as follow:
         if noise is None:
             chains = Chains(models.load(model), steps, batch, eta, seed)
         else:
             chains = _stored_chains(noise, context)
             model, steps, batch = context.params["model"], chains.steps, chains.batch
-        callback = follow(solver, min(max_iterations or steps, steps), None)
-        runs = [chains.run(solver, callback, rtol=rtol, max_iterations=max_iterations, max_batch=max_batch)]
+        reference, trace = None, None
         if compare:
             callback = follow(Preset.sequential, steps, None)
-            runs.append(chains.run(Preset.sequential, callback, rtol=0.0, max_batch=max_batch))
-            runs = [run.against(runs[-1]) for run in runs]
+            reference = chains.run(Preset.sequential, callback, rtol=0.0, max_batch=max_batch)
+            trace = Trace(reference.solution.value)
+        callback = follow(solver, min(max_iterations or steps, steps), trace)
+        run = chains.run(solver, callback, rtol=rtol, max_iterations=max_iterations, max_batch=max_batch)
+        runs = [run] if reference is None else [run.against(reference), reference.against(reference)]
+        options = {"model": model, "steps": steps, "batch": batch, "eta": chains.eta, "rtol": rtol}
+        options |= {"seed": seed} if noise is None else {"noise": str(noise), "sigma_min": chains.sigma_min}
         chain = f"{steps} steps, " + (f"eta {eta:g}" if noise is None else noise.name)
         with writing(out, "--out"):
             plots.save_comparison(out, _panels(runs), f"{chains.pretrained.name}, {chain}")
+        if save_run is not None:
+            with writing(save_run, "--save-run"):
+                described = options | {"solver": run.solver}
+                stored_runs.save(
+                    save_run, run.solution, described, true_error=None if trace is None else trace.true_error
+                )
     if as_json:
-        options = {"model": model, "steps": steps, "batch": batch, "eta": eta, "rtol": rtol}
-        options |= {"seed": seed} if noise is None else {"noise": str(noise), "sigma_min": chains.sigma_min}
         typer.echo(to_json({**options, "out": str(out), "runs": [run.summary() for run in runs]}))
         return
     title = f"{chains.pretrained.name}: {batch} samples, {chain}, rtol {rtol:g}"
     Console().print(run_table([((run.solver,), run) for run in runs], ("solver",), title))
-    typer.echo(f"written: {out}")
+    typer.echo(f"written: {out}" + (f" {save_run}" if save_run else ""))
 
 
 def _stored_chains(path: Path, context: typer.Context) -> Chains:
@@ -248,7 +274,8 @@ def _run_all(chains: Chains, rtol: float, follow: Follow) -> tuple[list[Run], li
         trace = Trace(reference.solution.value)
         run = chains.run(preset, follow(where + preset, chains.steps, trace), rtol=rtol)
         runs.append(run.against(reference))
-        curves.append(plots.Curve(preset, trace.true_error, trace.error_estimate))
+        errors = (trace.true_error, run.solution.history)
+        curves.append(plots.Curve(preset, *(values.amax(1).tolist() for values in errors)))
     return [*runs, reference.against(reference)], curves
 
 

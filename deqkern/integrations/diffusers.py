@@ -40,7 +40,9 @@ DENOISERS = {
     "StableDiffusion3Img2ImgPipeline": "transformer",
 }
 # The schedulers whose update rule is the chain that is solved.
-SCHEDULERS = ("DDIMScheduler", "FlowMatchEulerDiscreteScheduler")
+SCHEDULERS = ("DDIMScheduler", "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler")
+# What the last of them must be set to: DPM-Solver++ 2M, as an ODE or an SDE.
+MULTISTEP = {"solver_order": (2,), "solver_type": ("midpoint",), "algorithm_type": ("dpmsolver++", "sde-dpmsolver++")}
 INVERTIBLE = ("DDIMPipeline", "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 
 # Arguments of a pipeline call that make its loop another one.
@@ -67,7 +69,8 @@ def parallel(
     sequential result exactly, up to the effect of the batch size on the network. `pipe._interrupt = True` in a
     callback stops early. On leaving, also by an exception, the pipe is what it was before.
 
-    pipe: one of `DENOISERS`, or a subclass with the same loop, with a DDIMScheduler or, for Stable Diffusion 3, a
+    pipe: one of `DENOISERS`, or a subclass with the same loop, with a DDIMScheduler, a DPMSolverMultistepScheduler of
+        order 2 (dpmsolver++ or sde-dpmsolver++, midpoint) or, for Stable Diffusion 3, a
         FlowMatchEulerDiscreteScheduler. Inpainting needs a UNet of 9 channels.
     rtol, solver: as in `deqkern.sample`. max_batch: rows in one call of the denoiser; guidance takes two per state.
     eta and generator of the call are kept to: step noise is drawn in the order of the sequential loop.
@@ -81,6 +84,11 @@ def parallel(
     denoiser = _denoiser(pipe)
     scheduler = getattr(pipe.scheduler, "_deqkern_original", pipe.scheduler)  # of a context inside a context
     _check_scheduler(scheduler)
+    if _loop(pipe) == "DiTPipeline" and _draws(scheduler):
+        raise ValueError(
+            "pipe.scheduler is of algorithm_type='sde-dpmsolver++', to which DiTPipeline gives no generator; use "
+            "'dpmsolver++'"
+        )
     solver = default() if solver is None else solver
     if not isinstance(solver, Solver):
         raise TypeError(f"solver must be a Solver, got {type(solver).__name__}")
@@ -147,7 +155,7 @@ class ParallelRun:
         self._plain.set_timesteps(*args, **kwargs)
         values = self._plain.timesteps
         self._schedule = NoiseSchedule.from_diffusers(self._plain)
-        table = self._schedule.steps(int(self._plain.num_inference_steps))
+        table = self._table()
         if not torch.equal(table.timesteps, values.cpu()):
             raise ValueError(
                 f"num_inference_steps={self._plain.num_inference_steps}: the scheduler's timesteps, {values.tolist()}, "
@@ -156,6 +164,10 @@ class ParallelRun:
         vars(self._scheduler).update(vars(self._plain))
         self._scheduler.timesteps = _Timesteps.of(values, self, range(len(values)))
         self._turn, self._solve = "nobody", None
+
+    def _table(self, eta: float = 0.0) -> StepTable:
+        count, order = int(self._plain.num_inference_steps), 2 if _rule(self._plain) == SCHEDULERS[2] else 1
+        return self._schedule.steps(count, eta=eta, order=order)
 
     def _iterations(self, values: Tensor, span: range) -> Iterator[Tensor]:
         """The timesteps `values` of the steps `span`, but no more of them than the solve has iterations."""
@@ -260,12 +272,15 @@ class ParallelRun:
         self._batch = len(x) // self._copies
         self._first = x[: self._batch, : self._channels].clone()
         self._preview, noise = self._first, None
-        draws = "eta" in inspect.signature(self._plain.step).parameters
-        eta = float(self._call.get("eta") or 0.0) if draws else 0.0
+        eta, dtype = 0.0, x.dtype
+        if "eta" in inspect.signature(self._plain.step).parameters:
+            eta = float(self._call.get("eta") or 0.0)
+        elif _draws(self._plain):
+            eta, dtype = 1.0, torch.float32  # in which that scheduler draws
         if eta:
             shape, generator = self._first.shape, self._call.get("generator")
-            noise = torch.stack([randn_tensor(shape, generator, x.device, x.dtype) for _ in self._span])
-        table = _part(self._schedule.steps(int(self._plain.num_inference_steps), eta=eta), self._span)
+            noise = torch.stack([randn_tensor(shape, generator, x.device, dtype) for _ in self._span])
+        table = _part(self._table(eta), self._span)
         trajectory = start(_Denoiser(), self._first, table, self._solver, step_noise=noise)
         self._solve = Solve(trajectory, self._solver, rtol=self._rtol)
 
@@ -442,7 +457,9 @@ def _posing_as(method: Callable[..., Any], function: Callable[..., Any]) -> Call
 def _part(table: StepTable, span: range) -> StepTable:
     """The steps `span` of the chain."""
     values = {item.name: getattr(table, item.name) for item in fields(table)}
-    part: dict[str, Any] = {name: v[span.start : span.stop] for name, v in values.items() if isinstance(v, Tensor)}
+    part: dict[str, Any] = {n: v[span.start : span.stop].clone() for n, v in values.items() if isinstance(v, Tensor)}
+    part["b"][:1] += part["c"][:1]  # the first step is of first order
+    part["c"][:1] = 0
     return replace(table, **part)
 
 
@@ -487,9 +504,27 @@ def _denoiser(pipe: Any) -> Any:
     return denoiser
 
 
+def _draws(scheduler: Any) -> bool:
+    """Whether each step draws noise without being told an eta."""
+    return _rule(scheduler) == SCHEDULERS[2] and scheduler.config.algorithm_type == "sde-dpmsolver++"
+
+
 def _check_scheduler(scheduler: Any) -> None:
-    if _rule(scheduler) not in SCHEDULERS:
+    rule, config = _rule(scheduler), scheduler.config
+    if rule not in SCHEDULERS:
         raise ValueError(_unknown_rule(scheduler))
+    if rule == SCHEDULERS[2]:
+        for option, values in MULTISTEP.items():
+            if config[option] not in values:
+                raise ValueError(
+                    f"pipe.scheduler is a {rule} with {option}={config[option]!r}; parallel() solves "
+                    f"{option}={' or '.join(map(repr, values))}"
+                )
+        if config.final_sigmas_type != "zero" and (config.euler_at_final or not config.lower_order_final):
+            raise ValueError(
+                f"pipe.scheduler is a {rule} whose last step parallel() does not know; leave "
+                "euler_at_final and lower_order_final at their defaults"
+            )
     NoiseSchedule.from_diffusers(scheduler)
 
 

@@ -22,6 +22,7 @@ def sample_deq(
     callback: Callable[[dict[str, Any]], Any] | None = None,
     disable: bool | None = None,
     *,
+    order: int = 1,
     solver: Solver | None = None,
     rtol: float = 1e-2,
     max_iterations: int | None = None,
@@ -30,7 +31,7 @@ def sample_deq(
     """k-diffusion's `sample_euler` without churn, all steps at once: x[i+1] = x[i] + d (sigmas[i+1] - sigmas[i]),
 
     d = (x[i] - denoised) / sigmas[i]: the DDIM chain of a variance-exploding process (arXiv 2206.00364, section 4).
-    Returns x[S] (B, *shape) in the dtype of x.
+    Returns x[S] (B, *shape) in the dtype of x. With order = 2 it is `sample_dpmpp_2m`.
 
     model: `model(x, sigma, **extra_args) -> denoised`, x (N, *shape) and sigma (N,) in the dtype of x, N up to S * B. A
         row's output may depend on that row alone: conditions that `sigma[0]` switches, or that are held elsewhere with
@@ -38,9 +39,10 @@ def sample_deq(
     x: fp32, bf16, fp16 or fp64, noise of standard deviation sigmas[0]. sigmas: not increasing, > 0 but for the last.
     extra_args: tensors in it whose first dimension is B are repeated for every step.
     callback: called after each iteration with a dict of the last step as it is then: `x` (B, *shape) at noise level
-        `sigma` = `sigma_hat` = sigmas[S-1], and `denoised` (B, *shape), the result if sigmas[S] = 0. `i` counts
-        iterations from 0 and stays below S.
+        `sigma` = `sigma_hat` = sigmas[S-1], and `denoised` (B, *shape), what the last step took for it: the result if
+        sigmas[S] = 0. `i` counts iterations from 0 and stays below S.
     disable: True shows no progress bar, None only on a terminal. The bar is tqdm's, if that is installed.
+    order: 1 or 2, DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2), for which the sigmas must fall from step to step.
     solver, rtol, max_iterations, max_batch: as in `deqkern.sample`.
 
     Raises ValueError or TypeError for an argument that does not fit. Samples that do not converge are reported by one
@@ -48,14 +50,14 @@ def sample_deq(
     """
     if extra_args is not None and not isinstance(extra_args, Mapping):
         raise TypeError(f"extra_args must be a mapping, got {type(extra_args).__name__}")
-    table = sigma_table("sigmas", sigmas)
+    table = sigma_table("sigmas", sigmas, order)
 
     def call(states: Tensor, sigma: Tensor, **arguments: Any) -> Tensor:
         return model(states, sigma.to(states.dtype), **arguments)
 
     chain = Chain(call, table, model, "x", x, extra_args, solver, rtol, max_iterations, max_batch, callback)
     last = table.num_inference_steps - 1
-    a, b = float(table.a[last]), float(table.b[last])
+    a, b = float(table.a[last]), float(table.b[last] + table.c[last])
     for solving in chain.run(disable):
         if callback is not None:
             before, after = chain.state(last), chain.state(last + 1)
@@ -67,15 +69,19 @@ def sample_deq(
     return solution.value
 
 
-def sigma_table(name: str, sigmas: Tensor) -> StepTable:
-    """The chain of Euler steps through these noise levels (S+1,), with alpha = 1 and a model that gives x0."""
+def sigma_table(name: str, sigmas: Tensor, order: int = 1) -> StepTable:
+    """The chain of Euler or 2M steps through these noise levels (S+1,), with alpha = 1 and a model that gives x0."""
+    if order not in (1, 2):
+        raise ValueError(f"order must be 1 or 2, got {order!r}")
     if not isinstance(sigmas, Tensor) or not sigmas.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {type(sigmas).__name__}")
     levels = sigmas.detach().to("cpu", torch.float64)
     if levels.ndim != 1 or len(levels) < 2:
         raise ValueError(f"{name} must have shape (S+1,) with S >= 1, got {tuple(levels.shape)}")
-    in_order = bool((levels[1:] <= levels[:-1]).all() and (levels[:-1] > 0).all() and levels[-1] >= 0)
+    falling = levels[1:] < levels[:-1] if order == 2 else levels[1:] <= levels[:-1]
+    in_order = bool(falling.all() and (levels[:-1] > 0).all() and levels[-1] >= 0)
     if not in_order or not bool(levels.isfinite().all()):
-        raise ValueError(f"{name} must be finite and not increase, > 0 but for the last, which may be 0")
+        how = "fall" if order == 2 else "not increase"
+        raise ValueError(f"{name} must be finite and {how}, > 0 but for the last, which may be 0")
     sigma, one = levels[:-1], torch.ones_like(levels[:-1])
-    return StepTable.build("sample", sigma, one, sigma, one, levels[1:], torch.zeros_like(sigma))
+    return StepTable.build("sample", sigma, one, sigma, one, levels[1:], torch.zeros_like(sigma), order=order)

@@ -1,4 +1,4 @@
-"""A ComfyUI node that gives a SAMPLER for "SamplerCustom": its "euler", or "ddim", with all steps at once.
+"""A ComfyUI node that gives a SAMPLER for "SamplerCustom": its "euler" ("ddim") or "dpmpp_2m", all steps at once.
 
 Copy this file into ComfyUI/custom_nodes; deqkern must be installed in its environment. Never run inside ComfyUI: only
 the function it hands over, `deqkern.integrations.k_diffusion.sample_deq`, is tested. Conditions with a timestep range
@@ -18,6 +18,7 @@ def sample(
     callback: Any = None,
     disable: Any = None,
     *,
+    order: int,
     rtol: float,
     max_batch: int,
 ) -> Any:
@@ -29,7 +30,11 @@ def sample(
         raise ValueError("a mask needs batch_size 1")
     if "denoise_mask_function" in given.get("model_options", {}):
         raise ValueError("differential diffusion looks at one sigma per batch")
-    return sample_deq(model, x, sigmas, extra_args, callback, disable, rtol=rtol, max_batch=max_batch)
+    options = {"order": order, "rtol": rtol, "max_batch": max_batch}
+    return sample_deq(model, x, sigmas, extra_args, callback, disable, **options)
+
+
+ORDERS = {"euler": 1, "dpmpp_2m": 2}
 
 
 class DeqkernSampler:
@@ -41,13 +46,15 @@ class DeqkernSampler:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         rtol = ("FLOAT", {"default": 0.01, "min": 0.0, "max": 0.5, "step": 0.001, "round": False})
         rows = ("INT", {"default": 64, "min": 1, "max": 4096})
-        return {"required": {"rtol": rtol, "max_batch": rows}}
+        name = (list(ORDERS), {"default": "euler"})
+        return {"required": {"sampler_name": name, "rtol": rtol, "max_batch": rows}}
 
-    def sampler(self, rtol: float, max_batch: int) -> tuple[Any]:
+    def sampler(self, sampler_name: str, rtol: float, max_batch: int) -> tuple[Any]:
         import comfy.samplers
 
-        return (comfy.samplers.KSAMPLER(sample, {"rtol": rtol, "max_batch": max_batch}),)
+        options = {"order": ORDERS[sampler_name], "rtol": rtol, "max_batch": max_batch}
+        return (comfy.samplers.KSAMPLER(sample, options),)
 
 
 NODE_CLASS_MAPPINGS = {"DeqkernSampler": DeqkernSampler}
-NODE_DISPLAY_NAME_MAPPINGS = {"DeqkernSampler": "deqkern: Euler, all steps at once"}
+NODE_DISPLAY_NAME_MAPPINGS = {"DeqkernSampler": "deqkern: all steps at once"}

@@ -1,0 +1,186 @@
+"""Stored runs: what is written is read again, other files are refused, and the pictures of them."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from problems import gaussian, mixture
+from safetensors import safe_open
+from safetensors.torch import save_file
+from test_cli import plain, run
+from test_models import save_tiny_model
+from torch import Tensor
+
+import deqkern
+from deqkern import NoiseSchedule, plots, runs, solvers
+from deqkern.solve import relative_error
+
+SCHEDULE = NoiseSchedule.linear()
+SHAPE = (3, 8, 8)
+STEPS = 20
+
+
+def solved(solver: solvers.Solver | None = None, **options: Any) -> deqkern.Solution:
+    model = gaussian(SCHEDULE, SHAPE, torch.Generator().manual_seed(1))
+    return deqkern.sample(model, torch.randn(2, *SHAPE), SCHEDULE, STEPS, solver=solver, **options)
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_a_run_is_read_as_it_was_written(measured: bool, tmp_path: Path) -> None:
+    solution = solved()
+    error = torch.rand(solution.iterations, 2, dtype=torch.float64) if measured else None
+    metadata = {"model": "gaussian", "rtol": 1e-2, "list": [1, None]}
+    runs.save(tmp_path / "run.safetensors", solution, metadata, true_error=error)
+    found = runs.load(tmp_path / "run.safetensors")
+    for name in ("history", "nfe_history", "residual_history"):
+        torch.testing.assert_close(
+            getattr(found, name), getattr(solution, name), rtol=0, atol=0, equal_nan=True, msg=name
+        )
+    assert found.nfe_history.dtype is torch.int64
+    assert found.true_error is None if error is None else torch.equal(found.true_error, error)
+    assert found.metadata.pop("deqkern") and found.metadata == metadata
+
+
+def test_what_cannot_be_stored_is_refused(tmp_path: Path) -> None:
+    path, solution = tmp_path / "run.safetensors", solved()
+    for metadata in ({"rtol": float("nan")}, {"model": object()}):
+        with pytest.raises((TypeError, ValueError), match="metadata"):
+            runs.save(path, solution, metadata)
+    with pytest.raises(ValueError, match=r"true_error must have shape \(\d+, 2\), got \(1, 3\)"):
+        runs.save(path, solution, true_error=torch.zeros(1, 3))
+    with pytest.raises(TypeError, match="solution must be a Solution, got Tensor"):
+        runs.save(path, solution.value)  # type: ignore[arg-type]
+    model = mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(1))
+    naive = deqkern.invert(model, model.means[:2].view(2, *SHAPE), SCHEDULE, STEPS, method="naive")
+    with pytest.raises(ValueError, match="solution has no residuals"):
+        runs.save(path, naive)
+    assert not path.exists()
+
+
+def spoil(path: Path, change: str) -> None:
+    """Make `path`, which holds a run, another kind of file."""
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    if change == "text":
+        path.write_text("nothing")
+    elif change == "folder":
+        path.unlink()
+        path.mkdir()
+    elif change == "format":
+        save_file(tensors, path, {"format": "deqkern.Noise.1"})
+    elif change == "tensor":
+        save_file({name: tensor for name, tensor in tensors.items() if name != "nfe_history"}, path, metadata)
+    elif change == "shape":
+        save_file(tensors | {"history": tensors["history"][:1].clone()}, path, metadata)
+    elif change == "rank":
+        save_file(tensors | {"residual_history": tensors["history"].clone()}, path, metadata)
+    elif change == "json":
+        save_file(tensors, path, metadata | {"metadata": "{"})
+    else:
+        save_file(tensors, path, metadata | {"metadata": "[]"})
+
+
+@pytest.mark.parametrize("change", ["text", "folder", "format", "tensor", "shape", "rank", "json", "list"])
+def test_another_kind_of_file_is_an_error_that_names_it(change: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    runs.save(path, solved())
+    spoil(path, change)
+    with pytest.raises(ValueError, match="does not hold a run") as raised:
+        runs.load(path)
+    assert str(path) in str(raised.value)
+    shown = plain(run("plot", path, "--out", tmp_path / "a.png", code=2).stderr).replace(" ", "")
+    assert "RUNS" in shown and "doesnotholdarun" in shown and not (tmp_path / "a.png").exists()
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        runs.load(tmp_path / "nowhere.safetensors")
+    assert "nowhere" in plain(run("plot", tmp_path / "nowhere.safetensors", code=2).stderr)
+    assert "--out" in plain(run("plot", tmp_path / "nowhere.safetensors", "--out", "a.txt", code=2).stderr)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_the_figure_has_two_axes_of_lines_and_one_per_run(count: int, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    stored = {}
+    for i, solver in enumerate((solvers.default(), solvers.picard(), solvers.picard(window=5), solvers.deq_ddim())):
+        seen: list[Tensor] = []
+        solution = solved(solver, callback=lambda k, value, estimate, seen=seen: seen.append(value))
+        true_error = torch.stack([relative_error(value, solution.value) for value in seen]) if i % 2 else None
+        runs.save(tmp_path / "run.safetensors", solution, {"rtol": 1e-2}, true_error=true_error)
+        stored[f"run {i}"] = runs.load(tmp_path / "run.safetensors")
+    chosen = dict(list(stored.items())[:count])
+    figure = plots.runs_figure(chosen, "title")
+    lines, heat = figure.axes[:2], [axis for axis in figure.axes if axis.get_title()]
+    assert len(figure.axes) == 2 + count + 1  # and the colour scale
+    assert [axis.get_title().partition(":")[0] for axis in heat] == list(chosen)
+    for axis in lines:
+        assert axis.get_yscale() == "log"
+        assert sum(len(line.get_xdata()) > 0 and line.get_label() in chosen for line in axis.lines) == count
+    for (_, stored_run), axis in zip(chosen.items(), heat, strict=True):
+        settled, residual = (image.get_array() for image in axis.images)
+        evaluated = ~stored_run.residual_history.isnan().all(2).T  # (S, iterations)
+        assert torch.equal(torch.tensor(~residual.mask).expand_as(evaluated), evaluated)
+        assert not (torch.tensor(~settled.mask).expand_as(evaluated) & evaluated).any()
+    plots.save_runs(tmp_path / "picture.png", chosen)
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_has_nothing_to_show_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    solution = solved()
+    nothing = replace(
+        solution,
+        history=torch.full_like(solution.history, torch.inf),
+        residual_history=torch.zeros_like(solution.residual_history),
+    )
+    runs.save(tmp_path / "run.safetensors", nothing, {"rtol": 1e-2})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plots.save_runs(tmp_path / "picture.png", {"run": runs.load(tmp_path / "run.safetensors")})
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_tiny_model(folder)
+    return folder
+
+
+def test_sample_stores_its_run_and_plot_draws_it(model: Path, tmp_path: Path) -> None:
+    files = []
+    for solver in ("default", "picard"):
+        files.append(tmp_path / f"{solver}.safetensors")
+        options = ("--steps", 10, "--batch", 3, "--solver", solver, "--out", tmp_path / "grid.png", "--json")
+        report = json.loads(run("sample", "--model", model, *options, "--compare", "--save-run", files[-1]).stdout)
+        found = runs.load(files[-1])
+        assert found.metadata["solver"] == solver and found.metadata["steps"] == 10 and found.metadata["rtol"] == 0.01
+        assert found.nfe_history[-1].tolist() == report["runs"][0]["nfe"]
+        assert found.history[-1].tolist() == report["runs"][0]["error_estimate"]["per_sample"]
+        assert found.true_error is not None and len(found.true_error) == len(found.history)
+        assert found.true_error[-1].tolist() == report["runs"][0]["true_error"]["per_sample"]
+    out = tmp_path / "picture.png"
+    assert str(out) in run("plot", *files, "--out", out).stdout.replace("\n", "")
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_invert_stores_its_run(model: Path, tmp_path: Path) -> None:
+    Image = pytest.importorskip("PIL.Image")
+    Image.new("L", (8, 8), 200).save(tmp_path / "a.png")
+    file, out = tmp_path / "run.safetensors", tmp_path / "noise.safetensors"
+    options = ("invert", tmp_path / "a.png", "--model", model, "--steps", 10, "--out", out)
+    for method in ("naive", "optimize"):
+        assert "--save-run" in plain(run(*options, "--method", method, "--save-run", file, code=2).stderr)
+    assert "--save-run" in plain(run(*options, "--save-run", out, code=2).stderr)
+    for method in ("joint", "stepwise"):
+        run(*options, "--method", method, "--save-run", file)
+        found = runs.load(file)
+        assert found.metadata["solver"] == f"{method} inversion" and found.true_error is None
+        assert torch.equal((~found.residual_history.isnan()).sum(1).cumsum(0), found.nfe_history)
+        run("plot", file, "--out", tmp_path / "picture.png")
