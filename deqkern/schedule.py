@@ -28,7 +28,7 @@ _ZERO_SNR = 2**-24  # what some diffusers schedulers put for a last abar of 0
 _LOWER_ORDER_FINAL = 15  # a chain of fewer steps ends with a first-order one: DPMSolverMultistepScheduler
 _TINY = 1e-12  # a variance that rounding may be off by
 # options of other schedulers that replace the noise levels or the timesteps of training, which DDIM steps on
-_OTHER_LEVELS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas")
+_OTHER_LEVELS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class NoiseSchedule:
     sample_max_value: float = 1.0
     shift: float = 1.0
     num_train_timesteps: int = 0  # T; 0 stands for the length of alphas_cumprod
-    _flow_scheduler: Any = field(default=None, repr=False)
+    _scheduler: Any = field(default=None, repr=False)  # of diffusers, where the noise levels are its own
 
     def __post_init__(self) -> None:
         _check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
@@ -183,22 +183,24 @@ class NoiseSchedule:
         schedule, prediction type, spacing and offset, whatever its own update rule. An option that it lacks has
         DDIMScheduler's default, except that nothing is clipped unless it says so. FlowMatchEulerDiscreteScheduler gives
         its own chain: `steps(S)` takes its sigmas as they stand if it was set to S timesteps, else those that
-        `set_timesteps(S)` gives a copy of it; dynamic shifting needs the first, since only `set_timesteps` knows mu.
+        `set_timesteps(S)` gives a copy of it; dynamic shifting needs the first, since only `set_timesteps` knows mu. So
+        does a DPMSolverMultistepScheduler with Karras, exponential, beta or lu sigmas.
 
-        Raises ValueError for noise levels or timesteps other than those of training (Karras, exponential, beta and flow
-        sigmas, continuous timesteps, lambda_min_clipped), consistency samplers (LCM, TCD) and stochastic or inverted
-        flow matching, and TypeError for anything else, such as the EDM schedulers.
+        Raises ValueError for those sigmas of other schedulers, flow sigmas and continuous timesteps of variance
+        preserving ones, lambda_min_clipped, consistency samplers (LCM, TCD) and stochastic or inverted flow matching,
+        and TypeError for anything else, such as the EDM schedulers.
         """
         name = type(scheduler).__name__
         config = getattr(scheduler, "config", None)
         if isinstance(config, Mapping) and getattr(scheduler, "alphas_cumprod", None) is not None:
-            return cls(scheduler.alphas_cumprod, **_variance_preserving_options(name, _own(scheduler, config)))
-        if isinstance(config, Mapping) and any(
-            kind.__name__ == "FlowMatchEulerDiscreteScheduler" for kind in type(scheduler).__mro__
-        ):
+            config, held = _own(scheduler, config), None
+            if _is_a(scheduler, "DPMSolverMultistepScheduler") and any(config.get(name) for name in _OTHER_LEVELS):
+                config, held = config | dict.fromkeys(_OTHER_LEVELS), copy.deepcopy(scheduler)
+            return cls(scheduler.alphas_cumprod, **_variance_preserving_options(name, config), _scheduler=held)
+        if isinstance(config, Mapping) and _is_a(scheduler, "FlowMatchEulerDiscreteScheduler"):
             _refuse_options(name, config, ("invert_sigmas", "stochastic_sampling"))
             total, scheduler = config.get("num_train_timesteps", 1000), copy.deepcopy(scheduler)
-            return cls(None, prediction_type="flow", num_train_timesteps=total, _flow_scheduler=scheduler)
+            return cls(None, prediction_type="flow", num_train_timesteps=total, _scheduler=scheduler)
         raise TypeError(f"scheduler must have alphas_cumprod or be a FlowMatchEulerDiscreteScheduler, got {name}")
 
     def steps(
@@ -246,6 +248,12 @@ class NoiseSchedule:
     def _variance_preserving_steps(
         self, abar: Tensor, count: int, eta: float, sigma_min: float | None, order: int
     ) -> StepTable:
+        if self._scheduler is not None:
+            if sigma_min is not None:
+                raise ValueError("sigma_min needs the noise levels of training, not the scheduler's own sigmas")
+            own, sigmas = self._own_levels(count)
+            levels = 1 / (1 + sigmas**2)
+            return self._marginal_steps(own, levels[:-1], levels[1:], eta, order)
         total = self.num_train_timesteps
         spaced = _spaced_timesteps if order == 1 else _multistep_timesteps
         timesteps = spaced(self.timestep_spacing, total, count, self.steps_offset)
@@ -260,6 +268,10 @@ class NoiseSchedule:
             timesteps, following = chain[:-1], chain[1:]
         final = abar.new_ones(1) if self.set_alpha_to_one else abar[:1]
         now, after = abar[timesteps], torch.cat([abar, final])[[t if t >= 0 else total for t in following]]
+        return self._marginal_steps(torch.tensor(timesteps), now, after, eta, order)
+
+    def _marginal_steps(self, timesteps: Tensor, now: Tensor, after: Tensor, eta: float, order: int) -> StepTable:
+        """The steps from abar = `now` to `after`, (S,) both."""
         if self.prediction_type == "epsilon" and bool((now == 0).any()):
             raise ValueError(
                 "prediction_type='epsilon' cannot start at zero terminal SNR (alphas_cumprod = 0), where epsilon says "
@@ -269,7 +281,7 @@ class NoiseSchedule:
         if bool((variance > 1 - after + _TINY).any()):
             raise ValueError(f"eta={eta} adds more noise than a step has room for; it is at most 1")
         ends = (now.sqrt(), (1 - now).sqrt(), after.sqrt(), (1 - after).sqrt())
-        return self._table(torch.tensor(timesteps), *ends, variance.sqrt(), order)
+        return self._table(timesteps, *ends, variance.sqrt(), order)
 
     def _joined_timesteps(self, abar: Tensor, count: int, top: int, sigma_min: float) -> list[int]:  # (S+1,)
         reached = ((1 - abar) >= sigma_min**2 * abar).nonzero()
@@ -294,13 +306,19 @@ class NoiseSchedule:
             chain[k] = min(chain[k], chain[k + 1] - 1)
         return chain[::-1]
 
+    def _own_levels(self, count: int) -> tuple[Tensor, Tensor]:  # (S,), (S+1,) float64
+        scheduler = _scheduler_at(self._scheduler, count)
+        sigmas = scheduler.sigmas.detach().to("cpu", torch.float64)
+        if not bool((sigmas[1:] <= sigmas[:-1]).all()) or sigmas[-1] < 0:
+            raise ValueError("scheduler.sigmas must descend to no less than 0")
+        return scheduler.timesteps.detach().cpu(), sigmas
+
     def _flow_levels(self, count: int) -> tuple[Tensor, Tensor]:  # (S,) float32, (S+1,) float64
-        if self._flow_scheduler is not None:
-            scheduler = _flow_scheduler_at(self._flow_scheduler, count)
-            sigmas = scheduler.sigmas.detach().to("cpu", torch.float64)
-            if not bool((sigmas[1:] <= sigmas[:-1]).all()) or sigmas[0] > 1 or sigmas[-1] < 0:
+        if self._scheduler is not None:
+            timesteps, sigmas = self._own_levels(count)
+            if sigmas[0] > 1:
                 raise ValueError("scheduler.sigmas must descend within 1 .. 0")
-            return scheduler.timesteps.detach().to("cpu", torch.float32), sigmas
+            return timesteps.float(), sigmas
         # the ends are shifted twice, here and with all the others below, as the scheduler does
         total = self.num_train_timesteps
         ends = _shifted(torch.tensor([1, total], dtype=torch.float32) / total, self.shift)
@@ -381,6 +399,10 @@ def _rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     return 1 - torch.cat([abar[:1], abar[1:] / abar[:-1]])
 
 
+def _is_a(scheduler: Any, name: str) -> bool:
+    return any(kind.__name__ == name for kind in type(scheduler).__mro__)
+
+
 def _own(scheduler: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     """What the scheduler itself takes: `from_config` also keeps the options of the one whose config it was."""
     inits = [vars(kind)["__init__"] for kind in type(scheduler).__mro__ if "__init__" in vars(kind)]
@@ -389,7 +411,7 @@ def _own(scheduler: Any, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _variance_preserving_options(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    _refuse_options(name, config, (*_OTHER_LEVELS, "original_inference_steps"))
+    _refuse_options(name, config, (*_OTHER_LEVELS, "use_flow_sigmas", "original_inference_steps"))
     if config.get("timestep_type", "discrete") != "discrete":
         raise ValueError(f"scheduler: {name} with timestep_type={config['timestep_type']!r} is not supported")
     if config.get("lambda_min_clipped", -math.inf) > -math.inf:
@@ -415,7 +437,7 @@ def _refuse_options(name: str, config: Mapping[str, Any], options: Sequence[str]
             )
 
 
-def _flow_scheduler_at(scheduler: Any, count: int) -> Any:
+def _scheduler_at(scheduler: Any, count: int) -> Any:
     if len(scheduler.timesteps) == count and len(scheduler.sigmas) == count + 1:
         return scheduler
     scheduler = copy.deepcopy(scheduler)

@@ -101,7 +101,7 @@ class StepTable:
         c = torch.zeros_like(b)
         if order == 2:
             length = (alpha_next / sigma_next).log() - (alpha / sigma).log()
-            if not bool((length > 0).all()):
+            if not bool((length[:-1] > 0).all() and length[-1] >= 0):
                 raise ValueError("order=2 needs noise levels that fall from step to step; take fewer steps")
             extrapolation = torch.zeros_like(b)
             extrapolation[1:] = length[1:] / (2 * length[:-1])

@@ -484,7 +484,7 @@ def test_from_diffusers_reads_final_sigmas_type() -> None:
     [
         ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, "use_karras_sigmas"),
         ("EulerDiscreteScheduler", {"timestep_type": "continuous", "prediction_type": "v_prediction"}, "timestep_type"),
-        ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}, "use_lu_lambdas"),
+        ("DPMSolverSinglestepScheduler", {"use_karras_sigmas": True}, "use_karras_sigmas"),
         ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, "use_flow_sigmas"),
         ("DPMSolverMultistepScheduler", {"prediction_type": "flow_prediction"}, "prediction_type"),
         ("LCMScheduler", {}, "original_inference_steps"),

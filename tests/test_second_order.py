@@ -25,6 +25,9 @@ KINDS: dict[str, dict[str, Any]] = {  # DPMSolverMultistepScheduler's arguments
     "zero-snr": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
     "threshold": {"thresholding": True, "sample_max_value": 1.5, "dynamic_thresholding_ratio": 0.9},
     "sigma_min": {"final_sigmas_type": "sigma_min"},
+    "karras": {"use_karras_sigmas": True, "beta_schedule": "scaled_linear"},
+    "exponential": {"use_exponential_sigmas": True, "prediction_type": "v_prediction"},
+    "lu": {"use_lu_lambdas": True, "final_sigmas_type": "sigma_min"},
 }
 
 
@@ -237,6 +240,17 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"num_inference_steps": 10} | options
     with pytest.raises(ValueError, match=message):
         NoiseSchedule.linear(timestep_spacing="linspace").steps(**arguments)
+
+
+def test_the_sigmas_of_a_scheduler() -> None:
+    scheduler = multistep(use_karras_sigmas=True)
+    schedule = NoiseSchedule.from_diffusers(scheduler)
+    scheduler.set_timesteps(12)  # of a scheduler whose copy the schedule took before
+    first = schedule.steps(12)  # DDIM on them
+    torch.testing.assert_close(first.sigma / first.alpha, scheduler.sigmas[:-1].double(), rtol=1e-6, atol=0)
+    assert torch.equal(first.timesteps, scheduler.timesteps) and float(first.sigma_next[-1]) == 0
+    with pytest.raises(ValueError, match="sigma_min needs the noise levels of training"):
+        schedule.steps(12, sigma_min=0.1)
 
 
 def test_tables_of_second_order_run_one_way() -> None:
