@@ -140,18 +140,13 @@ def long_chain(loaded: models.Pretrained, noise: Tensor, sampler: str, steps: in
 def joint(problem: Problem, sampler: str, spacing: str, steps: int, solver: solvers.Solver) -> list[Point]:
     """The joint solve of the same chain, after each iteration."""
     loaded, noise = problem.loaded, problem.noise
-    scheduler = scheduler_of(loaded.schedule, sampler, spacing, steps)
-    timesteps = scheduler.timesteps.flip(0)
-    # a schedule that has these noise levels only, and is stepped through one by one
-    levels = 1 / (1 + scheduler.sigmas[:-1].double().flip(0) ** 2)
-    prediction_type = loaded.schedule.prediction_type
-    schedule = NoiseSchedule(levels, prediction_type=prediction_type, timestep_spacing="trailing")
+    schedule = NoiseSchedule.from_diffusers(scheduler_of(loaded.schedule, sampler, spacing, steps))
     rows, points = 0, list[Point]()
 
-    def model(x: Tensor, index: Tensor) -> Tensor:
+    def model(x: Tensor, t: Tensor) -> Tensor:
         nonlocal rows
         rows += len(x)
-        return loaded.model(x, timesteps[index.long()]).sample
+        return loaded.model(x, t).sample
 
     def watch(iteration: int, estimate: Tensor, error_estimate: Tensor) -> None:
         nfe = rows / len(noise)
