@@ -1,15 +1,20 @@
-"""The measurements of a GPU, rehearsed at toy sizes on a CPU: every part runs and writes its figures."""
+"""The measurements, rehearsed at toy sizes on a CPU: every part runs and writes its figures."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 from conftest import ROOT
+
+from deqkern import models, solvers
 
 PARTS = ["copy", "ops", "solve", "iteration", "latency UNet", "end to end UNet", "latency DiT", "end to end DiT"]
 
@@ -39,3 +44,45 @@ def test_every_op_is_measured(measured: dict[str, list[dict[str, object]]]) -> N
         "backends",
         "use_backend",
     }
+
+
+@pytest.fixture
+def quality(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """bench/quality.py."""
+    pytest.importorskip("diffusers")
+    monkeypatch.syspath_prepend(str(Path(ROOT) / "bench"))
+    return importlib.import_module("quality")
+
+
+def test_quality_is_measured_and_drawn(quality: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out, picture, cache = tmp_path / "quality.json", tmp_path / "quality.png", tmp_path / "cache"
+    sizes = {"seeds": 1, "budgets": [3], "joint_steps": [5], "exact_steps": 12}
+    quality.measure("digits", **sizes, profile=False, cache=cache, out=out)
+    figures = json.loads(out.read_text())
+    assert figures["floors"]["DPM-Solver++ 2M, S=12"] == [0.0] and len(list(cache.iterdir())) == 3
+    last: dict[tuple[str, str], dict[str, dict[str, object]]] = {}  # of a joint solve, the last iteration
+    for point in figures["points"]:
+        if point["steps"] == 5:
+            last.setdefault((point["sampler"], point["spacing"]), {})[point["solver"]] = point
+    joint = [pair for pair in last.values() if "default" in pair]
+    assert len(joint) == len(quality.JOINT)
+    for pair in joint:  # the chain that is solved is the scheduler's
+        for key in ("error", "error_ddim"):
+            assert pair["default"][key] == pytest.approx(pair["sequential"][key], rel=1e-3)
+    quality.draw([out], out=picture, solver="default")
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_six_joint_iterations_come_nearer_than_twenty_steps(quality: ModuleType) -> None:
+    """docs/convergence.md: 1.2e-2 against 2.1e-2 on 8 samples, with steps even in t and the model's profile."""
+    loaded = models.load("digits")
+    noise = torch.randn(8, *loaded.shape, generator=torch.Generator().manual_seed(1000))[:3]
+    exact = quality.chain(loaded, noise, "DPM-Solver++ 2M", "even in log-SNR", 100)
+    problem = quality.Problem(loaded, noise, exact=exact, ddim=exact)
+    solver = solvers.default(profile=loaded.profile)
+    joint = quality.joint(problem, "DPM-Solver++ 2M", "even in t", 50, solver)[5]
+    stepped = [quality.sequential(problem, sampler, "even in t", 20) for sampler in quality.SAMPLERS]
+    assert (joint.calls, joint.steps) == (6, 50)
+    print(f"\n{joint.median:.1e} against {[f'{point.median:.1e}' for point in stepped]}")
+    assert joint.median <= 0.75 * min(point.median for point in stepped)

@@ -75,6 +75,19 @@ def test_every_solver_reaches_the_sequential_chain(
     assert (sequential["iterations"], sequential["nfe"]) == (10, [10] * 3)
 
 
+@pytest.mark.parametrize("eta", [0, 1])
+def test_chains_of_second_order(eta: int, model: Path, tmp_path: Path) -> None:
+    options = ("--order", 2, "--eta", eta, "--rtol", 1e-4, "--compare")
+    report = sample_json(model, tmp_path, *options)
+    assert report["order"] == 2
+    solved, sequential = report["runs"]
+    assert solved["converged"] == [True] * 3 and solved["true_error"]["max"] <= 1e-3
+    assert sequential["nfe"] == [10] * 3
+    picture = (tmp_path / "grid.png").read_bytes()
+    sample_json(model, tmp_path, "--eta", eta, "--rtol", 1e-4, "--compare")
+    assert (tmp_path / "grid.png").read_bytes() != picture
+
+
 def test_json_is_strict_and_alone_on_stdout(model: Path, tmp_path: Path) -> None:
     report = sample_json(model, tmp_path, "--max-iterations", 1, "--max-batch", 7, "--seed", 5)
     (only,) = report.pop("runs")
@@ -83,6 +96,7 @@ def test_json_is_strict_and_alone_on_stdout(model: Path, tmp_path: Path) -> None
         "steps": 10,
         "batch": 3,
         "eta": 0.0,
+        "order": 1,
         "seed": 5,
         "rtol": 0.01,
         "out": str(tmp_path / "grid.png"),
@@ -115,6 +129,8 @@ def test_the_seed_chooses_the_noise(model: Path, tmp_path: Path) -> None:
         (["--batch", "0"], "--batch", "Invalid value"),
         (["--eta", "-1"], "--eta", "got -1"),
         (["--eta", "nan"], "--eta", "got nan"),
+        (["--order", "3"], "--order", "Invalid value"),
+        (["--order", "2", "--eta", "0.5"], "--eta", "0 or 1 with order=2"),
         (["--rtol", "-1"], "--rtol", "got -1"),
         (["--rtol", "nan"], "--rtol", "got nan"),
         (["--max-iterations", "0"], "--max-iterations", "got 0"),

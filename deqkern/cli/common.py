@@ -48,6 +48,7 @@ _OPTION_OF = {
     "class_labels": "--model",
     "num_inference_steps": "--steps",
     "eta": "--eta",
+    "order": "--order",
     "rtol": "--rtol",
     "max_iterations": "--max-iterations",
     "max_batch": "--max-batch",

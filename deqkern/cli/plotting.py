@@ -51,4 +51,5 @@ def _facts(run: StoredRun) -> list[str]:
     said = run.metadata
     facts = [Path(str(said["model"])).name] if "model" in said else []
     facts += [f"{said['steps']} steps"] if "steps" in said else []
+    facts += ["2M"] if said.get("order") == 2 else []
     return facts + [f"{name} {said[name]:g}" for name in ("eta", "rtol") if isinstance(said.get(name), int | float)]

@@ -100,6 +100,7 @@ class Chains:
     batch: int
     eta: float
     seed: int
+    order: int = 1
     noise: Tensor | None = None  # (batch, *shape), else drawn
     sigma_min: float | None = None
 
@@ -124,6 +125,7 @@ class Chains:
                 self.pretrained.schedule,
                 self.steps,
                 eta=self.eta,
+                order=self.order,
                 solver=solver,
                 rtol=rtol,
                 max_iterations=max_iterations,
@@ -175,6 +177,7 @@ def sample(
     batch: BatchOption = 16,
     solver: Annotated[Preset, typer.Option(help="How the chain is solved.")] = Preset.default,
     eta: EtaOption = 0.0,
+    order: Annotated[int, typer.Option(min=1, max=2, help="1 is DDIM, 2 is DPM-Solver++ 2M.")] = 1,
     seed: SeedOption = 0,
     rtol: RtolOption = 1e-2,
     max_iterations: Annotated[int | None, typer.Option(help="Stop after so many (default: the steps).")] = None,
@@ -193,7 +196,7 @@ def sample(
         check_out(save_run, "--save-run", (".safetensors",))
     with errors_name_options(), progress(rtol) as follow:
         if noise is None:
-            chains = Chains(models.load(model), steps, batch, eta, seed)
+            chains = Chains(models.load(model), steps, batch, eta, seed, order)
         else:
             chains = _stored_chains(noise, context)
             model, steps, batch = context.params["model"], chains.steps, chains.batch
@@ -205,9 +208,17 @@ def sample(
         callback = follow(solver, min(max_iterations or steps, steps), trace)
         run = chains.run(solver, callback, rtol=rtol, max_iterations=max_iterations, max_batch=max_batch)
         runs = [run] if reference is None else [run.against(reference), reference.against(reference)]
-        options = {"model": model, "steps": steps, "batch": batch, "eta": chains.eta, "rtol": rtol}
+        options = {
+            "model": model,
+            "steps": steps,
+            "batch": batch,
+            "eta": chains.eta,
+            "order": chains.order,
+            "rtol": rtol,
+        }
         options |= {"seed": seed} if noise is None else {"noise": str(noise), "sigma_min": chains.sigma_min}
         chain = f"{steps} steps, " + (f"eta {eta:g}" if noise is None else noise.name)
+        chain += ", DPM-Solver++ 2M" if chains.order == 2 else ""
         with writing(out, "--out"):
             plots.save_comparison(out, _panels(runs), f"{chains.pretrained.name}, {chain}")
         if save_run is not None:
@@ -230,7 +241,7 @@ def _stored_chains(path: Path, context: typer.Context) -> Chains:
     """The chains of `--noise`. Only `--model` may say otherwise, for a folder that was moved."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
-    for name in ("steps", "batch", "eta", "seed"):
+    for name in ("steps", "batch", "eta", "order", "seed"):
         if name in given:
             raise typer.BadParameter(f"{path} says it already", param_hint=f"--{name}")
     stored = Noise.load(path, "--noise")
@@ -240,7 +251,7 @@ def _stored_chains(path: Path, context: typer.Context) -> Chains:
     if stored.noise.shape[1:] != pretrained.shape:
         reason = f"{path} holds noise for samples {tuple(stored.noise.shape[1:])}, {pretrained.name!r} takes "
         raise typer.BadParameter(reason + str(pretrained.shape), param_hint="--model")
-    return Chains(pretrained, stored.steps, len(stored.noise), 0.0, 0, stored.noise, stored.sigma_min)
+    return Chains(pretrained, stored.steps, len(stored.noise), 0.0, 0, 1, stored.noise, stored.sigma_min)
 
 
 def demo(
