@@ -22,7 +22,7 @@ from .step_table import PREDICTION_TYPES, StepTable
 
 __all__ = ["NoiseSchedule", "StepTable"]
 
-TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
+TIMESTEP_SPACINGS = ("leading", "linspace", "trailing", "log_snr")
 
 _ZERO_SNR = 2**-24  # what some diffusers schedulers put for a last abar of 0
 _LOWER_ORDER_FINAL = 15  # a chain of fewer steps ends with a first-order one: DPMSolverMultistepScheduler
@@ -38,6 +38,9 @@ class NoiseSchedule:
     With `alphas_cumprod` the chain is that of diffusers' DDIMScheduler (arXiv 2010.02502), whose option names these
     are, quirks included: the step from timestep t leads to t - T // S whatever the next timestep is, and below 0 to
     abar = 1, or to alphas_cumprod[0] unless `set_alpha_to_one`. `clip_sample` is off unless asked for.
+    `timestep_spacing="log_snr"`, which is not diffusers', takes timesteps from T - 1 to 0 that are even in
+    log(alpha^2 / sigma^2), as near as whole numbers can be, each step ending where the next begins: the better one for
+    `order=2` (docs/convergence.md).
     With `prediction_type="flow"` there is no `alphas_cumprod`; the chain is Euler's rule for rectified flow
     (arXiv 2209.03003), on the noise levels of diffusers' FlowMatchEulerDiscreteScheduler with `shift`.
 
@@ -255,16 +258,21 @@ class NoiseSchedule:
             levels = 1 / (1 + sigmas**2)
             return self._marginal_steps(own, levels[:-1], levels[1:], eta, order)
         total = self.num_train_timesteps
-        spaced = _spaced_timesteps if order == 1 else _multistep_timesteps
-        timesteps = spaced(self.timestep_spacing, total, count, self.steps_offset)
+        if self.timestep_spacing == "log_snr":
+            timesteps = _even_in_log_snr(abar, count - 1, total - 1, 0) if count > 1 else [total - 1]
+        else:
+            spaced = _spaced_timesteps if order == 1 else _multistep_timesteps
+            timesteps = spaced(self.timestep_spacing, total, count, self.steps_offset)
         if timesteps[0] >= total:
             raise ValueError(
                 f"steps_offset={self.steps_offset} with num_inference_steps={count} starts at timestep {timesteps[0]}, "
                 f"beyond the last one, {total - 1}"
             )
-        following = [t - total // count for t in timesteps] if order == 1 else [*timesteps[1:], -1]
+        joined = order == 2 or self.timestep_spacing == "log_snr"
+        following = [*timesteps[1:], -1] if joined else [t - total // count for t in timesteps]
         if sigma_min is not None:
-            chain = self._joined_timesteps(abar, count, timesteps[0], sigma_min)
+            lowest = self._timestep_of(abar, count, timesteps[0], sigma_min)
+            chain = _even_in_log_snr(abar, count, timesteps[0], lowest)
             timesteps, following = chain[:-1], chain[1:]
         final = abar.new_ones(1) if self.set_alpha_to_one else abar[:1]
         now, after = abar[timesteps], torch.cat([abar, final])[[t if t >= 0 else total for t in following]]
@@ -283,7 +291,7 @@ class NoiseSchedule:
         ends = (now.sqrt(), (1 - now).sqrt(), after.sqrt(), (1 - after).sqrt())
         return self._table(timesteps, *ends, variance.sqrt(), order)
 
-    def _joined_timesteps(self, abar: Tensor, count: int, top: int, sigma_min: float) -> list[int]:  # (S+1,)
+    def _timestep_of(self, abar: Tensor, count: int, top: int, sigma_min: float) -> int:
         reached = ((1 - abar) >= sigma_min**2 * abar).nonzero()
         lowest = int(reached[0]) if len(reached) else self.num_train_timesteps
         if lowest >= top:
@@ -292,19 +300,7 @@ class NoiseSchedule:
             raise ValueError(
                 f"num_inference_steps={count} is more than the {top - lowest} steps that sigma_min={sigma_min} leaves"
             )
-        log_snr = (abar / (1 - abar)).log()[lowest : top + 1]
-        if log_snr[-1] == -math.inf:
-            log_snr[-1] = 2 * log_snr[-2] - log_snr[-3] if top - lowest > 1 else log_snr[-2] - 1
-        target = torch.lerp(log_snr[0], log_snr[-1], torch.arange(count + 1, dtype=torch.float64) / count)
-        right = torch.searchsorted(-log_snr, -target).clamp(1, len(log_snr) - 1)
-        before, after = log_snr[right - 1], log_snr[right]
-        part = ((before - target) / (before - after).clamp_min(_TINY)).clamp(0, 1)
-        chain = [lowest, *(lowest + right - 1 + part).round().int().tolist()[1:-1], top]
-        for k in range(1, count):  # timesteps are whole numbers, and no two are the same
-            chain[k] = max(chain[k], chain[k - 1] + 1)
-        for k in range(count - 1, 0, -1):
-            chain[k] = min(chain[k], chain[k + 1] - 1)
-        return chain[::-1]
+        return lowest
 
     def _own_levels(self, count: int) -> tuple[Tensor, Tensor]:  # (S,), (S+1,) float64
         scheduler = _scheduler_at(self._scheduler, count)
@@ -369,6 +365,25 @@ def _multistep_timesteps(spacing: str, total: int, count: int, offset: int) -> l
     if spacing == "linspace":
         return [round(i * ((total - 1) / count)) for i in range(1, count + 1)][::-1]
     return _spaced_timesteps(spacing, total, count, offset)
+
+
+def _even_in_log_snr(abar: Tensor, count: int, top: int, lowest: int) -> list[int]:
+    """Timesteps from `top` down to `lowest` in `count` steps (count + 1,), no two the same."""
+    log_snr = (abar / (1 - abar)).log()[lowest : top + 1]
+    if log_snr[0] == math.inf:
+        log_snr[0] = 2 * log_snr[1] - log_snr[2] if top - lowest > 1 else log_snr[1] + 1
+    if log_snr[-1] == -math.inf:
+        log_snr[-1] = 2 * log_snr[-2] - log_snr[-3] if top - lowest > 1 else log_snr[-2] - 1
+    target = torch.lerp(log_snr[0], log_snr[-1], torch.arange(count + 1, dtype=torch.float64) / count)
+    right = torch.searchsorted(-log_snr, -target).clamp(1, len(log_snr) - 1)
+    before, after = log_snr[right - 1], log_snr[right]
+    part = ((before - target) / (before - after).clamp_min(_TINY)).clamp(0, 1)
+    chain = [lowest, *(lowest + right - 1 + part).round().int().tolist()[1:-1], top]
+    for k in range(1, count):
+        chain[k] = max(chain[k], chain[k - 1] + 1)
+    for k in range(count - 1, 0, -1):
+        chain[k] = min(chain[k], chain[k + 1] - 1)
+    return chain[::-1]
 
 
 def _end_flow_at(timesteps: Tensor, sigmas: Tensor, sigma_min: float) -> tuple[Tensor, Tensor]:

@@ -193,7 +193,7 @@ class StepTable:
         eq. 12). Do not call it with an `effective_output`.
         """
         x, out, rows = self._gather(x, out, index)
-        return self._clip(rows[0] * x + rows[1] * out)
+        return self._clip((rows[0] * x).addcmul_(rows[1], out))
 
     def effective_output(
         self,

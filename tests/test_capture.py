@@ -93,7 +93,7 @@ def both(solver: Solver, device: str = "cpu", **options: Any) -> tuple[deqkern.S
 
 def assert_equal(plain: deqkern.Solution, graph: deqkern.Solution) -> None:
     assert plain.iterations == graph.iterations
-    torch.testing.assert_close(graph.history, plain.history, rtol=1e-3, atol=0)
+    torch.testing.assert_close(graph.history, plain.history, rtol=1e-2, atol=0)
     torch.testing.assert_close(graph.trajectory, plain.trajectory, rtol=1e-5, atol=1e-5)
     assert torch.equal(graph.converged, plain.converged)
     assert (graph.nfe >= plain.nfe).all() and torch.equal(graph.nfe_history[-1], graph.nfe)
@@ -101,8 +101,9 @@ def assert_equal(plain: deqkern.Solution, graph: deqkern.Solution) -> None:
 
 
 @SOLVERS
-def test_a_replayed_iteration_does_what_a_launched_one_does(solver: Solver, fake_cuda: None) -> None:
-    plain, graph = both(solver)
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_replayed_iteration_does_what_a_launched_one_does(order: int, solver: Solver, fake_cuda: None) -> None:
+    plain, graph = both(solver, order=order)
     assert_equal(plain, graph)
     assert FakeGraph.captured and FakeGraph.replayed >= FakeGraph.captured
     assert FakeGraph.replayed < graph.iterations, "the first iteration after a new selection is not a replay"

@@ -413,6 +413,38 @@ def test_sigma_min_at_zero_terminal_snr() -> None:
     assert schedule.steps(1, sigma_min=0.05).timesteps.tolist() == [999]
 
 
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear", "cosine"])
+def test_steps_even_in_log_snr(kind: str, order: int) -> None:
+    schedule = make(kind, timestep_spacing="log_snr", prediction_type="v_prediction")
+    for count in (2, 3, 10, 20, 50):
+        table = schedule.steps(count, order=order)
+        assert (int(table.timesteps[0]), int(table.timesteps[-1])) == (999, 0)
+        assert bool((table.timesteps.diff() < 0).all())
+        assert torch.equal(table.alpha[1:], table.alpha_next[:-1]) and float(table.alpha_next[-1]) == 1
+        level = 2 * (table.alpha / table.sigma).log()
+        abar = schedule.alphas_cumprod
+        widest = torch.maximum(*[(abar / (1 - abar)).log().diff().abs()[t - shift] for t, shift in _neighbours(table)])
+        even = torch.linspace(float(level[0]), float(level[-1]), count, dtype=torch.float64)
+        free = (table.timesteps > 2 * count) & (table.timesteps < 999 - count)  # others had to make room
+        assert bool(((level - even).abs() <= widest)[free].all())
+    assert schedule.steps(1).timesteps.tolist() == [999]
+    assert schedule.steps(1000).timesteps.tolist() == list(range(999, -1, -1))
+
+
+def _neighbours(table: StepTable) -> list[tuple[Tensor, int]]:
+    """Where the differences of a schedule's levels lie on both sides of the timesteps."""
+    return [(table.timesteps.clamp(1, 998), shift) for shift in (0, 1)]
+
+
+def test_steps_even_in_log_snr_at_both_ends_of_a_schedule() -> None:
+    clean = NoiseSchedule(torch.tensor([1.0, 0.9, 0.5, 0.1, 0.0]), prediction_type="sample", timestep_spacing="log_snr")
+    assert clean.steps(5, order=1).timesteps.tolist() == [4, 3, 2, 1, 0]
+    assert clean.steps(3).timesteps.tolist() == [4, 2, 0]
+    chain = make("linear", timestep_spacing="log_snr").steps(20, sigma_min=0.1)
+    assert torch.equal(chain.timesteps, make("linear", timestep_spacing="trailing").steps(20, sigma_min=0.1).timesteps)
+
+
 @pytest.mark.parametrize("count", [1, 7, 50])
 def test_sigma_min_of_flow_joins_up(count: int) -> None:
     for shift in (1.0, 3.0):

@@ -72,8 +72,9 @@ def test_the_chain_is_that_of_the_multistep_scheduler(kind: str, spacing: str, e
         NoiseSchedule.linear(timestep_spacing="linspace"),
         NoiseSchedule.linear(timestep_spacing="trailing", clip_sample=True),
         NoiseSchedule.scaled_linear(steps_offset=1, set_alpha_to_one=False),
+        NoiseSchedule.linear(timestep_spacing="log_snr"),
     ],
-    ids=["linspace", "clip", "offset"],
+    ids=["linspace", "clip", "offset", "log_snr"],
 )
 def test_exact_mode_equals_the_sequential_chain(schedule: NoiseSchedule, eta: float) -> None:
     generator = torch.Generator().manual_seed(1)

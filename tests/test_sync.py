@@ -90,14 +90,20 @@ class Denoiser(torch.nn.Module):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("schedule", "order"), [*[(name, 1) for name in SCHEDULES], ("plain", 2)])
 @pytest.mark.parametrize(
     "solver",
     [solvers.default(), solvers.parataa(), solvers.deq_ddim(), solvers.picard(window=4)],
     ids=lambda s: s.name,
 )
 def test_an_iteration_never_waits(
-    iterations: list[int], solver: Solver, schedule: str, eta: float, dtype: torch.dtype, device: torch.device
+    iterations: list[int],
+    solver: Solver,
+    schedule: str,
+    order: int,
+    eta: float,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
     model = Denoiser(dtype).to(device)
     solution = deqkern.sample(
@@ -106,6 +112,7 @@ def test_an_iteration_never_waits(
         SCHEDULES[schedule],
         10,
         eta=eta,
+        order=order,
         solver=solver,
         rtol=0.0,
         max_batch=7,
