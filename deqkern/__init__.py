@@ -8,13 +8,13 @@ from . import runs as runs
 from . import slopes as slopes
 from . import solvers as solvers
 from .calibration import calibrate as calibrate
-from .fixed_point import PathIndependence as PathIndependence
 from .fixed_point import fixed_point as fixed_point
-from .fixed_point import jacobian_regularization as jacobian_regularization
-from .fixed_point import path_independence as path_independence
-from .fixed_point import spectral_radius as spectral_radius
 from .guidance import guided as guided
 from .inversion import invert as invert
+from .measures import PathIndependence as PathIndependence
+from .measures import jacobian_regularization as jacobian_regularization
+from .measures import path_independence as path_independence
+from .measures import spectral_radius as spectral_radius
 from .optimization import Optimize as Optimize
 from .planning import Plan as Plan
 from .planning import plan as plan

@@ -1,10 +1,9 @@
-"""Fixed points z = f(z) of any map: one implicit step of the engine, with gradients, and measures of f around them."""
+"""Fixed points z = f(z) of any map: one implicit step of the engine, with gradients."""
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,26 +14,20 @@ from .checks import (
     check_callable,
     check_callback,
     check_count,
-    check_dtype,
-    check_finite,
-    check_generator,
     check_rtol,
     check_solver,
 )
 from .gradients import Implicit, Once, Phantom, named
+from .layout import Layout, State
 from .network import leaves, pull
 from .slopes import Frozen
 from .solve import ConvergenceWarning, Solution, solve, warn_unless_converged
 from .solvers import Solver, anderson
 from .spectral import Basis
 from .step_table import StepTable
-from .trajectory import ROUNDINGS, Map, Trajectory, normal
+from .trajectory import Map, Trajectory
 
-State = Any  # a tensor (B, *shape), or a tuple or list of tensors that share B
 Function = Callable[[Any], Any]  # a state to one of the same shapes
-
-# In half precision no residual need be better than this many eps of the dtype: it is rounding.
-NARROW_ROUNDINGS = 1.0
 
 _ONE, _ZERO = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
 _STEP = StepTable(  # x[1] = f(x[1])
@@ -93,12 +86,12 @@ def fixed_point(
     solver = anderson() if solver is None else solver
     method = check_options(f, solver, rtol, max_iterations, gradient)
     check_callback(callback)
-    layout = _Layout.of(z0, "z0")
-    found = _solved(f, layout, layout.rows(z0), solver, rtol, max_iterations, callback)
+    layout = Layout.of(z0, "z0")
+    found = solved(f, layout, layout.rows(z0), solver, rtol, max_iterations, callback)
     warn_unless_converged(found)
     rows = found.value  # (B, D)
     if method is not None and torch.is_grad_enabled():
-        linear = _Linearized(f, layout, rows)
+        linear = Linearized(f, layout, rows)
         found = replace(found, nfe=found.nfe + 1)
         if linear.depends():
             rows = _Attached.apply(_Cotangent(linear, method, solver, rtol, max_iterations), rows, linear.out)
@@ -126,81 +119,6 @@ def _check_plain(name: str, solver: Solver) -> None:
         raise ValueError(f"{name} of a fixed point must have the slope Frozen(), got {solver.slope}")
     if solver.window is not None:
         raise ValueError(f"{name} of a fixed point must have no window, got {solver.window}")
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """How a state lies in rows (B, D): its parts side by side, in one dtype."""
-
-    shapes: tuple[tuple[int, ...], ...]  # (B, *shape) of each part
-    dtypes: tuple[torch.dtype, ...]
-    kind: type | None  # tuple or list, None for a tensor
-    device: torch.device
-
-    @classmethod
-    def of(cls, state: State, name: str) -> _Layout:
-        """That of `state`, an argument called `name`, which must hold finite numbers."""
-        kind = type(state) if type(state) in (tuple, list) else None
-        parts = state if kind else (state,)
-        if not parts:
-            raise ValueError(f"{name} is an empty {type(state).__name__}")
-        for part in parts:
-            if not isinstance(part, Tensor):
-                raise TypeError(f"{name} must be a tensor, or a tuple or list of tensors, got {type(part).__name__}")
-            check_dtype(name, part)
-            if part.ndim < 1 or part.numel() == 0:
-                raise ValueError(f"{name} must have shape (B, *shape) and not be empty, got {tuple(part.shape)}")
-            if len(part) != len(parts[0]) or part.device != parts[0].device:
-                raise ValueError(f"{name} must hold tensors of one batch size on one device")
-            check_finite(name, part)
-        shapes, dtypes = tuple(tuple(part.shape) for part in parts), tuple(part.dtype for part in parts)
-        return cls(shapes, dtypes, kind, parts[0].device)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of rows: fp32, or fp64 if a part is."""
-        return torch.float64 if torch.float64 in self.dtypes else torch.float32
-
-    @property
-    def rounding(self) -> float:
-        """The relative residual that is nothing but the rounding of the narrowest part."""
-        narrow = [NARROW_ROUNDINGS * torch.finfo(dtype).eps for dtype in self.dtypes if dtype.itemsize == 2]
-        return max([ROUNDINGS * torch.finfo(self.dtype).eps, *narrow])
-
-    def rows(self, state: State) -> Tensor:  # (B, D)
-        """A state like the one that this was made from."""
-        parts = (state,) if self.kind is None else state
-        return torch.cat([part.reshape(len(part), -1).to(self.dtype) for part in parts], 1)
-
-    def output(self, state: State) -> Tensor:  # (B, D)
-        """The rows of what f returned. Raises if it is no state."""
-        if self.kind is not None and (not isinstance(state, tuple | list) or len(state) != len(self.shapes)):
-            raise TypeError(f"f must return a tuple or list of {len(self.shapes)} tensors, got {type(state).__name__}")
-        parts = (state,) if self.kind is None else state
-        for part, shape in zip(parts, self.shapes, strict=True):
-            if not isinstance(part, Tensor):
-                raise TypeError(f"f must return what it is given, a tensor for a tensor, got {type(part).__name__}")
-            if not part.is_floating_point():
-                raise TypeError(f"f must return floating-point tensors, got {part.dtype}")
-            if tuple(part.shape) != shape:
-                raise ValueError(f"f returned shape {tuple(part.shape)} for an input of shape {shape}")
-            if part.device != self.device:
-                raise ValueError(f"f returned a tensor on {part.device} for an input on {self.device}")
-        return self.rows(state)
-
-    def state(self, rows: Tensor) -> State:
-        """The state whose rows are (B, D), in memory of its own."""
-        widths = [math.prod(shape[1:]) for shape in self.shapes]
-        parts = [
-            part.reshape(shape).to(dtype, copy=True, memory_format=torch.contiguous_format)
-            for part, shape, dtype in zip(rows.split(widths, 1), self.shapes, self.dtypes, strict=True)
-        ]
-        return parts[0] if self.kind is None else self.kind(parts)
-
-    def solution(self, found: Solution, rows: Tensor) -> Solution:
-        """`found`, of rows, with the value `rows` (B, D) as a state."""
-        trajectory = found.trajectory if self.kind else found.trajectory.view(2, *self.shapes[0])
-        return replace(found, value=self.state(rows), trajectory=trajectory)
 
 
 class _Step(Trajectory):
@@ -232,16 +150,16 @@ class _Called:
 
     what = "f returned"
 
-    def __init__(self, f: Function, layout: _Layout) -> None:
+    def __init__(self, f: Function, layout: Layout) -> None:
         self.f, self.layout = f, layout
 
     def __call__(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
         return self.layout.output(self.f(self.layout.state(states)))
 
 
-def _solved(
+def solved(
     f: Function,
-    layout: _Layout,
+    layout: Layout,
     first: Tensor,  # (B, D)
     solver: Solver,
     rtol: float,
@@ -267,12 +185,12 @@ def _solved(
         )
 
 
-class _Linearized:
+class Linearized:
     """f around one state, under autograd, and its transposed Jacobian as the map of `_TRANSPOSED`."""
 
     what = "f has a gradient with"
 
-    def __init__(self, f: Function, layout: _Layout, rows: Tensor) -> None:
+    def __init__(self, f: Function, layout: Layout, rows: Tensor) -> None:
         self.layout = layout
         with torch.enable_grad():
             self.z = rows.detach().requires_grad_()
@@ -295,7 +213,7 @@ class _Linearized:
 class _Cotangent:
     """From L = dL/dz to v, what f's own graph must be given: v = L + J^T v, or a part of its Neumann series."""
 
-    linear: _Linearized
+    linear: Linearized
     gradient: Implicit | Phantom
     solver: Solver
     rtol: float
@@ -339,124 +257,3 @@ class _Attached(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: v depends on all that f does, and has no derivative here
             v = Once.apply(v, ctx.cotangent.linear.out)
         return None, None, v
-
-
-def jacobian_regularization(
-    f: Function, z: State, samples: int = 1, generator: torch.Generator | None = None
-) -> Tensor:
-    """Hutchinson's estimate of |J|_F^2 / (B D), the penalty of arXiv 2106.14342 (eq. 4), with J = df/dz at z: ().
-
-    Differentiable by what f depends on, but not by z. samples: normal vectors to average over, one VJP each; they are
-    drawn from `generator`. f, z: as in `fixed_point`.
-    """
-    layout = _check_around(f, z, "samples", samples, generator)
-    linear = _Linearized(f, layout, layout.rows(z))
-    total, graph = linear.z.new_zeros(()), torch.is_grad_enabled()
-    for _ in range(samples):
-        total = total + linear.pull(normal(linear.z, generator), graph).square().mean()
-    return total / samples
-
-
-def spectral_radius(f: Function, z: State, iterations: int = 20, generator: torch.Generator | None = None) -> Tensor:
-    """The largest modulus of an eigenvalue of df/dz at z (B,), estimated by power iteration on the transposed Jacobian.
-
-    The mean growth over the later half of the iterations, which complex pairs do not upset. It is an estimate: too
-    small where the start (drawn from `generator`) hardly meets the eigenvector or the eigenvalues lie close, too large
-    where a far from normal Jacobian still grows. Samples must not depend on each other in f. Below 1, plain iteration
-    converges from nearby. f, z: as in `fixed_point`; no gradient.
-    """
-    layout = _check_around(f, z, "iterations", iterations, generator)
-    linear = _Linearized(f, layout, layout.rows(z))
-    v, tiny = normal(linear.z, generator), torch.finfo(layout.dtype).tiny
-    logs = []
-    for _ in range(iterations):
-        v = linear.pull(v / v.norm(dim=1, keepdim=True).clamp_min(tiny)).detach()
-        logs.append(v.norm(dim=1).log())
-    return torch.stack(logs[iterations // 2 :]).mean(0).exp()
-
-
-def _check_around(f: Function, z: State, name: str, count: int, generator: torch.Generator | None) -> _Layout:
-    check_callable("f", f)
-    check_count(name, count)
-    check_generator(generator)
-    return _Layout.of(z, "z")
-
-
-@dataclass(frozen=True)
-class PathIndependence:
-    """Whether a fixed point depends on where its solve starts.
-
-    solutions: one per start. converged: (B,) bool, from every start.
-    distance: (B,) fp64, the largest |z - z'| / max(|z|, |z'|) of two solutions.
-    alignment: (B,) fp64, the smallest cosine of two solutions: the asymptotic alignment of arXiv 2211.09961.
-    path_independent: (B,) bool, converged and `distance` within the tolerance.
-    """
-
-    solutions: tuple[Solution, ...]
-    converged: Tensor
-    distance: Tensor
-    alignment: Tensor
-    path_independent: Tensor
-
-
-def path_independence(
-    f: Function,
-    starts: State | Sequence[State],
-    *,
-    solver: Solver | None = None,
-    rtol: float = 1e-4,
-    max_iterations: int = 50,
-    tolerance: float = 1e-2,
-    generator: torch.Generator | None = None,
-) -> PathIndependence:
-    """Solve z = f(z) from several starts and compare the solutions of each sample (arXiv 2211.09961).
-
-    starts: a list of two starts or more; or one state as an example (a tensor or tuple), for zeros, a standard normal
-        from `generator`, and, if B > 1, for each sample the solution from zeros of the one before it in the batch.
-    f, solver, rtol, max_iterations: as in `fixed_point`. tolerance: the largest `distance` of equal solutions.
-
-    Agreement from few starts is no proof. One `ConvergenceWarning` if a sample did not converge from every start.
-    """
-    solver = anderson() if solver is None else solver
-    check_options(f, solver, rtol, max_iterations)
-    check_generator(generator)
-    if not isinstance(tolerance, (int, float)) or not 0 < tolerance < math.inf:
-        raise ValueError(f"tolerance must be finite and > 0, got {tolerance!r}")
-    listed = isinstance(starts, list)
-    if listed and len(starts) < 2:
-        raise ValueError(f"starts must be a list of at least two starts, or an example, got a list of {len(starts)}")
-    layouts = [_Layout.of(start, "starts") for start in (starts if listed else [starts])]
-    layout = layouts[0]
-    if any(other != layout for other in layouts):
-        raise ValueError("starts must have the same shapes and dtypes, on one device")
-
-    def run(first: Tensor) -> Solution:
-        return _solved(f, layout, first, solver, rtol, max_iterations)
-
-    if listed:
-        found = [run(layout.rows(start)) for start in starts]
-    else:
-        example = layout.rows(starts)
-        found = [run(torch.zeros_like(example)), run(normal(example, generator))]
-        if len(example) > 1:
-            found.append(run(found[0].value.roll(1, 0)))
-    ends = torch.stack([solution.value for solution in found]).double()  # (starts, B, D)
-    norms = ends.norm(dim=-1)
-    distance, alignment = torch.zeros_like(norms[0]), torch.ones_like(norms[0])
-    for i in range(len(ends)):
-        for j in range(i):
-            apart = (ends[i] - ends[j]).norm(dim=-1)
-            distance = torch.maximum(distance, (apart / torch.maximum(norms[i], norms[j])).nan_to_num(0.0))
-            cosine = (ends[i] * ends[j]).sum(-1) / (norms[i] * norms[j])
-            alignment = torch.minimum(alignment, torch.where(apart == 0, 1.0, cosine.nan_to_num(0.0)))
-    converged = torch.stack([solution.converged for solution in found]).all(0)
-    if not bool(converged.all()):
-        message = f"{int(converged.sum())} of {len(converged)} samples converged from all {len(found)} starts"
-        warnings.warn(message, ConvergenceWarning, stacklevel=2)
-    return PathIndependence(
-        solutions=tuple(layout.solution(solution, solution.value) for solution in found),
-        converged=converged,
-        distance=distance,
-        alignment=alignment,
-        path_independent=converged & (distance <= tolerance),
-    )

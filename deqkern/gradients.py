@@ -7,7 +7,6 @@ called again where its Jacobian is needed: nothing but the states is kept from t
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,10 +17,10 @@ from torch import Tensor
 
 from .checks import check_count, check_solver
 from .network import Network
-from .schedule import StepTable
 from .solve import ConvergenceWarning, Solution, solve
 from .solvers import Solver, default
 from .trajectory import start
+from .walks import Walk, adjoint_walk, exact_walk
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,6 @@ NAMED: dict[str, Gradient] = {
 
 # Iterations at most on an implicit chain, which may take more than it has steps.
 IMPLICIT_LIMIT = 40
-_NO_NOISE = 1e-9  # an end of a step with less has no log-SNR to speak of
 
 
 def named(gradient: str | Gradient | None, names: Sequence[str] = tuple(NAMED)) -> Gradient | None:
@@ -234,9 +232,9 @@ class Pullback:
             case Phantom():
                 return self._phantom(self.gradient, sums, cotangent, with_noise)
             case Exact():
-                return self._walk(sums, cotangent, with_noise, _exact_walk(self.network.table))
+                return self._walk(sums, cotangent, with_noise, exact_walk(self.network.table))
             case Adjoint():
-                return self._walk(sums, cotangent, with_noise, _adjoint_walk(self.network.table, self.gradient.order))
+                return self._walk(sums, cotangent, with_noise, adjoint_walk(self.network.table, self.gradient.order))
 
     def _implicit(self, gradient: Implicit, sums: _Sums, cotangent: Tensor, with_noise: bool) -> Pulled:
         solver = gradient.solver or default()
@@ -300,7 +298,7 @@ class Pullback:
             noise = chain[:-1].flip(0) * table.n.to(chain).view(-1, *[1] * (chain.ndim - 1))
         return Pulled(first, noise, sums.total(), products)
 
-    def _walk(self, sums: _Sums, cotangent: Tensor, with_noise: bool, walk: _Walk) -> Pulled:
+    def _walk(self, sums: _Sums, cotangent: Tensor, with_noise: bool, walk: Walk) -> Pulled:
         """lam[i] = keep[i] lam[i+1] + now[i] v + before[i] (the v before), v = of_lam[i] lam[i+1] + of_product[i] p,
 
         p = J^T (lam[i+1] + lag[i] lam[i+2]) with the J of the model at the state place[i].
@@ -359,67 +357,3 @@ class _Transposed:
 
     def __call__(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
         return self.sums.vjp(states, self.last - steps, samples)[0]
-
-
-@dataclass(frozen=True)
-class _Walk:
-    """The coefficients of `Pullback._walk`, one per step."""
-
-    place: list[int]  # the state, and the timestep, where J is taken
-    of_lam: list[float]
-    of_product: list[float]
-    keep: list[float]
-    now: list[float]
-    before: list[float]
-    weight: list[float]  # of (d out / d theta)^T (lam[i+1] + lag[i] lam[i+2])
-    lag: list[float]
-
-
-def _exact_walk(table: StepTable) -> _Walk:
-    steps = len(table.a)
-    return _Walk(
-        place=list(range(steps)),
-        of_lam=[0.0] * steps,
-        of_product=[1.0] * steps,
-        keep=table.a.tolist(),
-        now=table.b.tolist(),
-        before=[0.0] * steps,
-        weight=table.b.tolist(),
-        lag=[*(table.c[1:] / table.b[:-1]).tolist(), 0.0] if table.order == 2 else [0.0] * steps,
-    )
-
-
-def _adjoint_walk(table: StepTable, order: int) -> _Walk:
-    """With s the noisy and t the clean end of step i, r the end t before, h = l_s - l_t < 0, c = 1 + eta^2:
-
-    alpha_s lam_s = alpha_t lam_t + c (E1 V_t + E2 (V_t - V_r) / (l_t - l_r)),     V_t = alpha_t^2 J_eps(x_t)^T lam_t,
-    E1 = int e^-l dl = e^-l_t - e^-l_s,               E2 = int e^-l (l - l_t) dl = e^-l_t (1 - (1 + h) e^-h).
-    """
-    walk = _exact_walk(table)
-    det = table.alpha * table.w - table.sigma * table.u
-    of_x, of_out = (-table.u / det).tolist(), (table.alpha / det).tolist()  # eps = of_x x + of_out out
-    alpha, sigma, alpha_next, sigma_next, n = (
-        v.tolist() for v in (table.alpha, table.sigma, table.alpha_next, table.sigma_next, table.n)
-    )
-    last: tuple[float, float] | None = None  # l_r, and the factor from V_r to what weighs (d out / d theta)^T lam_r
-    for i in reversed(range(len(alpha) - 1)):
-        if alpha[i] == 0 or alpha_next[i] == 0 or sigma_next[i] <= _NO_NOISE:
-            last = None
-            continue
-        ddpm = (sigma_next[i] / sigma[i]) ** 2 * (1 - (alpha[i] / alpha_next[i]) ** 2)
-        drift = 1 + (n[i] ** 2 / ddpm if ddpm > 0 else 0.0)
-        level, level_s = math.log(alpha_next[i] / sigma_next[i]), math.log(alpha[i] / sigma[i])
-        h = level_s - level
-        first = drift * (math.exp(-level) - math.exp(-level_s))
-        second = 0.0
-        theta = alpha_next[i] * of_out[i + 1]
-        if order == 2 and last is not None:
-            second = drift * math.exp(-level) * (1 - (1 + h) * math.exp(-h)) / (level - last[0])
-            walk.weight[i + 1] -= second * last[1]
-        walk.place[i] = i + 1
-        walk.of_lam[i], walk.of_product[i] = alpha_next[i] ** 2 * of_x[i + 1], alpha_next[i] ** 2 * of_out[i + 1]
-        walk.keep[i] = alpha_next[i] / alpha[i]
-        walk.now[i], walk.before[i] = (first + second) / alpha[i], -second / alpha[i]
-        walk.weight[i] = (first + second) * theta
-        last = (level, theta)
-    return walk

@@ -7,7 +7,6 @@ A state is x = alpha x0 + sigma eps, either variance preserving (alpha^2 = abar,
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 import math
 import operator
@@ -18,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .scheduler import OTHER_LEVELS, is_a, own_options, refuse_options, scheduler_at, variance_preserving_options
 from .step_table import PREDICTION_TYPES, StepTable
+from .timesteps import end_flow_at, even_in_log_snr, multistep_timesteps, shifted, spaced_timesteps
 
 __all__ = ["NoiseSchedule", "StepTable"]
 
@@ -27,8 +28,6 @@ TIMESTEP_SPACINGS = ("leading", "linspace", "trailing", "log_snr")
 _ZERO_SNR = 2**-24  # what some diffusers schedulers put for a last abar of 0
 _LOWER_ORDER_FINAL = 15  # a chain of fewer steps ends with a first-order one: DPMSolverMultistepScheduler
 _TINY = 1e-12  # a variance that rounding may be off by
-# options of other schedulers that replace the noise levels or the timesteps of training, which DDIM steps on
-_OTHER_LEVELS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,12 +195,12 @@ class NoiseSchedule:
         name = type(scheduler).__name__
         config = getattr(scheduler, "config", None)
         if isinstance(config, Mapping) and getattr(scheduler, "alphas_cumprod", None) is not None:
-            config, held = _own(scheduler, config), None
-            if _is_a(scheduler, "DPMSolverMultistepScheduler") and any(config.get(name) for name in _OTHER_LEVELS):
-                config, held = config | dict.fromkeys(_OTHER_LEVELS), copy.deepcopy(scheduler)
-            return cls(scheduler.alphas_cumprod, **_variance_preserving_options(name, config), _scheduler=held)
-        if isinstance(config, Mapping) and _is_a(scheduler, "FlowMatchEulerDiscreteScheduler"):
-            _refuse_options(name, config, ("invert_sigmas", "stochastic_sampling"))
+            config, held = own_options(scheduler, config), None
+            if is_a(scheduler, "DPMSolverMultistepScheduler") and any(config.get(name) for name in OTHER_LEVELS):
+                config, held = config | dict.fromkeys(OTHER_LEVELS), copy.deepcopy(scheduler)
+            return cls(scheduler.alphas_cumprod, **variance_preserving_options(name, config), _scheduler=held)
+        if isinstance(config, Mapping) and is_a(scheduler, "FlowMatchEulerDiscreteScheduler"):
+            refuse_options(name, config, ("invert_sigmas", "stochastic_sampling"))
             total, scheduler = config.get("num_train_timesteps", 1000), copy.deepcopy(scheduler)
             return cls(None, prediction_type="flow", num_train_timesteps=total, _scheduler=scheduler)
         raise TypeError(f"scheduler must have alphas_cumprod or be a FlowMatchEulerDiscreteScheduler, got {name}")
@@ -244,7 +243,7 @@ class NoiseSchedule:
             raise ValueError(f"eta must be 0 for prediction_type='flow', got {eta}")
         timesteps, sigmas = self._flow_levels(count)
         if sigma_min is not None:
-            timesteps, sigmas = _end_flow_at(timesteps, sigmas, sigma_min)
+            timesteps, sigmas = end_flow_at(timesteps, sigmas, sigma_min)
         sigma, sigma_next = sigmas[:-1], sigmas[1:]
         return self._table(timesteps, 1 - sigma, sigma, 1 - sigma_next, sigma_next, torch.zeros_like(sigma), order)
 
@@ -259,9 +258,9 @@ class NoiseSchedule:
             return self._marginal_steps(own, levels[:-1], levels[1:], eta, order)
         total = self.num_train_timesteps
         if self.timestep_spacing == "log_snr":
-            timesteps = _even_in_log_snr(abar, count - 1, total - 1, 0) if count > 1 else [total - 1]
+            timesteps = even_in_log_snr(abar, count - 1, total - 1, 0) if count > 1 else [total - 1]
         else:
-            spaced = _spaced_timesteps if order == 1 else _multistep_timesteps
+            spaced = spaced_timesteps if order == 1 else multistep_timesteps
             timesteps = spaced(self.timestep_spacing, total, count, self.steps_offset)
         if timesteps[0] >= total:
             raise ValueError(
@@ -272,7 +271,7 @@ class NoiseSchedule:
         following = [*timesteps[1:], -1] if joined else [t - total // count for t in timesteps]
         if sigma_min is not None:
             lowest = self._timestep_of(abar, count, timesteps[0], sigma_min)
-            chain = _even_in_log_snr(abar, count, timesteps[0], lowest)
+            chain = even_in_log_snr(abar, count, timesteps[0], lowest)
             timesteps, following = chain[:-1], chain[1:]
         final = abar.new_ones(1) if self.set_alpha_to_one else abar[:1]
         now, after = abar[timesteps], torch.cat([abar, final])[[t if t >= 0 else total for t in following]]
@@ -303,7 +302,7 @@ class NoiseSchedule:
         return lowest
 
     def _own_levels(self, count: int) -> tuple[Tensor, Tensor]:  # (S,), (S+1,) float64
-        scheduler = _scheduler_at(self._scheduler, count)
+        scheduler = scheduler_at(self._scheduler, count)
         sigmas = scheduler.sigmas.detach().to("cpu", torch.float64)
         if not bool((sigmas[1:] <= sigmas[:-1]).all()) or sigmas[-1] < 0:
             raise ValueError("scheduler.sigmas must descend to no less than 0")
@@ -317,11 +316,11 @@ class NoiseSchedule:
             return timesteps.float(), sigmas
         # the ends are shifted twice, here and with all the others below, as the scheduler does
         total = self.num_train_timesteps
-        ends = _shifted(torch.tensor([1, total], dtype=torch.float32) / total, self.shift)
+        ends = shifted(torch.tensor([1, total], dtype=torch.float32) / total, self.shift)
         low, high = (s * total for s in ends.tolist())
         levels = high + torch.arange(count, dtype=torch.float64) * ((low - high) / max(count - 1, 1))
         levels[count - 1] = low if count > 1 else high
-        sigmas = _shifted(levels / total, self.shift).float()
+        sigmas = shifted(levels / total, self.shift).float()
         return sigmas * total, torch.cat([sigmas.double(), torch.zeros(1, dtype=torch.float64)])
 
     def _table(
@@ -342,69 +341,6 @@ class NoiseSchedule:
         )  # fmt: skip
 
 
-def _shifted(s: Tensor, shift: float) -> Tensor:
-    return shift * s / (1 + (shift - 1) * s)
-
-
-def _spaced_timesteps(spacing: str, total: int, count: int, offset: int) -> list[int]:
-    """DDIMScheduler.set_timesteps, descending, to the last rounding (table 2 of arXiv 2305.08891)."""
-    if spacing == "leading":
-        return [i * (total // count) + offset for i in range(count)][::-1]
-    if spacing == "linspace":
-        return [round(i * ((total - 1) / max(count - 1, 1))) for i in range(count)][::-1]
-    # numpy.arange steps by the rounded difference of its first two values. For some S it gives one value too many, and
-    # the scheduler a timestep -1, which is not part of any schedule: left out here
-    delta = (total - total / count) - total
-    return [round(total + i * delta) - 1 for i in range(count)]
-
-
-def _multistep_timesteps(spacing: str, total: int, count: int, offset: int) -> list[int]:
-    """DPMSolverMultistepScheduler.set_timesteps, descending: S + 1 timesteps but for the last, or trailing."""
-    if spacing == "leading":
-        return [i * (total // (count + 1)) + offset for i in range(1, count + 1)][::-1]
-    if spacing == "linspace":
-        return [round(i * ((total - 1) / count)) for i in range(1, count + 1)][::-1]
-    return _spaced_timesteps(spacing, total, count, offset)
-
-
-def _even_in_log_snr(abar: Tensor, count: int, top: int, lowest: int) -> list[int]:
-    """Timesteps from `top` down to `lowest` in `count` steps (count + 1,), no two the same."""
-    log_snr = (abar / (1 - abar)).log()[lowest : top + 1]
-    if log_snr[0] == math.inf:
-        log_snr[0] = 2 * log_snr[1] - log_snr[2] if top - lowest > 1 else log_snr[1] + 1
-    if log_snr[-1] == -math.inf:
-        log_snr[-1] = 2 * log_snr[-2] - log_snr[-3] if top - lowest > 1 else log_snr[-2] - 1
-    target = torch.lerp(log_snr[0], log_snr[-1], torch.arange(count + 1, dtype=torch.float64) / count)
-    right = torch.searchsorted(-log_snr, -target).clamp(1, len(log_snr) - 1)
-    before, after = log_snr[right - 1], log_snr[right]
-    part = ((before - target) / (before - after).clamp_min(_TINY)).clamp(0, 1)
-    chain = [lowest, *(lowest + right - 1 + part).round().int().tolist()[1:-1], top]
-    for k in range(1, count):
-        chain[k] = max(chain[k], chain[k - 1] + 1)
-    for k in range(count - 1, 0, -1):
-        chain[k] = min(chain[k], chain[k + 1] - 1)
-    return chain[::-1]
-
-
-def _end_flow_at(timesteps: Tensor, sigmas: Tensor, sigma_min: float) -> tuple[Tensor, Tensor]:
-    level = sigma_min / (1 + sigma_min)
-    if level >= sigmas[0]:
-        raise ValueError(f"sigma_min={sigma_min} is not below the noise of the chain's first timestep")
-    last = int((sigmas > level).sum()) - 1  # sigma, piecewise linear in the step, crosses the level after this one
-    if last + 1 == len(sigmas):
-        raise ValueError(f"sigma_min={sigma_min} lies below the end of the scheduler's own sigmas")
-    crossing = last + float((sigmas[last] - level) / (sigmas[last] - sigmas[last + 1]))
-    position = torch.arange(len(sigmas), dtype=torch.float64) * (crossing / len(timesteps))
-    sigmas = _interpolated(sigmas, position)
-    sigmas[-1] = level
-    return _interpolated(timesteps.double(), position[:-1]).float(), sigmas
-
-
-def _interpolated(values: Tensor, position: Tensor) -> Tensor:
-    index = position.long()
-    return torch.lerp(values[index], values[(index + 1).clamp_max(len(values) - 1)], position - index)
-
-
 def _rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     root = torch.cumprod(1.0 - betas, dim=0).sqrt()
     first, last = root[0].clone(), root[-1].clone()
@@ -412,58 +348,6 @@ def _rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
         raise ValueError("rescale_betas_zero_snr needs betas (T,) with T > 1 and some noise after the first")
     abar = ((root - last) * (first / (first - last))) ** 2
     return 1 - torch.cat([abar[:1], abar[1:] / abar[:-1]])
-
-
-def _is_a(scheduler: Any, name: str) -> bool:
-    return any(kind.__name__ == name for kind in type(scheduler).__mro__)
-
-
-def _own(scheduler: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the scheduler itself takes: `from_config` also keeps the options of the one whose config it was."""
-    inits = [vars(kind)["__init__"] for kind in type(scheduler).__mro__ if "__init__" in vars(kind)]
-    own = {name for init in inits for name in inspect.signature(init).parameters}
-    return {name: value for name, value in config.items() if name in own}
-
-
-def _variance_preserving_options(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    _refuse_options(name, config, (*_OTHER_LEVELS, "use_flow_sigmas", "original_inference_steps"))
-    if config.get("timestep_type", "discrete") != "discrete":
-        raise ValueError(f"scheduler: {name} with timestep_type={config['timestep_type']!r} is not supported")
-    if config.get("lambda_min_clipped", -math.inf) > -math.inf:
-        raise ValueError(f"scheduler: {name} with lambda_min_clipped={config['lambda_min_clipped']!r} is not supported")
-    prediction_type = config.get("prediction_type", "epsilon")
-    if prediction_type not in ("epsilon", "v_prediction", "sample"):
-        raise ValueError(f"scheduler: {name} with prediction_type={prediction_type!r} is not supported")
-    options = {"prediction_type": prediction_type, "num_train_timesteps": config.get("num_train_timesteps", 0)}
-    options["set_alpha_to_one"] = config.get("set_alpha_to_one", config.get("final_sigmas_type") != "sigma_min")
-    names = (
-        "timestep_spacing", "steps_offset", "clip_sample", "clip_sample_range", "thresholding",
-        "dynamic_thresholding_ratio", "sample_max_value",
-    )  # fmt: skip
-    return options | {key: config[key] for key in names if config.get(key) is not None}
-
-
-def _refuse_options(name: str, config: Mapping[str, Any], options: Sequence[str]) -> None:
-    for option in options:
-        if config.get(option):
-            raise ValueError(
-                f"scheduler: {name} with {option}={config[option]!r} is not supported; "
-                "give a DDIMScheduler or FlowMatchEulerDiscreteScheduler without it"
-            )
-
-
-def _scheduler_at(scheduler: Any, count: int) -> Any:
-    if len(scheduler.timesteps) == count and len(scheduler.sigmas) == count + 1:
-        return scheduler
-    scheduler = copy.deepcopy(scheduler)
-    try:
-        scheduler.set_timesteps(count)
-    except ValueError as error:
-        raise ValueError(
-            f"num_inference_steps={count}: the scheduler cannot be set to it ({error}); call its set_timesteps with "
-            "all that it needs, such as mu, before from_diffusers"
-        ) from error
-    return scheduler
 
 
 def _checked_alphas_cumprod(values: Any) -> Tensor:
