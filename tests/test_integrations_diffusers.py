@@ -315,11 +315,16 @@ def check_exact(pipe: Any, call: dict[str, Any]) -> deqkern.Solution:
     return run.solution
 
 
-def test_parts_of_the_chain() -> None:
+@pytest.mark.parametrize("order", [1, 2])
+def test_parts_of_the_chain(order: int) -> None:
     """Stable Diffusion XL hands a chain on from its base to its refiner."""
     pipe, call = pieces("xl", True)
+    if order == 2:
+        second_order(pipe)
     base = check_exact(pipe, call | {"denoising_end": 0.6})
     pipe, call = pieces("xl_img2img", True)
+    if order == 2:
+        second_order(pipe)
     call = call | {"image": base.value, "denoising_start": 0.6}
     assert len(check_exact(pipe, call).trajectory) + len(base.trajectory) == STEPS + 2
 

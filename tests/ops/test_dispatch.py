@@ -70,7 +70,8 @@ def five_ops(
     return norms, moments, gram, rhs, gamma
 
 
-def test_an_iteration_compiles_to_one_graph() -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_an_iteration_compiles_to_one_graph(backend: str) -> None:
     steps, batch, size = 5, 2, 12
     arguments = (
         torch.randn(steps + 1, batch, size),
@@ -83,7 +84,7 @@ def test_an_iteration_compiles_to_one_graph() -> None:
     )
     eager, compiled = [tuple(value.clone() for value in arguments) for _ in range(2)]
     expected = five_ops(*eager)
-    actual = torch.compile(five_ops, fullgraph=True, backend="aot_eager")(*compiled)
+    actual = torch.compile(five_ops, fullgraph=True, backend=backend)(*compiled)
     for one, other in zip((*actual, *compiled), (*expected, *eager), strict=True):
         assert_close(one, other)
 
