@@ -2,8 +2,8 @@
 //
 //   change = max_i |g[i+1]| / min(|x[i+1]|, |x[0]|)             inf while the window does not reach the end
 //   ratio = change / min(last change, 1), held within contraction .. 1
-//   rho = sqrt(ratio last_ratio),        left = change rho / max(1 - rho^2, 0.1)
 //   residual = max_i |r[i+1]| / |x[i+1]|                        of steps that are not exact now; inf if a norm is not finite
+//   rho = sqrt(ratio last_ratio),        left = change rho / max(1 - rho^2, 0.1), explicit: and no less than residual
 //
 // 0 / 0 is 0, and anything else over 0 is inf; |x[0]| may be inf.
 // The new window begins at the first step that is not settled, |r[i+1]| > tolerance |x[i+1]|, but past the first active

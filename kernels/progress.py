@@ -74,6 +74,8 @@ def progress_kernel(
     ratio = tl.where(ratio < contraction, contraction, tl.where(ratio > 1.0, 1.0, ratio))
     square = ratio * tl.load(errors + 5 * sample + 2)
     left = reached * tl.sqrt(square) / tl.where(square < 0.9, 1.0 - square, 0.1)
+    if not IMPLICIT:
+        left = tl.where(tl.max(unsolved, 0) > left, tl.max(unsolved, 0), left)
     frontier = tl.where(failed, exact, tl.maximum(tl.min(first, 0), exact))
     left = tl.where((frontier >= steps) & (left > tolerance), tolerance, left)
     converged = (frontier >= steps) | ((failed == 0) & (rtol > 0) & (left <= rtol))

@@ -49,6 +49,7 @@ void advance(const Progress& op, int64_t b, Window window) {
   ratio = ratio < op.contraction ? op.contraction : ratio > 1.0 ? 1.0 : ratio;
   const double square = ratio * errors[2];  // rho^2
   double left = change * root(square) / (square < 0.9 ? 1.0 - square : 0.1);
+  if (!op.implicit && chain.unsolved > left) left = chain.unsolved;
   const bool diverged = !chain.is_finite || (whole && chain.last > op.growth * errors[3]);
   const int64_t frontier = diverged ? exact : larger(chain.frontier, exact);
   if (frontier >= op.S && !(left < op.tolerance)) left = op.tolerance;

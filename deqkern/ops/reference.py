@@ -265,8 +265,8 @@ def progress(
 
         change = max_i |g[i+1]| / min(|x[i+1]|, |x[0]|)             inf while the window does not reach the end
         ratio = change / min(last change, 1), held within contraction .. 1
-        rho = sqrt(ratio last_ratio),        left = change rho / max(1 - rho^2, 0.1)
         residual = max_i |r[i+1]| / |x[i+1]|                        of steps that are not exact now; inf if not finite
+        rho = sqrt(ratio last_ratio),        left = change rho / max(1 - rho^2, 0.1), explicit: and no less than residual
 
     0 / 0 is 0, and anything else over 0 is inf; |x[0]| may be inf.
 
@@ -293,11 +293,12 @@ def progress(
     settled = (index < begin) | ((index < end) & (residual <= tolerance * state))
     frontier = torch.maximum(settled.long().cumprod(0).sum(0), exact)
     frontier = torch.where(failed, exact, frontier)
+    unsolved = torch.where((index >= exact) & (index < end), (residual / state).nan_to_num(0.0, torch.inf), 0.0).amax(0)
+    left = left if implicit else torch.maximum(left, unsolved)
     left = torch.where(frontier >= steps, left.clamp_max(tolerance), left)
     converged = (frontier >= steps) | (~failed & (rtol > 0) & (left <= rtol))
     opened = torch.where(converged, steps, frontier)
     smallest_now = torch.where(whole, torch.fmin(smallest, correction[-1]), smallest)
-    unsolved = torch.where((index >= exact) & (index < end), (residual / state).nan_to_num(0.0, torch.inf), 0.0).amax(0)
     now = torch.stack([left, change, ratio, smallest_now, torch.where(finite, unsolved, torch.inf)], 1)
     diverged.copy_(failed)
     errors.copy_(torch.where(active[:, None], now, errors))
