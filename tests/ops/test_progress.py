@@ -57,17 +57,28 @@ def reached(backend: str, arguments: dict[str, Any]) -> tuple[Tensor, list[int],
 
 @BACKENDS
 def test_what_is_left_follows_from_the_mean_contraction(backend: str) -> None:
-    arguments = sample([1.0] * 3, [0.1, 0.2, 0.08], [1.0, 2.0, 0.4], errors=(0.5, 0.8, 0.64, 1.0, INF))
+    arguments = sample([1.0, 0.02, 0.01], [0.1, 0.2, 0.08], [1.0, 2.0, 0.4], errors=(0.5, 0.8, 0.64, 1.0, INF))
     errors, window, diverged = reached(backend, arguments)
     change, ratio = 0.2, 0.2 / 0.8  # the second state is larger than the noise, so the noise is its scale
     left = change * 0.4 / (1 - 0.4**2)
-    assert_close(errors, torch.tensor([left, change, ratio, 0.08, 2.5], dtype=torch.float64))
+    assert_close(errors, torch.tensor([left, change, ratio, 0.08, 0.025], dtype=torch.float64))
     assert window == [1, 3] and not diverged
 
 
 @BACKENDS
+@pytest.mark.parametrize("implicit", [False, True])
+def test_what_is_left_is_no_less_than_the_residual_of_an_explicit_chain(backend: str, implicit: bool) -> None:
+    arguments = sample([1.0, 0.06], [1e-9, 0.05], [1.0, 1.0], errors=(1.0, 1.0, 0.1, 1.0, 1.0)) | {"implicit": implicit}
+    if implicit:
+        arguments["norms"][0, 0, 0] = 0.0
+    errors, window, _ = reached(backend, arguments)
+    assert_close(errors[0], torch.tensor(0.05 * 0.1 / 0.99 if implicit else 0.06, dtype=torch.float64))
+    assert window == ([2, 2] if implicit else [1, 2])
+
+
+@BACKENDS
 def test_no_contraction_is_believed_to_be_better_than_the_best(backend: str) -> None:
-    errors, window, _ = reached(backend, sample([1.0] * 2, [1e-9, 0.05], [1.0, 1.0], errors=(1.0, 1.0, 0.1, 1.0, 1.0)))
+    errors, window, _ = reached(backend, sample([1.0, 1e-3], [1e-9, 0.05], [1.0, 1.0], errors=(1.0, 1.0, 0.1, 1.0, 1.0)))
     assert_close(errors[:3], torch.tensor([0.05 * 0.1 / 0.99, 0.05, 0.1], dtype=torch.float64))
     assert window == [2, 2]
 
