@@ -21,6 +21,8 @@ from .solvers import Solver, default, sequential
 # docs/convergence.md, and two iterations more at eta 0, since the slowest sample decides. Any eta > 0 counts as 1.
 ITERATIONS, EVALUATIONS = 9, 5.0
 ITERATIONS_WITH_NOISE, EVALUATIONS_WITH_NOISE = 12, 6.5
+# A chain of order 2 takes so many iterations more, each with as many evaluations (docs/convergence.md).
+ITERATIONS_OF_ORDER_2 = 1
 # Each decade of rtol below takes so many iterations more, and evaluations per sample and step (docs/convergence.md).
 ITERATIONS_PER_DECADE, EVALUATIONS_PER_DECADE = 1.5, 0.8
 USUAL_RTOL, LEAST_RTOL = 1e-2, 1e-7
@@ -77,6 +79,7 @@ def plan(
     num_inference_steps: int = 50,
     *,
     eta: float = 0.0,
+    order: int = 1,
     rtol: float = USUAL_RTOL,
     iterations: int | None = None,
     evaluations: float | None = None,
@@ -94,7 +97,7 @@ def plan(
     iterations, evaluations: what a solve with all steps at once needs, such as `solution.iterations` and
         `solution.nfe.double().mean()` of one of yours. By default what the shipped models needed at rtol 1e-2:
         9 iterations and 5 S evaluations per sample, 12 and 6.5 S with eta > 0; for a smaller `rtol` 1.5 and 0.8 S more
-        per decade.
+        per decade; with order = 2 one iteration more.
     repeats: calls per size, of which the fastest counts: whatever else runs here only adds time. Another one before
         them warms up. The smallest size is measured once more at the end, for as long as the largest.
 
@@ -102,8 +105,11 @@ def plan(
     TypeError as `sample` does, and what the model raises if already B rows are too many for the memory.
     """
     check_arguments(model, "example", example, schedule, default(), rtol, None, model_kwargs, max_batch, None)
+    if isinstance(repeats, bool):
+        raise ValueError(f"repeats must be an int >= 1, got {repeats}")
     check_count("repeats", repeats)
-    network = Network(model, schedule.steps(num_inference_steps, eta=eta), arguments_of(model, model_kwargs), example)
+    table = schedule.steps(num_inference_steps, eta=eta, order=order)
+    network = Network(model, table, arguments_of(model, model_kwargs), example)
     return planned(network, "example", example, eta, rtol, max_batch, iterations, evaluations, repeats)
 
 
@@ -125,7 +131,7 @@ def planned(
     counts = f"the shipped models need at rtol {rtol:g}, yours may differ"
     if iterations is not None or evaluations is not None:
         counts = "given"
-    count, evals = _effort(steps, eta, iterations, evaluations, rtol)
+    count, evals = _effort(steps, eta, iterations, evaluations, rtol, network.table.order)
     devices = [example.device] if example.is_cuda else []
     with torch.no_grad(), torch.random.fork_rng(devices):
         latencies, out_of_memory = _measure(network, example, min(max_batch or steps * batch, steps * batch), repeats)
@@ -155,15 +161,23 @@ def planned(
 
 
 def _effort(
-    steps: int, eta: float, iterations: int | None, evaluations: float | None, rtol: float = USUAL_RTOL
+    steps: int,
+    eta: float,
+    iterations: int | None,
+    evaluations: float | None,
+    rtol: float = USUAL_RTOL,
+    order: int = 1,
 ) -> tuple[int, float]:
     """Iterations, and evaluations per sample, of all steps at once."""
     usual = (ITERATIONS, EVALUATIONS) if eta == 0 else (ITERATIONS_WITH_NOISE, EVALUATIONS_WITH_NOISE)
     decades = max(math.log10(USUAL_RTOL / max(rtol, LEAST_RTOL)), 0.0)
     usual = (round(usual[0] + ITERATIONS_PER_DECADE * decades), usual[1] + EVALUATIONS_PER_DECADE * decades)
+    if order == 2:
+        more = usual[0] + ITERATIONS_OF_ORDER_2
+        usual = (more, usual[1] * more / usual[0])
     if iterations is None:
         count = min(usual[0], steps)
-    elif isinstance(iterations, int) and 1 <= iterations <= steps:
+    elif isinstance(iterations, int) and not isinstance(iterations, bool) and 1 <= iterations <= steps:
         count = iterations
     else:
         raise ValueError(f"iterations must be None or an int in 1 .. {steps}, got {iterations!r}")
@@ -171,7 +185,7 @@ def _effort(
         # Iteration j settles step j: it is not evaluated again.
         most = count * steps - count * (count - 1) / 2
         return count, min(max(usual[1] * count / usual[0], 1.0) * steps, most)
-    if not isinstance(evaluations, (int, float)):
+    if isinstance(evaluations, bool) or not isinstance(evaluations, (int, float)):
         raise TypeError(f"evaluations must be a number, got {type(evaluations).__name__}")
     if not steps <= evaluations <= count * steps:
         raise ValueError(f"evaluations must lie in {steps} .. {count * steps}, steps * iterations, got {evaluations}")

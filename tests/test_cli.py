@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from asserts import assert_close
 from test_models import save_tiny_model, save_tiny_profile
 from typer.testing import CliRunner
 
-from deqkern import models, plots
+import deqkern
+from deqkern import models, plots, runs
 from deqkern.cli import app
-from deqkern.cli.sampling import Chains, Preset
+from deqkern.cli.sampling import Chains, Preset, Spacing
+from deqkern.schedule import TIMESTEP_SPACINGS
 from deqkern.solve import relative_error
 
 
@@ -88,6 +91,36 @@ def test_chains_of_second_order(eta: int, model: Path, tmp_path: Path) -> None:
     assert (tmp_path / "grid.png").read_bytes() != picture
 
 
+def test_the_spacing_is_the_one_asked_for(model: Path, tmp_path: Path) -> None:
+    assert tuple(Spacing) == TIMESTEP_SPACINGS
+    loaded, found = models.load(model), []
+    noise = torch.randn(3, *loaded.shape, generator=torch.Generator().manual_seed(0))
+    for spacing in Spacing:
+        file = tmp_path / f"{spacing}.safetensors"
+        report = sample_json(model, tmp_path, "--order", 2, "--spacing", spacing, "--save-run", file)
+        assert report["spacing"] == runs.load(file).metadata["spacing"] == spacing
+        schedule = replace(loaded.schedule, timestep_spacing=spacing)
+        expected = deqkern.sample(loaded.model, noise, schedule, 10, order=2)
+        assert report["runs"][0]["residual"]["per_sample"] == expected.residual.tolist()
+        found.append(expected.value)
+    assert all(not torch.equal(found[i], found[k]) for i in range(4) for k in range(i))
+    assert ", log_snr, rtol" in plain(
+        run("sample", "--model", model, "--steps", 4, "--spacing", "log_snr", "--out", tmp_path / "grid.png").stdout
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("FlowMatchEulerDiscreteScheduler", {}), ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True})],
+)
+def test_noise_levels_of_a_schedulers_own_have_no_spacing(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    getattr(pytest.importorskip("diffusers"), name)(**options).save_pretrained(tmp_path)
+    refused = run("sample", "--model", tmp_path, "--spacing", "log_snr", "--out", tmp_path / "grid.png", code=2)
+    assert "--spacing" in plain(refused.stderr) and "levels of its own" in plain(refused.stderr)
+    assert sample_json(tmp_path, tmp_path)["spacing"] is None
+
+
 def test_json_is_strict_and_alone_on_stdout(model: Path, tmp_path: Path) -> None:
     report = sample_json(model, tmp_path, "--max-iterations", 1, "--max-batch", 7, "--seed", 5)
     (only,) = report.pop("runs")
@@ -97,6 +130,7 @@ def test_json_is_strict_and_alone_on_stdout(model: Path, tmp_path: Path) -> None
         "batch": 3,
         "eta": 0.0,
         "order": 1,
+        "spacing": "leading",
         "seed": 5,
         "rtol": 0.01,
         "out": str(tmp_path / "grid.png"),
@@ -131,6 +165,9 @@ def test_the_seed_chooses_the_noise(model: Path, tmp_path: Path) -> None:
         (["--eta", "nan"], "--eta", "got nan"),
         (["--order", "3"], "--order", "Invalid value"),
         (["--order", "2", "--eta", "0.5"], "--eta", "0 or 1 with order=2"),
+        (["--spacing", "karras"], "--spacing", "log_snr"),
+        (["--seed", "99999999999999999999"], "--seed", "Invalid value"),
+        (["--seed", "-1"], "--seed", "Invalid value"),
         (["--rtol", "-1"], "--rtol", "got -1"),
         (["--rtol", "nan"], "--rtol", "got nan"),
         (["--max-iterations", "0"], "--max-iterations", "got 0"),

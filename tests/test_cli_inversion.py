@@ -119,6 +119,8 @@ def test_sample_takes_the_noise_back(
         (["--steps", "20"], "--steps", "says it already"),
         (["--batch", "2"], "--batch", "says it already"),
         (["--eta", "0"], "--eta", "says it already"),
+        (["--order", "1"], "--order", "says it already"),
+        (["--spacing", "log_snr"], "--spacing", "says it already"),
         (["--seed", "1"], "--seed", "says it already"),
         (["--model", "photos"], "--model", "'photos' takes (3, 32, 32)"),
         (["--noise", "nowhere.safetensors"], "--noise", "no file nowhere.safetensors"),

@@ -158,6 +158,18 @@ def test_a_tighter_tolerance_takes_more() -> None:
     assert planning._effort(50, 0.0, 9, 250, 1e-4) == (9, 250)
 
 
+def test_second_order_takes_an_iteration_more(timed: Build) -> None:
+    assert planning._effort(50, 0.0, None, None, order=2) == (10, pytest.approx(250 * 10 / 9))
+    assert planning._effort(50, 1.0, None, None, order=2) == (13, pytest.approx(325 * 13 / 12))
+    assert planning._effort(5, 0.0, None, None, order=2)[0] == 5
+    assert planning._effort(50, 0.0, 9, 250, order=2) == (9, 250)
+    model = timed(lambda rows: 0.02)
+    found = plan(model, noise(), SCHEDULE, 50, order=2)
+    assert found.ways[0].iterations == 10 and found.speedup == pytest.approx(50 / 10)
+    auto = deqkern.sample(model, noise(), SCHEDULE, 50, order=2, solver="auto")
+    assert auto.plan is not None and auto.plan.ways[0].iterations == 10
+
+
 def test_a_small_gain_is_none(timed: Build) -> None:
     found = plan(timed(lambda rows: 0.01), noise(), SCHEDULE, 50, iterations=48)
     assert 1 < found.speedup < 1.1
@@ -373,6 +385,11 @@ def test_the_model_and_the_random_state_stay_as_they_are() -> None:
         ({"schedule": "linear"}, TypeError, "schedule must be"),
         ({"num_inference_steps": 0}, ValueError, "num_inference_steps must"),
         ({"eta": -1.0}, ValueError, "eta must"),
+        ({"order": 3}, ValueError, "order must"),
+        ({"order": 2, "eta": 0.5}, ValueError, "eta must be 0 or 1"),
+        ({"iterations": True}, ValueError, "iterations must"),
+        ({"evaluations": True}, TypeError, "evaluations must be a number"),
+        ({"repeats": True}, ValueError, "repeats must"),
         ({"iterations": 0}, ValueError, "iterations must"),
         ({"iterations": 51}, ValueError, "iterations must"),
         ({"iterations": 9.5}, ValueError, "iterations must"),
@@ -414,6 +431,13 @@ def test_the_command_prints_a_table_and_the_message(folder: Path) -> None:
     assert "tiny, 10 steps, batch 2, eta 0" in text
     assert "sequential" in text
     assert "10 sequential steps of 2 samples take" in text
+
+
+def test_the_command_knows_the_order(folder: Path) -> None:
+    options = ("plan", "--model", folder, "--steps", 20, "--repeats", 1, "--order", 2)
+    report = json.loads(run(*options, "--json").stdout)
+    assert (report["order"], report["ways"][0]["iterations"]) == (2, 10)
+    assert "eta 0, DPM-Solver++ 2M," in plain(run(*options).stdout)
 
 
 def test_the_command_prints_json(folder: Path) -> None:

@@ -27,7 +27,8 @@ ModelOption = Annotated[str, typer.Option(help="digits, photos, or the folder of
 StepsOption = Annotated[int, typer.Option(help="Steps of the chain.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Samples.")]
 EtaOption = Annotated[float, typer.Option(help="0 is DDIM, 1 is like DDPM.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of all noise.")]
+OrderOption = Annotated[int, typer.Option(min=1, max=2, help="1 is DDIM, 2 is DPM-Solver++ 2M.")]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Seed of all noise.")]
 RtolOption = Annotated[float, typer.Option(help="Relative error of a sample at which it is done.")]
 MaxBatchOption = Annotated[int | None, typer.Option(help="Most rows in one model call (default: all).")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
@@ -46,7 +47,10 @@ _OPTION_OF = {
     "scheduler": "--model",
     "schedule": "--model",
     "class_labels": "--model",
+    "prediction_type": "--model",
     "num_inference_steps": "--steps",
+    "steps_offset": "--steps",
+    "timestep_spacing": "--spacing",
     "eta": "--eta",
     "order": "--order",
     "rtol": "--rtol",

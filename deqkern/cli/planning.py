@@ -15,6 +15,7 @@ from .common import (
     JsonOption,
     MaxBatchOption,
     ModelOption,
+    OrderOption,
     RtolOption,
     StepsOption,
     errors_name_options,
@@ -29,6 +30,7 @@ def plan(
     steps: StepsOption = 50,
     batch: BatchOption = 1,
     eta: EtaOption = 0.0,
+    order: OrderOption = 1,
     rtol: RtolOption = 1e-2,
     iterations: Annotated[
         int | None, typer.Option(help="Iterations of a solve (default: what the shipped models need).")
@@ -47,6 +49,7 @@ def plan(
             pretrained.schedule,
             steps,
             eta=eta,
+            order=order,
             rtol=rtol,
             iterations=iterations,
             evaluations=evaluations,
@@ -59,12 +62,14 @@ def plan(
             "steps": steps,
             "batch": batch,
             "eta": eta,
+            "order": order,
             "rtol": rtol,
             "threads": torch.get_num_threads(),
         }
         typer.echo(to_json(report | plan_summary(found)))
         return
-    title = f"{pretrained.name}, {steps} steps, batch {batch}, eta {eta:g}, {torch.get_num_threads()} CPU threads"
+    title = f"{pretrained.name}, {steps} steps, batch {batch}, eta {eta:g}, "
+    title += ("DPM-Solver++ 2M, " if order == 2 else "") + f"{torch.get_num_threads()} CPU threads"
     table = new_table(title, ("window",), ("max_batch", "iterations", "nfe", "seconds"))
     table.add_row("sequential", str(max_batch or "all"), str(steps), str(steps), f"{found.sequential_seconds:.3g}")
     for way in found.ways:

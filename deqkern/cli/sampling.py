@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import models, plots, sampling, solvers
 from .. import runs as stored_runs
+from ..schedule import NoiseSchedule
 from ..solve import Callback, ConvergenceWarning, Solution, relative_error
 from ..solvers import Solver
 from ..version import version
@@ -29,6 +30,7 @@ from .common import (
     JsonOption,
     MaxBatchOption,
     ModelOption,
+    OrderOption,
     RtolOption,
     SaveRunOption,
     SeedOption,
@@ -60,6 +62,15 @@ class Preset(StrEnum):
     picard = "picard"
     sequential = "sequential"
     auto = "auto"
+
+
+class Spacing(StrEnum):
+    """Where the steps lie: the names of `deqkern.schedule.TIMESTEP_SPACINGS`."""
+
+    leading = "leading"
+    linspace = "linspace"
+    trailing = "trailing"
+    log_snr = "log_snr"
 
 
 @dataclass(frozen=True)
@@ -177,7 +188,8 @@ def sample(
     batch: BatchOption = 16,
     solver: Annotated[Preset, typer.Option(help="How the chain is solved.")] = Preset.default,
     eta: EtaOption = 0.0,
-    order: Annotated[int, typer.Option(min=1, max=2, help="1 is DDIM, 2 is DPM-Solver++ 2M.")] = 1,
+    order: OrderOption = 1,
+    spacing: Annotated[Spacing | None, typer.Option(help="Where the steps lie (default: as the model says).")] = None,
     seed: SeedOption = 0,
     rtol: RtolOption = 1e-2,
     max_iterations: Annotated[int | None, typer.Option(help="Stop after so many (default: the steps).")] = None,
@@ -196,7 +208,7 @@ def sample(
         check_out(save_run, "--save-run", (".safetensors",))
     with errors_name_options(), progress(rtol) as follow:
         if noise is None:
-            chains = Chains(models.load(model), steps, batch, eta, seed, order)
+            chains = Chains(_spaced(models.load(model), spacing), steps, batch, eta, seed, order)
         else:
             chains = _stored_chains(noise, context)
             model, steps, batch = context.params["model"], chains.steps, chains.batch
@@ -216,9 +228,14 @@ def sample(
             "order": chains.order,
             "rtol": rtol,
         }
-        options |= {"seed": seed} if noise is None else {"noise": str(noise), "sigma_min": chains.sigma_min}
+        if noise is None:
+            schedule = chains.pretrained.schedule
+            options |= {"spacing": schedule.timestep_spacing if _has_spacing(schedule) else None, "seed": seed}
+        else:
+            options |= {"noise": str(noise), "sigma_min": chains.sigma_min}
         chain = f"{steps} steps, " + (f"eta {eta:g}" if noise is None else noise.name)
         chain += ", DPM-Solver++ 2M" if chains.order == 2 else ""
+        chain += f", {spacing}" if spacing else ""
         with writing(out, "--out"):
             plots.save_comparison(out, _panels(runs), f"{chains.pretrained.name}, {chain}")
         if save_run is not None:
@@ -237,11 +254,24 @@ def sample(
     typer.echo(f"written: {out}" + (f" {save_run}" if save_run else ""))
 
 
+def _has_spacing(schedule: NoiseSchedule) -> bool:
+    """False where the noise levels do not come from spaced timesteps, but are flow matching's or the scheduler's."""
+    return schedule.prediction_type != "flow" and schedule._scheduler is None
+
+
+def _spaced(pretrained: models.Pretrained, spacing: Spacing | None) -> models.Pretrained:
+    if spacing is None:
+        return pretrained
+    if not _has_spacing(pretrained.schedule):
+        raise ValueError(f"timestep_spacing: the scheduler of {pretrained.name!r} has noise levels of its own")
+    return replace(pretrained, schedule=replace(pretrained.schedule, timestep_spacing=str(spacing)))
+
+
 def _stored_chains(path: Path, context: typer.Context) -> Chains:
     """The chains of `--noise`. Only `--model` may say otherwise, for a folder that was moved."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
-    for name in ("steps", "batch", "eta", "order", "seed"):
+    for name in ("steps", "batch", "eta", "order", "spacing", "seed"):
         if name in given:
             raise typer.BadParameter(f"{path} says it already", param_hint=f"--{name}")
     stored = Noise.load(path, "--noise")
