@@ -69,7 +69,7 @@ def check_options(rtol: float, max_iterations: int | None, max_batch: int | None
 
 def check_rtol(rtol: float) -> None:
     """A finite number >= 0."""
-    if not isinstance(rtol, (int, float)):
+    if not isinstance(rtol, (int, float)) or isinstance(rtol, bool):
         raise TypeError(f"rtol must be a number, got {type(rtol).__name__}")
     if not 0 <= rtol < math.inf:
         raise ValueError(f"rtol must be finite and >= 0, got {rtol}")
@@ -79,7 +79,7 @@ def check_count(name: str, value: int | None, *, optional: bool = False) -> None
     """An int >= 1, or None where that is an option."""
     if optional and value is None:
         return
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be {'None or ' if optional else ''}an int >= 1, got {value!r}")
 
 

@@ -44,7 +44,7 @@ def sample(
     """Sample from a diffusion model: the chain of `num_inference_steps` = S steps as one fixed point.
 
     The result is the chain's own, to a relative error of about `rtol`; rtol = 0 gives the sequential chain exactly, up
-    to the effect of the batch size on the model. All states are evaluated in one batch per iteration
+    to rounding and the effect of the batch size on the model. All states are evaluated in one batch per iteration
     (arXiv 2210.12867).
 
     model: `model(x, t, **model_kwargs)` with x (N, *shape), t (N,), N up to S * B, returns a tensor like x, or an

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .scheduler import OTHER_LEVELS, is_a, own_options, refuse_options, scheduler_at, variance_preserving_options
-from .step_table import PREDICTION_TYPES, StepTable
+from .step_table import PREDICTION_TYPES, StepTable, check_order
 from .timesteps import end_flow_at, even_in_log_snr, multistep_timesteps, shifted, spaced_timesteps
 
 __all__ = ["NoiseSchedule", "StepTable"]
@@ -79,12 +79,16 @@ class NoiseSchedule:
                 raise ValueError("clip_sample and thresholding are not defined for prediction_type='flow'")
             if total < 1:
                 raise ValueError(f"num_train_timesteps must be >= 1, got {total}")
+            if self.timestep_spacing == "log_snr":
+                raise ValueError("timestep_spacing='log_snr' is not defined for prediction_type='flow'")
             return
         if self.shift != 1:
             raise ValueError(f"shift belongs to prediction_type='flow', got {self.shift} with {self.prediction_type!r}")
         alphas_cumprod = _checked_alphas_cumprod(self.alphas_cumprod)
         if total not in (0, len(alphas_cumprod)):
             raise ValueError(f"num_train_timesteps is {total}, alphas_cumprod has {len(alphas_cumprod)} entries")
+        if self._scheduler is not None and self.timestep_spacing == "log_snr":
+            raise ValueError("timestep_spacing='log_snr' needs the noise levels of training, not the scheduler's own")
         object.__setattr__(self, "alphas_cumprod", alphas_cumprod)
         object.__setattr__(self, "num_train_timesteps", len(alphas_cumprod))
 
@@ -231,8 +235,7 @@ class NoiseSchedule:
             raise ValueError(f"num_inference_steps must be in 1 .. {self.num_train_timesteps}, got {count}")
         if not 0 <= eta < math.inf:
             raise ValueError(f"eta must be finite and >= 0, got {eta}")
-        if order not in (1, 2):
-            raise ValueError(f"order must be 1 or 2, got {order!r}")
+        check_order(order)
         if order == 2 and eta not in (0, 1):
             raise ValueError(f"eta must be 0 or 1 with order=2, got {eta}")
         if sigma_min is not None and not 0 < _real("sigma_min", sigma_min) < math.inf:
@@ -258,7 +261,7 @@ class NoiseSchedule:
             return self._marginal_steps(own, levels[:-1], levels[1:], eta, order)
         total = self.num_train_timesteps
         if self.timestep_spacing == "log_snr":
-            timesteps = even_in_log_snr(abar, count - 1, total - 1, 0) if count > 1 else [total - 1]
+            timesteps = self._log_snr_timesteps(abar, count)
         else:
             spaced = spaced_timesteps if order == 1 else multistep_timesteps
             timesteps = spaced(self.timestep_spacing, total, count, self.steps_offset)
@@ -267,8 +270,12 @@ class NoiseSchedule:
                 f"steps_offset={self.steps_offset} with num_inference_steps={count} starts at timestep {timesteps[0]}, "
                 f"beyond the last one, {total - 1}"
             )
-        joined = order == 2 or self.timestep_spacing == "log_snr"
-        following = [*timesteps[1:], -1] if joined else [t - total // count for t in timesteps]
+        if self.timestep_spacing == "log_snr" and not self.set_alpha_to_one:
+            following = [*timesteps[1:], 0]
+        elif self.timestep_spacing == "log_snr" or order == 2:
+            following = [*timesteps[1:], -1]
+        else:
+            following = [t - total // count for t in timesteps]
         if sigma_min is not None:
             lowest = self._timestep_of(abar, count, timesteps[0], sigma_min)
             chain = even_in_log_snr(abar, count, timesteps[0], lowest)
@@ -289,6 +296,15 @@ class NoiseSchedule:
             raise ValueError(f"eta={eta} adds more noise than a step has room for; it is at most 1")
         ends = (now.sqrt(), (1 - now).sqrt(), after.sqrt(), (1 - after).sqrt())
         return self._table(timesteps, *ends, variance.sqrt(), order)
+
+    def _log_snr_timesteps(self, abar: Tensor, count: int) -> list[int]:
+        """From T - 1 to 0, whence the last step leads to the clean sample; it ends at 0 without `set_alpha_to_one`."""
+        top = self.num_train_timesteps - 1
+        if self.set_alpha_to_one:
+            return even_in_log_snr(abar, count - 1, top, 0) if count > 1 else [top]
+        if count > top:
+            raise ValueError(f"num_inference_steps must be in 1 .. {top} without set_alpha_to_one, got {count}")
+        return even_in_log_snr(abar, count, top, 0)[:-1]
 
     def _timestep_of(self, abar: Tensor, count: int, top: int, sigma_min: float) -> int:
         reached = ((1 - abar) >= sigma_min**2 * abar).nonzero()

@@ -102,7 +102,10 @@ class StepTable:
         if order == 2:
             length = (alpha_next / sigma_next).log() - (alpha / sigma).log()
             if not bool((length[:-1] > 0).all() and length[-1] >= 0):
-                raise ValueError("order=2 needs noise levels that fall from step to step; take fewer steps")
+                raise ValueError(
+                    "num_inference_steps is too large for order=2, whose noise levels must fall from step to step: "
+                    "take fewer, or timestep_spacing='trailing' or 'log_snr'"
+                )
             extrapolation = torch.zeros_like(b)
             extrapolation[1:] = length[1:] / (2 * length[:-1])
             if lower_order_final or sigma_next[-1] == 0:
@@ -246,6 +249,12 @@ class StepTable:
         if self.clip_sample_range is not None:
             return x0.clamp(-self.clip_sample_range, self.clip_sample_range)
         return x0
+
+
+def check_order(order: int) -> None:
+    """Refuse all but 1 and 2."""
+    if type(order) is not int or order not in (1, 2):
+        raise ValueError(f"order must be 1 or 2, got {order!r}")
 
 
 _PER_STEP = tuple(item.name for item in fields(StepTable) if item.type == "Tensor")

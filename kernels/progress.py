@@ -25,8 +25,9 @@ def progress_kernel(
     BLOCK: tl.constexpr,
 ):
     """change = max_i |g[i+1]| / min(|x[i+1]|, |x[0]|),  ratio = change / min(last change, 1) within contraction .. 1,
-    rho = sqrt(ratio last_ratio),  left = change rho / max(1 - rho^2, 0.1),
-    residual = max_i |r[i+1]| / |x[i+1]| of steps that are not exact now;  and the next window.
+    residual = max_i |r[i+1]| / |x[i+1]| of steps that are not exact now,
+    rho = sqrt(ratio last_ratio),  left = change rho / max(1 - rho^2, 0.1), explicit: and no less than residual;
+    and the next window.
 
     norms (S, B, 3), scale (B,), errors (B, 5) float64; window (B, 2), diverged (B,) int64. Grid (B,): a program walks
     its steps BLOCK at a time. In float64.

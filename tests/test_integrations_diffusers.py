@@ -250,10 +250,14 @@ def test_other_multistep_schedulers_are_refused(options: dict[str, Any], message
     refused(pipe, message)
 
 
-def test_the_noise_of_dit_is_refused() -> None:
-    pipe, _ = pieces("dit", False)
-    second_order(pipe, "sde-dpmsolver++")
-    refused(pipe, "DiTPipeline gives no generator")
+def test_pipelines_that_do_not_go_with_the_multistep_scheduler_are_refused() -> None:
+    for name, loop in (("dit", "DiTPipeline"), ("sd3", "StableDiffusion3Pipeline")):
+        pipe, _ = pieces(name, False)
+        pipe.scheduler = diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")
+        refused(pipe, f"to which {loop} gives no generator")
+    pipe, _ = pieces("ddim", False)
+    second_order(pipe)
+    refused(pipe, "does not take the eta that DDIMPipeline gives it")
 
 
 @pytest.mark.parametrize("generators", ["none", "one", "list"])

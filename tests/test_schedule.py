@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -441,6 +442,17 @@ def test_steps_even_in_log_snr_at_both_ends_of_a_schedule() -> None:
     clean = NoiseSchedule(torch.tensor([1.0, 0.9, 0.5, 0.1, 0.0]), prediction_type="sample", timestep_spacing="log_snr")
     assert clean.steps(5, order=1).timesteps.tolist() == [4, 3, 2, 1, 0]
     assert clean.steps(3).timesteps.tolist() == [4, 2, 0]
+    held = make("linear", timestep_spacing="log_snr", set_alpha_to_one=False)
+    table = held.steps(20, order=2)
+    assert float(table.alpha_next[-1]) == float(held.alphas_cumprod[0].sqrt()) and bool((table.b[:-1] != 0).all())
+    assert int(table.timesteps[0]) == 999 and int(table.timesteps[-1]) > 0 and float(table.b[-1]) != 0
+    with pytest.raises(ValueError, match="num_inference_steps must be in 1 .. 999 without set_alpha_to_one"):
+        held.steps(1000)
+    with pytest.raises(ValueError, match="timestep_spacing='log_snr' is not defined for prediction_type='flow'"):
+        replace(NoiseSchedule.flow(), timestep_spacing="log_snr")
+    karras = pytest.importorskip("diffusers").DPMSolverMultistepScheduler(use_karras_sigmas=True)
+    with pytest.raises(ValueError, match="timestep_spacing='log_snr' needs the noise levels of training"):
+        replace(NoiseSchedule.from_diffusers(karras), timestep_spacing="log_snr")
     chain = make("linear", timestep_spacing="log_snr").steps(20, sigma_min=0.1)
     assert torch.equal(chain.timesteps, make("linear", timestep_spacing="trailing").steps(20, sigma_min=0.1).timesteps)
 

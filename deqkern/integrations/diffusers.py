@@ -68,8 +68,8 @@ def parallel(
 
     The loop of the pipeline runs once per iteration, so its progress bar counts iterations and its callback gets the
     current estimate of the result in `latents`. Both end when the solve has converged to `rtol`; rtol = 0 gives the
-    sequential result exactly, up to the effect of the batch size on the network. `pipe._interrupt = True` in a
-    callback stops early. On leaving, also by an exception, the pipe is what it was before.
+    sequential result exactly, up to rounding and the effect of the batch size on the network. `pipe._interrupt = True`
+    in a callback stops early. On leaving, also by an exception, the pipe is what it was before.
 
     pipe: one of `DENOISERS`, or a subclass with the same loop, with a DDIMScheduler, a DPMSolverMultistepScheduler of
         order 2 (dpmsolver++ or sde-dpmsolver++, midpoint) or, for Stable Diffusion 3, a
@@ -87,11 +87,7 @@ def parallel(
     denoiser = _denoiser(pipe)
     scheduler = getattr(pipe.scheduler, "_deqkern_original", pipe.scheduler)  # of a context inside a context
     _check_scheduler(scheduler)
-    if _loop(pipe) == "DiTPipeline" and _draws(scheduler):
-        raise ValueError(
-            "pipe.scheduler is of algorithm_type='sde-dpmsolver++', to which DiTPipeline gives no generator; use "
-            "'dpmsolver++'"
-        )
+    _check_pair(pipe, scheduler)
     solver = default() if solver is None else solver
     check_solver("solver", solver)
     check_options(rtol, None, max_batch)
@@ -161,7 +157,7 @@ class ParallelRun:
         if not torch.equal(table.timesteps, values.cpu()):
             raise ValueError(
                 f"num_inference_steps={self._plain.num_inference_steps}: the scheduler's timesteps, {values.tolist()}, "
-                "are not those of its chain; take another number of steps"
+                "are not those of its chain; take another number of steps, and leave out timesteps= of your own"
             )
         vars(self._scheduler).update(vars(self._plain))
         self._scheduler.timesteps = _Timesteps.of(values, self, range(len(values)))
@@ -520,6 +516,20 @@ def _check_scheduler(scheduler: Any) -> None:
                 "euler_at_final and lower_order_final at their defaults"
             )
     NoiseSchedule.from_diffusers(scheduler)
+
+
+def _check_pair(pipe: Any, scheduler: Any) -> None:
+    loop = _loop(pipe) or ""
+    if loop == "DDIMPipeline" and _rule(scheduler) == SCHEDULERS[2]:
+        raise ValueError(
+            f"pipe.scheduler is a {SCHEDULERS[2]}, whose step does not take the eta that DDIMPipeline gives it; use a "
+            "DDIMScheduler, or deqkern.sample(..., order=2)"
+        )
+    if _draws(scheduler) and loop.startswith(("DiT", "StableDiffusion3")):
+        raise ValueError(
+            f"pipe.scheduler is of algorithm_type='sde-dpmsolver++', to which {loop} gives no generator; use "
+            "'dpmsolver++'"
+        )
 
 
 def _unknown_rule(scheduler: Any) -> str:

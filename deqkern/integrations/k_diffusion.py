@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..solve import warn_unless_converged
 from ..solvers import Solver
-from ..step_table import StepTable
+from ..step_table import StepTable, check_order
 from .chain import Chain
 
 
@@ -71,8 +71,7 @@ def sample_deq(
 
 def sigma_table(name: str, sigmas: Tensor, order: int = 1) -> StepTable:
     """The chain of Euler or 2M steps through these noise levels (S+1,), with alpha = 1 and a model that gives x0."""
-    if order not in (1, 2):
-        raise ValueError(f"order must be 1 or 2, got {order!r}")
+    check_order(order)
     if not isinstance(sigmas, Tensor) or not sigmas.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {type(sigmas).__name__}")
     levels = sigmas.detach().to("cpu", torch.float64)

@@ -266,7 +266,7 @@ def progress(
         change = max_i |g[i+1]| / min(|x[i+1]|, |x[0]|)             inf while the window does not reach the end
         ratio = change / min(last change, 1), held within contraction .. 1
         residual = max_i |r[i+1]| / |x[i+1]|                        of steps that are not exact now; inf if not finite
-        rho = sqrt(ratio last_ratio),        left = change rho / max(1 - rho^2, 0.1), explicit: and no less than residual
+        rho = sqrt(ratio last_ratio),     left = change rho / max(1 - rho^2, 0.1); explicit: and no less than residual
 
     0 / 0 is 0, and anything else over 0 is inf; |x[0]| may be inf.
 

@@ -78,7 +78,9 @@ def test_what_is_left_is_no_less_than_the_residual_of_an_explicit_chain(backend:
 
 @BACKENDS
 def test_no_contraction_is_believed_to_be_better_than_the_best(backend: str) -> None:
-    errors, window, _ = reached(backend, sample([1.0, 1e-3], [1e-9, 0.05], [1.0, 1.0], errors=(1.0, 1.0, 0.1, 1.0, 1.0)))
+    errors, window, _ = reached(
+        backend, sample([1.0, 1e-3], [1e-9, 0.05], [1.0, 1.0], errors=(1.0, 1.0, 0.1, 1.0, 1.0))
+    )
     assert_close(errors[:3], torch.tensor([0.05 * 0.1 / 0.99, 0.05, 0.1], dtype=torch.float64))
     assert window == [2, 2]
 
