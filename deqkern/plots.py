@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
+    from matplotlib.lines import Line2D
     from numpy import ndarray
 
 _DPI = 100
@@ -26,10 +28,14 @@ _SMALLEST_SAMPLE = 96  # a sample is enlarged by a whole number to at least so m
 _SMALLEST_PANEL = 220  # has room for its name
 _CURVES = 300  # the height of curves under a picture
 _NAMED = 8  # so many curves are told apart
-_DOTTED = 60  # so many points are marked
+_DOTTED = 60  # about so many points are marked
 _COLOURS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
+_MARKERS = "osv^D*P"  # of the first seven runs, of the next ..
 _RUNS_DPI = 100
 _RUNS_WIDTH, _LINES_HEIGHT, _HEAT_HEIGHT = 12.0, 4.2, 3.2  # inches
+_LINE = 0.18  # inches of a line of text
+_SQUEEZED = 5  # heat maps share a range of iterations up to this ratio of them
+_ESTIMATE = "as the solver estimates it"
 _HEAT_COLOURS = "magma"
 
 
@@ -118,7 +124,7 @@ def save_inversion(
             "-" if longest > _DOTTED else "o-",
             color=_COLOURS[0 if many else i % len(_COLOURS)],
             alpha=0.5 if many else 1,
-            label="_" if many else name if len(name) <= 24 else f"{name[:11]}..{name[-11:]}",
+            label="_" if many else _plain(_shortened(name, 24)),
             markersize=3.5,
             linewidth=1.5,
         )
@@ -147,10 +153,10 @@ def _panelled(
     for (name, sheet), panel in zip(sheets.items(), widths, strict=True):
         figure.figimage(sheet, left + (panel - sheet.shape[1]) // 2, bottom + tallest - sheet.shape[0], origin="upper")
         above = (bottom + tallest + 8) / height
-        figure.text((left + panel / 2) / width, above, name, ha="center", va="bottom", fontsize=10)
+        figure.text((left + panel / 2) / width, above, _plain(name), ha="center", va="bottom", fontsize=10)
         left += panel + _MARGIN
     if title:
-        figure.text(0.5, 1 - _MARGIN / height, title, ha="center", va="top", fontsize=11, weight="bold")
+        figure.text(0.5, 1 - _MARGIN / height, _plain(title), ha="center", va="top", fontsize=11, weight="bold")
     return figure
 
 
@@ -166,97 +172,160 @@ def convergence(
         for curve in curves:
             colour = colours[curve.solver]
             for values, style, label in (
-                (curve.true_error, "o-", curve.solver),
+                (curve.true_error, "o-", _plain(curve.solver)),
                 (curve.error_estimate, "--", "_"),
             ):
                 iterations = range(1, len(values) + 1)
                 axis.semilogy(iterations, values, style, color=colour, label=label, markersize=3.5, linewidth=1.5)
         if rtol:
             axis.axhline(rtol, color="0.4", linestyle=":", linewidth=1.2, label=f"rtol {rtol:g}")
-        axis.plot([], [], "--", color="0.4", label="as the solver estimates it")
-        axis.set(title=name, xlabel="iterations (one batched model call each)")
+        axis.plot([], [], "--", color="0.4", label=_ESTIMATE)
+        axis.set(title=_plain(name), xlabel="iterations (one batched model call each)")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("relative error, largest of the samples")
     axes[-1].legend(fontsize=8, frameon=False)
     if title:
-        figure.suptitle(title, weight="bold")
+        figure.suptitle(_plain(title), weight="bold")
     figure.savefig(path, dpi=150)
 
 
 def save_runs(path: str | PathLike[str], runs: Mapping[str, StoredRun], *, title: str = "") -> None:
     """Named runs: error against iterations and against evaluations, and the residual of every step at every iteration.
 
-    The lines show the largest error of the samples, solid where it was measured and dashed as the solver estimates it.
+    The lines show the largest error of the samples, solid where it was measured and dashed as the solver estimates it;
+    "rtol" of a run's metadata is a dotted line if it is a positive number.
     """
     runs_figure(runs, title).savefig(path, dpi=_RUNS_DPI)
 
 
 def runs_figure(runs: Mapping[str, StoredRun], title: str = "") -> Figure:
-    """The figure of `save_runs`: two axes of lines, then one axis per run, then the colour scale."""
+    """The figure of `save_runs`: two axes of lines, their legend, then one axis per run, then the colour scale."""
+    if not isinstance(runs, Mapping):
+        raise TypeError(f"runs must map names to StoredRun, got {type(runs).__name__}")
+    if not runs:
+        raise ValueError("runs must not be empty")
+    for name, run in runs.items():
+        if not isinstance(run, StoredRun):
+            raise TypeError(f"runs must map names to StoredRun, got {type(run).__name__} for {name!r}")
     columns = 2 if len(runs) == 4 else min(len(runs), 3)
     rows = math.ceil(len(runs) / columns)
-    heights = (_LINES_HEIGHT, _HEAT_HEIGHT * rows)
-    figure = _figure(_RUNS_WIDTH, sum(heights), layout="constrained")
+    titles = [_heat_title(str(name), run, columns) for name, run in runs.items()]
+    title = _wrapped(_shortened(title, 300), 100)
+    entries = [_shortened(str(name), 120) for name in runs]
+    side_by_side = max(1, int(_RUNS_WIDTH / (0.6 + 0.075 * max(map(len, [*entries, _ESTIMATE])))))  # inches
+    legend = math.ceil((len(entries) + 1) / side_by_side)
+    taller = max(text.count("\n") for text in titles)
+    heights = (_LINES_HEIGHT + _LINE * legend, (_HEAT_HEIGHT + _LINE * taller) * rows)
+    figure = _figure(_RUNS_WIDTH, sum(heights) + (_LINE * (title.count("\n") + 2) if title else 0), "constrained")
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
-    _draw_errors(above.subplots(1, 2, sharey=True), runs)
+    handles = _draw_errors(above.subplots(1, 2, sharey=True), list(runs.values()))
+    above.legend(
+        handles,
+        [*map(_plain, entries), _ESTIMATE],
+        loc="outside lower center",
+        ncols=side_by_side,
+        fontsize=8,
+        frameon=False,
+    )
     axes = below.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[len(runs) :]:
         axis.remove()
     heat = list(axes.flat[: len(runs)])
-    image = _draw_residuals(heat, runs)
+    image = _draw_residuals(heat, list(runs.values()))
+    for axis, text in zip(heat, titles, strict=True):
+        axis.set_title(_plain(text), fontsize=10)
     for axis in axes[:, 0]:
         axis.set_ylabel("step, from noise up to sample")
     bar = below.colorbar(image, ax=heat, aspect=30, pad=0.01)
     bar.set_label("one-step residual / state\n(grey: settled, not evaluated)")
     if title:
-        figure.suptitle(title, weight="bold")
+        figure.suptitle(_plain(title), weight="bold")
     return figure
 
 
-def _draw_errors(axes: Sequence[Axes], runs: Mapping[str, StoredRun]) -> None:
-    """Error against iterations and against evaluations."""
-    rtols = set()
-    for i, (name, run) in enumerate(runs.items()):
+def _heat_title(name: str, run: StoredRun, columns: int) -> str:
+    """On lines that fit over one of so many heat maps."""
+    width = int((_RUNS_WIDTH - 1.5) / columns / 0.09)  # characters of 10 pt
+    nfe = float(run.nfe_history[-1].double().mean())
+    return _wrapped(f"{_shortened(name, 3 * width)}: {len(run.history)} iterations, nfe {nfe:.0f}", width)
+
+
+def _wrapped(text: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(text, width, break_on_hyphens=False))
+
+
+def _shortened(text: str, most: int) -> str:
+    """Both ends of what is longer than `most` characters."""
+    return text if len(text) <= most else f"{text[: most // 2 - 1]}..{text[1 - most // 2 :]}"
+
+
+def _plain(text: str) -> str:
+    """What matplotlib shows as `text`, reading no formula in it."""
+    return text.replace("$", r"\$")
+
+
+def _rtol(run: StoredRun) -> float | None:
+    said = run.metadata.get("rtol")
+    if isinstance(said, int | float) and not isinstance(said, bool) and 0 < said < math.inf:
+        return float(said)
+    return None
+
+
+def _draw_errors(axes: Sequence[Axes], runs: Sequence[StoredRun]) -> list[Line2D]:
+    """Error against iterations and against evaluations. Returns a line per run, and one for what is estimated."""
+    rtols, handles = set(), []
+    for i, run in enumerate(runs):
         iterations, nfe = range(1, len(run.history) + 1), run.nfe_history.double().mean(1).tolist()
         errors = [(run.history, "--")] if run.true_error is None else [(run.true_error, "-"), (run.history, "--")]
+        again, colour = divmod(i, len(_COLOURS))
         for j, (values, style) in enumerate(errors):
             worst = values.amax(1)
             known = worst.isfinite() & (worst > 0)
             for axis, along in zip(axes, (iterations, nfe), strict=True):
-                axis.semilogy(
+                (line,) = axis.semilogy(
                     along,
                     worst.where(known, torch.nan).tolist(),
                     style,
-                    color=_COLOURS[i % len(_COLOURS)],
-                    label="_" if j else name,
-                    marker="o" if j == 0 and int(known.sum()) <= _DOTTED else None,
+                    color=_COLOURS[colour],
+                    marker=_MARKERS[again % len(_MARKERS)] if j == 0 or again else None,
+                    markevery=max(1, math.ceil(int(known.sum()) / _DOTTED)),
                     markersize=3.5,
                     linewidth=1.5,
                 )
-            if run.metadata.get("rtol") and bool(known.any()):
-                rtols.add(float(run.metadata["rtol"]))
+            if j == 0:
+                handles.append(line)
+            rtol = _rtol(run)
+            if rtol is not None and bool(known.any()):
+                rtols.add(rtol)
     labels = ("iterations (one batched model call each)", "model evaluations per sample")
     for axis, label in zip(axes, labels, strict=True):
-        for rtol in sorted(rtols):
-            axis.axhline(rtol, color="0.4", linestyle=":", linewidth=1.2, label=f"rtol {rtol:g}")
+        for rtol in rtols:
+            axis.axhline(rtol, color="0.4", linestyle=":", linewidth=1.2)
         axis.set_xlabel(label)
-        axis.locator_params(axis="x", integer=True)
+        axis.locator_params(axis="x", integer=True, min_n_ticks=1)
         axis.grid(alpha=0.25)
-    axes[-1].plot([], [], "--", color="0.4", label="as the solver estimates it")
+    beside = axes[-1].get_yaxis_transform()
+    for rtol in rtols:
+        axes[-1].text(1.01, rtol, f"rtol {rtol:g}", transform=beside, va="center", fontsize=8, color="0.3")
     axes[0].set_ylabel("relative error, largest of the samples")
-    axes[-1].legend(fontsize=8, edgecolor="none", framealpha=0.85)
+    return [*handles, *axes[-1].plot([], [], "--", color="0.4")]
 
 
-def _draw_residuals(axes: Sequence[Axes], runs: Mapping[str, StoredRun]) -> AxesImage:
-    """A heat map per run on one colour scale: grey where no sample is evaluated again, white where none was yet."""
+def _draw_residuals(axes: Sequence[Axes], runs: Sequence[StoredRun]) -> AxesImage:
+    """A heat map per run on one colour scale: grey where no sample is evaluated again, white where none was yet.
+
+    They have one range of iterations, unless one run has so many that another could not be seen.
+    """
     from matplotlib.colors import ListedColormap, LogNorm
 
-    worst = [run.residual_history.nan_to_num(-1.0, torch.inf).amax(2) for run in runs.values()]  # (iterations, S)
+    worst = [run.residual_history.nan_to_num(-1.0, torch.inf).amax(2) for run in runs]  # (iterations, S)
     shown = torch.cat([values[(values > 0) & values.isfinite()] for values in worst])
     low, high = (float(shown.min()), float(shown.max())) if len(shown) else (0.1, 1.0)
     norm = LogNorm(min(low, high / 10), high)
-    for axis, (name, run), values in zip(axes, runs.items(), worst, strict=True):
+    longest = max(map(len, worst))
+    common = longest <= _SQUEEZED * min(map(len, worst))
+    for axis, values in zip(axes, worst, strict=True):
         count, steps = values.shape
         evaluated = values >= 0
         settled = (evaluated.cumsum(0) > 0) & ~evaluated
@@ -269,9 +338,9 @@ def _draw_residuals(axes: Sequence[Axes], runs: Mapping[str, StoredRun]) -> Axes
         axis.imshow(torch.ones(steps, count).where(settled.T, torch.nan).numpy(), cmap=ListedColormap(["0.9"]), **place)
         residual = values.clamp(norm.vmin, norm.vmax).where(evaluated, torch.nan)
         image = axis.imshow(residual.T.numpy(), norm=norm, cmap=_HEAT_COLOURS, **place)
-        axis.set_title(f"{name}: {count} iterations, nfe {float(run.nfe_history[-1].double().mean()):.0f}", fontsize=10)
-        axis.set(xlabel="iteration", xlim=(0.5, max(map(len, worst)) + 0.5))
-        axis.locator_params(axis="x", integer=True)
+        axis.set_xlim(0.5, (longest if common else count) + 0.5)
+        axis.set_xlabel("iteration" if common else "iteration (each map its own range)")
+        axis.locator_params(integer=True, min_n_ticks=1)
     return image
 
 

@@ -6,8 +6,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,6 +28,7 @@ class StoredRun:
     history: (iterations, B) fp64. nfe_history: (iterations, B) int64. residual_history: (iterations, S, B) fp64.
     true_error: (iterations, B) fp64, the relative error after each iteration, or None if it was not measured.
     metadata: of `save`, and under "deqkern" the version that wrote it.
+    TypeError or ValueError for anything else.
     """
 
     history: Tensor
@@ -37,13 +40,21 @@ class StoredRun:
     def __post_init__(self) -> None:
         if not isinstance(self.metadata, dict):
             raise ValueError(f"metadata must be a dictionary, got {type(self.metadata).__name__}")
-        count, steps, batch = (*self.residual_history.shape, 0, 0, 0)[:3]
-        if count * steps * batch == 0:
-            raise ValueError(f"residual_history has shape {tuple(self.residual_history.shape)}")
-        for name in ("history", "nfe_history", "true_error"):
-            found = getattr(self, name)
-            if found is not None and found.shape != (count, batch):
-                raise ValueError(f"{name} must have shape {(count, batch)}, got {tuple(found.shape)}")
+        found = {name: getattr(self, name) for name in _HISTORIES}
+        found |= {} if self.true_error is None else {"true_error": self.true_error}
+        for name, values in found.items():
+            if not isinstance(values, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(values).__name__}")
+            expected = torch.int64 if name == "nfe_history" else torch.float64
+            if values.dtype is not expected:
+                raise ValueError(f"{name} must have dtype {expected}, got {values.dtype}")
+        residuals = found.pop("residual_history")
+        if residuals.ndim != 3 or 0 in residuals.shape:
+            raise ValueError(f"residual_history must have shape (iterations, S, B), got {tuple(residuals.shape)}")
+        count, _, batch = residuals.shape
+        for name, values in found.items():
+            if values.shape != (count, batch):
+                raise ValueError(f"{name} must have shape {(count, batch)}, got {tuple(values.shape)}")
 
 
 def save(
@@ -58,26 +69,40 @@ def save(
     solution: of `sample`, `invert` or `fixed_point`; ValueError if no chain was solved (naive inversion, a search).
     metadata: what can be written as JSON. `deqkern plot` names runs by "solver", "model", "steps" and "eta", and draws
         a line at "rtol".
-    true_error: (iterations, B), the relative error after each iteration, where it is known.
+    true_error: (iterations, B) of any floating-point dtype, the relative error after each iteration, where it is known.
+    OSError if `path` cannot be written, TypeError or ValueError for other arguments.
     """
     if not isinstance(solution, Solution):
         raise TypeError(f"solution must be a Solution, got {type(solution).__name__}")
     if bool(solution.residual_history.isnan().all()):
         raise ValueError("solution has no residuals: no chain was solved")
+    if not isinstance(metadata, Mapping | None):
+        raise TypeError(f"metadata must be a mapping, got {type(metadata).__name__}")
+    if isinstance(true_error, Tensor) and true_error.is_floating_point():
+        true_error = true_error.double()
     histories = {name: getattr(solution, name) for name in _HISTORIES}
     run = StoredRun(**histories, true_error=true_error, metadata={"deqkern": version(), **(metadata or {})})
-    tensors = histories | ({} if true_error is None else {"true_error": true_error.double()})
+    tensors = histories | ({} if true_error is None else {"true_error": true_error})
     try:
         written = json.dumps(run.metadata, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise type(error)(f"metadata cannot be written as JSON: {error}") from error
     clones = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    save_file(clones, path, {"format": _FORMAT, "metadata": written})
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"path {path} is a folder")
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"path {path}: there is no folder {Path(path).parent}")
+    try:
+        save_file(clones, path, {"format": _FORMAT, "metadata": written})
+    except SafetensorError as error:
+        raise OSError(f"path {path} cannot be written: {error}") from error
 
 
 def load(path: str | PathLike[str]) -> StoredRun:
     """Read a file written by `save`. Raises FileNotFoundError, or ValueError if it is another kind of file."""
     try:
+        if Path(path).is_dir():
+            raise ValueError("it is a folder")
         with safe_open(path, "pt") as file:
             found = file.metadata() or {}
             if found.get("format") != _FORMAT:

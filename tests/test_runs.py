@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from problems import gaussian, mixture
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -19,6 +20,9 @@ from torch import Tensor
 
 import deqkern
 from deqkern import NoiseSchedule, plots, runs, solvers
+from deqkern.cli.files import Noise
+from deqkern.cli.plotting import _names
+from deqkern.runs import StoredRun
 from deqkern.solve import relative_error
 
 SCHEDULE = NoiseSchedule.linear()
@@ -54,6 +58,16 @@ def test_what_cannot_be_stored_is_refused(tmp_path: Path) -> None:
             runs.save(path, solution, metadata)
     with pytest.raises(ValueError, match=r"true_error must have shape \(\d+, 2\), got \(1, 3\)"):
         runs.save(path, solution, true_error=torch.zeros(1, 3))
+    with pytest.raises(TypeError, match="true_error must be a tensor, got list"):
+        runs.save(path, solution, true_error=[1])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"true_error must have dtype torch\.float64, got torch\.complex64"):
+        runs.save(path, solution, true_error=torch.zeros(solution.history.shape, dtype=torch.complex64))
+    with pytest.raises(TypeError, match="metadata must be a mapping, got list"):
+        runs.save(path, solution, [1])  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
+        runs.save(tmp_path / "nowhere" / "run.safetensors", solution)
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        runs.save(tmp_path, solution)
     with pytest.raises(TypeError, match="solution must be a Solution, got Tensor"):
         runs.save(path, solution.value)  # type: ignore[arg-type]
     model = mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(1))
@@ -80,13 +94,23 @@ def spoil(path: Path, change: str) -> None:
         save_file(tensors | {"history": tensors["history"][:1].clone()}, path, metadata)
     elif change == "rank":
         save_file(tensors | {"residual_history": tensors["history"].clone()}, path, metadata)
+    elif change == "ranks":
+        save_file(tensors | {"residual_history": tensors["residual_history"][..., None].clone()}, path, metadata)
+    elif change in ("bfloat16", "complex64", "int64"):
+        save_file(tensors | {"history": tensors["history"].to(getattr(torch, change))}, path, metadata)
     elif change == "json":
         save_file(tensors, path, metadata | {"metadata": "{"})
     else:
         save_file(tensors, path, metadata | {"metadata": "[]"})
 
 
-@pytest.mark.parametrize("change", ["text", "folder", "format", "tensor", "shape", "rank", "json", "list"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("text", "folder", "format", "tensor", "shape", "rank", "ranks"),
+        *("bfloat16", "complex64", "int64", "json", "list"),
+    ],
+)
 def test_another_kind_of_file_is_an_error_that_names_it(change: str, tmp_path: Path) -> None:
     path = tmp_path / "run.safetensors"
     runs.save(path, solved())
@@ -94,6 +118,7 @@ def test_another_kind_of_file_is_an_error_that_names_it(change: str, tmp_path: P
     with pytest.raises(ValueError, match="does not hold a run") as raised:
         runs.load(path)
     assert str(path) in str(raised.value)
+    assert change != "folder" or "it is a folder" in str(raised.value)
     shown = plain(run("plot", path, "--out", tmp_path / "a.png", code=2).stderr).replace(" ", "")
     assert "RUNS" in shown and "doesnotholdarun" in shown and not (tmp_path / "a.png").exists()
 
@@ -104,6 +129,96 @@ def test_a_missing_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)  # a long path is broken over lines
     assert "nowhere" in plain(run("plot", "nowhere.safetensors", code=2).stderr)
     assert "--out" in plain(run("plot", "nowhere.safetensors", "--out", "a.txt", code=2).stderr)
+
+
+def test_noise_is_not_read_from_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(typer.BadParameter, match="it is a folder"):
+        Noise.load(tmp_path, "--noise")
+
+
+def test_a_run_is_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs.save(tmp_path / "run.safetensors", solved())
+    monkeypatch.chdir(tmp_path)
+    for again in ("run.safetensors", tmp_path / "run.safetensors"):
+        shown = plain(run("plot", "run.safetensors", again, "--out", "a.png", code=2).stderr)
+        assert "given more than once" in " ".join(shown.replace("│", " ").split())
+    assert not Path("a.png").exists()
+
+
+def made(name: str, count: int, steps: int, **metadata: Any) -> tuple[str, StoredRun]:
+    """A run of two samples that was never solved."""
+    error = torch.logspace(1, -3, count, dtype=torch.float64)[:, None].expand(count, 2)
+    nfe = steps * torch.arange(1, count + 1)[:, None].expand(count, 2)
+    return name, StoredRun(error, nfe, error[:, None].expand(count, steps, 2), error / 2, metadata)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+def test_names_ticks_and_legend_stay_off_the_data(count: int) -> None:
+    pytest.importorskip("matplotlib")
+    names = ["run of " + f"many options, eta 0, rtol {i}, " * 9 for i in range(count)]
+    many = dict(made(name, 12 + i, 12 + i, rtol=10.0 ** -(i % 3)) for i, name in enumerate(names))
+    figure = plots.runs_figure(many, "what they share, " * 20)
+    figure.canvas.draw()
+    lines, heat = figure.axes[:2], [axis for axis in figure.axes if axis.get_title()]
+    assert len(heat) == count
+    titles = [axis.title.get_window_extent() for axis in heat]
+    for i, box in enumerate(titles):
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+        assert not any(box.overlaps(other) for other in titles[:i])
+        assert not any(box.overlaps(axis.bbox) for axis in figure.axes)
+    (legend,) = figure.subfigs[0].legends
+    assert len(legend.get_texts()) == count + 1
+    box = legend.get_window_extent()
+    assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+    assert not any(box.overlaps(axis.get_window_extent()) for axis in figure.axes)
+    assert not any(box.overlaps(other) for other in titles)
+    assert all(axis.bbox.width > figure.bbox.width / 3 and axis.bbox.height > 250 for axis in lines)
+    ticks = [tick for axis in heat for tick in (*axis.get_xticks(), *axis.get_yticks())]
+    assert ticks and all(float(tick).is_integer() for tick in ticks)
+    looks = {(line.get_color(), line.get_marker()) for line in lines[0].lines if len(line.get_xdata()) > 2}
+    assert len({look for look in looks if look[1] != "None"}) == count
+    assert {text.get_text() for text in lines[1].texts} == {f"rtol {10.0**-i:g}" for i in range(min(count, 3))}
+
+
+def test_a_slow_run_does_not_squeeze_the_others() -> None:
+    pytest.importorskip("matplotlib")
+    for longest, last in ((40, [40.5, 40.5]), (100, [10.5, 100.5])):
+        figure = plots.runs_figure(dict([made("fast", 10, 10), made("slow", longest, 10)]))
+        assert [axis.get_xlim()[1] for axis in figure.axes if axis.get_title()] == last
+
+
+def test_names_are_not_read_as_formulas(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    odd = {"my $sol_ver^ $ {x": made("", 4, 4)[1], "_hidden": made("", 5, 4)[1]}
+    figure = plots.runs_figure(odd, "$ of ^$")
+    figure.canvas.draw()
+    assert [text.get_text().replace("\\$", "$") for text in figure.subfigs[0].legends[0].get_texts()][:2] == list(odd)
+    plots.save_comparison(tmp_path / "a.png", {"a$_^$": torch.zeros(1, 1, 8, 8)}, "$_^$")
+
+
+@pytest.mark.parametrize("rtol", [[1], "abc", True, -1, 0, float("inf"), float("nan"), None])
+def test_a_tolerance_that_is_none_is_not_drawn(rtol: Any) -> None:
+    pytest.importorskip("matplotlib")
+    figure = plots.runs_figure(dict([made("run", 4, 4, rtol=rtol)]))
+    assert not figure.axes[1].texts
+
+
+def test_what_is_no_run_is_not_drawn() -> None:
+    with pytest.raises(ValueError, match="runs must not be empty"):
+        plots.runs_figure({})
+    for wrong in ({"a": solved()}, [made("a", 2, 2)[1]]):
+        with pytest.raises(TypeError, match="runs must map names to StoredRun, got"):
+            plots.runs_figure(wrong)  # type: ignore[arg-type]
+
+
+def test_an_inversion_shares_eta_0() -> None:
+    chain = {"model": "digits", "rtol": 1e-2}
+    found = [
+        made("", 2, 2, solver="default", eta=0.0, **chain)[1],
+        made("", 2, 2, solver="joint inversion", method="joint", **chain)[1],
+    ]
+    names, title = _names(found, [Path("a"), Path("b")])
+    assert names == ["default", "joint inversion"] and title == "digits, eta 0, rtol 0.01"
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
@@ -123,7 +238,7 @@ def test_the_figure_has_two_axes_of_lines_and_one_per_run(count: int, tmp_path: 
     assert [axis.get_title().partition(":")[0] for axis in heat] == list(chosen)
     for axis in lines:
         assert axis.get_yscale() == "log"
-        assert sum(len(line.get_xdata()) > 0 and line.get_label() in chosen for line in axis.lines) == count
+        assert len({line.get_color() for line in axis.lines if len(line.get_xdata()) > 2}) == count
     for (_, stored_run), axis in zip(chosen.items(), heat, strict=True):
         settled, residual = (image.get_array() for image in axis.images)
         evaluated = ~stored_run.residual_history.isnan().all(2).T  # (S, iterations)

@@ -89,6 +89,8 @@ class Noise:
     def load(cls, path: Path, option: str) -> Noise:
         """Read a file written by `save`."""
         try:
+            if path.is_dir():
+                raise ValueError("it is a folder")
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:

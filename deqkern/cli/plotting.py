@@ -20,6 +20,10 @@ def plot(
 ) -> None:
     """Draw how runs converged: error against iterations and evaluations, and the residual of every step."""
     check_out(out, "--out", PICTURES)
+    count = Counter(path.resolve() for path in stored)
+    for path in stored:
+        if count[path.resolve()] > 1:
+            raise typer.BadParameter(f"{path} is given more than once", param_hint="RUNS")
     runs = [_load(path) for path in stored]
     names, title = _names(runs, stored)
     with errors_name_options(), writing(out, "--out"):
@@ -48,8 +52,8 @@ def _names(runs: Sequence[StoredRun], paths: Sequence[Path]) -> tuple[list[str],
 
 
 def _facts(run: StoredRun) -> list[str]:
-    said = run.metadata
+    said = {"eta": 0} | run.metadata if "method" in run.metadata else run.metadata  # what is inverted has no noise
     facts = [Path(str(said["model"])).name] if "model" in said else []
-    facts += [f"{said['steps']} steps"] if "steps" in said else []
+    facts += [f"{said['steps']} steps"] if isinstance(said.get("steps"), int) else []
     facts += ["2M"] if said.get("order") == 2 else []
     return facts + [f"{name} {said[name]:g}" for name in ("eta", "rtol") if isinstance(said.get(name), int | float)]
