@@ -105,8 +105,6 @@ def plan(
     TypeError as `sample` does, and what the model raises if already B rows are too many for the memory.
     """
     check_arguments(model, "example", example, schedule, default(), rtol, None, model_kwargs, max_batch, None)
-    if isinstance(repeats, bool):
-        raise ValueError(f"repeats must be an int >= 1, got {repeats}")
     check_count("repeats", repeats)
     table = schedule.steps(num_inference_steps, eta=eta, order=order)
     network = Network(model, table, arguments_of(model, model_kwargs), example)

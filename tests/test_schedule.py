@@ -446,7 +446,7 @@ def test_steps_even_in_log_snr_at_both_ends_of_a_schedule() -> None:
     table = held.steps(20, order=2)
     assert float(table.alpha_next[-1]) == float(held.alphas_cumprod[0].sqrt()) and bool((table.b[:-1] != 0).all())
     assert int(table.timesteps[0]) == 999 and int(table.timesteps[-1]) > 0 and float(table.b[-1]) != 0
-    with pytest.raises(ValueError, match="num_inference_steps must be in 1 .. 999 without set_alpha_to_one"):
+    with pytest.raises(ValueError, match=r"num_inference_steps must be in .* without set_alpha_to_one, got 1000"):
         held.steps(1000)
     with pytest.raises(ValueError, match="timestep_spacing='log_snr' is not defined for prediction_type='flow'"):
         replace(NoiseSchedule.flow(), timestep_spacing="log_snr")
