@@ -209,6 +209,11 @@ class NoiseSchedule:
             return cls(None, prediction_type="flow", num_train_timesteps=total, _scheduler=scheduler)
         raise TypeError(f"scheduler must have alphas_cumprod or be a FlowMatchEulerDiscreteScheduler, got {name}")
 
+    @property
+    def has_spacing(self) -> bool:
+        """Whether `timestep_spacing` lays the steps: not of flow matching, nor of a scheduler's own noise levels."""
+        return self.prediction_type != "flow" and self._scheduler is None
+
     def steps(
         self, num_inference_steps: int, eta: float = 0.0, sigma_min: float | None = None, order: int = 1
     ) -> StepTable:

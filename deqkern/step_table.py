@@ -154,6 +154,13 @@ class StepTable:
             flipped["a"] = torch.cat([torch.ones_like(self.a[:1]), flipped["a"][:-1]])
         return replace(self, **flipped)
 
+    def part(self, span: range) -> StepTable:
+        """The chain of the steps `span` alone: its first one is of first order, as it has none before it."""
+        part = {name: getattr(self, name)[span.start : span.stop].clone() for name in _PER_STEP}
+        part["b"][:1] += part["c"][:1]
+        part["c"][:1] = 0
+        return replace(self, **part)
+
     @property
     def num_inference_steps(self) -> int:
         """S."""

@@ -87,14 +87,16 @@ def digits() -> tuple[Denoiser, Tensor]:
     return denoise, torch.cat([levels[torch.arange(950, -1, -50)], torch.zeros(1)])
 
 
+def problem(kind: str, steps: int) -> tuple[Denoiser, Tensor, tuple[int, ...]]:
+    """A denoiser, noise levels and the shape of a sample; the digits come with 20 levels of their own."""
+    if kind == "digits":
+        return *digits(), models.load("digits").shape
+    return Convolutions() if kind == "convolutions" else mixture(), karras(steps), SHAPE
+
+
 @pytest.mark.parametrize("kind", ["convolutions", "mixture", "digits"])
 def test_equals_the_sequential_loop(kind: str) -> None:
-    sigmas, shape = karras(30), SHAPE
-    if kind == "digits":
-        model, sigmas = digits()
-        shape = models.load("digits").shape
-    else:
-        model = Convolutions() if kind == "convolutions" else mixture()
+    model, sigmas, shape = problem(kind, 30)
     x = torch.randn(2, *shape) * sigmas[0]
     expected = euler(model, x, sigmas)[-1]["x"]
     for rtol, bar in ((0.0, 1e-5), (1e-4, 2e-3)):
@@ -105,12 +107,7 @@ def test_equals_the_sequential_loop(kind: str) -> None:
 @pytest.mark.parametrize("end", ["zero", "noisy"])
 @pytest.mark.parametrize("kind", ["convolutions", "mixture", "digits"])
 def test_second_order_equals_the_sequential_loop(kind: str, end: str) -> None:
-    sigmas, shape = karras(20), SHAPE
-    if kind == "digits":
-        model, sigmas = digits()
-        shape = models.load("digits").shape
-    else:
-        model = Convolutions() if kind == "convolutions" else mixture()
+    model, sigmas, shape = problem(kind, 20)
     sigmas = sigmas if end == "zero" else sigmas[:-2]
     x, seen = torch.randn(2, *shape) * sigmas[0], []
     expected = dpmpp_2m(model, x, sigmas)

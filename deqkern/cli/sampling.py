@@ -18,7 +18,6 @@ from torch import Tensor
 
 from .. import models, plots, sampling, solvers
 from .. import runs as stored_runs
-from ..schedule import NoiseSchedule
 from ..solve import Callback, ConvergenceWarning, Solution, relative_error
 from ..solvers import Solver
 from ..version import version
@@ -230,7 +229,7 @@ def sample(
         }
         if noise is None:
             schedule = chains.pretrained.schedule
-            options |= {"spacing": schedule.timestep_spacing if _has_spacing(schedule) else None, "seed": seed}
+            options |= {"spacing": schedule.timestep_spacing if schedule.has_spacing else None, "seed": seed}
         else:
             options |= {"noise": str(noise), "sigma_min": chains.sigma_min}
         chain = f"{steps} steps, " + (f"eta {eta:g}" if noise is None else noise.name)
@@ -254,15 +253,10 @@ def sample(
     typer.echo(f"written: {out}" + (f" {save_run}" if save_run else ""))
 
 
-def _has_spacing(schedule: NoiseSchedule) -> bool:
-    """False where the noise levels do not come from spaced timesteps, but are flow matching's or the scheduler's."""
-    return schedule.prediction_type != "flow" and schedule._scheduler is None
-
-
 def _spaced(pretrained: models.Pretrained, spacing: Spacing | None) -> models.Pretrained:
     if spacing is None:
         return pretrained
-    if not _has_spacing(pretrained.schedule):
+    if not pretrained.schedule.has_spacing:
         raise ValueError(f"timestep_spacing: the scheduler of {pretrained.name!r} has noise levels of its own")
     return replace(pretrained, schedule=replace(pretrained.schedule, timestep_spacing=str(spacing)))
 

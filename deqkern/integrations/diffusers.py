@@ -11,7 +11,6 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -42,7 +41,8 @@ DENOISERS = {
     "StableDiffusion3Img2ImgPipeline": "transformer",
 }
 # The schedulers whose update rule is the chain that is solved.
-SCHEDULERS = ("DDIMScheduler", "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler")
+MULTISTEP_SCHEDULER = "DPMSolverMultistepScheduler"
+SCHEDULERS = ("DDIMScheduler", "FlowMatchEulerDiscreteScheduler", MULTISTEP_SCHEDULER)
 # What the last of them must be set to: DPM-Solver++ 2M, as an ODE or an SDE.
 MULTISTEP = {"solver_order": (2,), "solver_type": ("midpoint",), "algorithm_type": ("dpmsolver++", "sde-dpmsolver++")}
 INVERTIBLE = ("DDIMPipeline", "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
@@ -164,7 +164,7 @@ class ParallelRun:
         self._turn, self._solve = "nobody", None
 
     def _table(self, eta: float = 0.0) -> StepTable:
-        count, order = int(self._plain.num_inference_steps), 2 if _rule(self._plain) == SCHEDULERS[2] else 1
+        count, order = int(self._plain.num_inference_steps), 2 if _rule(self._plain) == MULTISTEP_SCHEDULER else 1
         return self._schedule.steps(count, eta=eta, order=order)
 
     def _iterations(self, values: Tensor, span: range) -> Iterator[Tensor]:
@@ -278,7 +278,7 @@ class ParallelRun:
         if eta:
             shape, generator = self._first.shape, self._call.get("generator")
             noise = torch.stack([randn_tensor(shape, generator, x.device, dtype) for _ in self._span])
-        table = _part(self._table(eta), self._span)
+        table = self._table(eta).part(self._span)
         trajectory = start(_Denoiser(), self._first, table, self._solver, step_noise=noise)
         self._solve = Solve(trajectory, self._solver, rtol=self._rtol)
 
@@ -444,15 +444,6 @@ def _posing_as(method: Callable[..., Any], function: Callable[..., Any]) -> Call
     return functools.update_wrapper(functools.partial(function), method)
 
 
-def _part(table: StepTable, span: range) -> StepTable:
-    """The steps `span` of the chain."""
-    values = {item.name: getattr(table, item.name) for item in fields(table)}
-    part: dict[str, Any] = {n: v[span.start : span.stop].clone() for n, v in values.items() if isinstance(v, Tensor)}
-    part["b"][:1] += part["c"][:1]  # the first step is of first order
-    part["c"][:1] = 0
-    return replace(table, **part)
-
-
 def _defined(owner: Any, method: str) -> str | None:
     """The class of diffusers in which the type of `owner` has its `method`."""
     function = getattr(type(owner), method, None)
@@ -496,14 +487,14 @@ def _denoiser(pipe: Any) -> Any:
 
 def _draws(scheduler: Any) -> bool:
     """Whether each step draws noise without being told an eta."""
-    return _rule(scheduler) == SCHEDULERS[2] and scheduler.config.algorithm_type == "sde-dpmsolver++"
+    return _rule(scheduler) == MULTISTEP_SCHEDULER and scheduler.config.algorithm_type == "sde-dpmsolver++"
 
 
 def _check_scheduler(scheduler: Any) -> None:
     rule, config = _rule(scheduler), scheduler.config
     if rule not in SCHEDULERS:
         raise ValueError(_unknown_rule(scheduler))
-    if rule == SCHEDULERS[2]:
+    if rule == MULTISTEP_SCHEDULER:
         for option, values in MULTISTEP.items():
             if config[option] not in values:
                 raise ValueError(
@@ -520,10 +511,10 @@ def _check_scheduler(scheduler: Any) -> None:
 
 def _check_pair(pipe: Any, scheduler: Any) -> None:
     loop = _loop(pipe) or ""
-    if loop == "DDIMPipeline" and _rule(scheduler) == SCHEDULERS[2]:
+    if loop == "DDIMPipeline" and _rule(scheduler) == MULTISTEP_SCHEDULER:
         raise ValueError(
-            f"pipe.scheduler is a {SCHEDULERS[2]}, whose step does not take the eta that DDIMPipeline gives it; use a "
-            "DDIMScheduler, or deqkern.sample(..., order=2)"
+            f"pipe.scheduler is a {MULTISTEP_SCHEDULER}, whose step does not take the eta that DDIMPipeline gives it; "
+            "use a DDIMScheduler, or deqkern.sample(..., order=2)"
         )
     if _draws(scheduler) and loop.startswith(("DiT", "StableDiffusion3")):
         raise ValueError(
