@@ -18,6 +18,7 @@ from .measures import spectral_radius as spectral_radius
 from .optimization import Optimize as Optimize
 from .planning import Plan as Plan
 from .planning import plan as plan
+from .replication import replicated as replicated
 from .sampling import sample as sample
 from .schedule import NoiseSchedule as NoiseSchedule
 from .slopes import SlopeProfile as SlopeProfile

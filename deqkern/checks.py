@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .network import Model
+from .replication import is_replicated
 from .schedule import NoiseSchedule
 from .solvers import Solver
 
@@ -121,12 +122,14 @@ def check_finite(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} must be finite")
 
 
-def check_cuda_graph(cuda_graph: bool, noise: Tensor, solver: Solver) -> None:
+def check_cuda_graph(cuda_graph: bool, model: Model, noise: Tensor, solver: Solver) -> None:
     """Refuse `cuda_graph` where nothing can be captured."""
     if not isinstance(cuda_graph, bool):
         raise TypeError(f"cuda_graph must be a bool, got {type(cuda_graph).__name__}")
     if cuda_graph and not noise.is_cuda:
         raise ValueError(f"cuda_graph=True needs noise on a CUDA device, got {noise.device}")
+    if cuda_graph and is_replicated(model):
+        raise ValueError("cuda_graph=True needs a model on one device: a graph cannot span several")
     if cuda_graph and solver.window is not None:
         raise ValueError("cuda_graph=True needs a solver without a window: the rows of a graph do not move")
 

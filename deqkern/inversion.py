@@ -96,7 +96,7 @@ def invert(
         raise TypeError(f"round_trip must be a bool, got {type(round_trip).__name__}")
     solver = default() if solver is None else solver
     check_arguments(model, "sample", sample, schedule, solver, rtol, max_iterations, model_kwargs, max_batch, callback)
-    check_cuda_graph(cuda_graph, sample, solver)
+    check_cuda_graph(cuda_graph, model, sample, solver)
     largest = float(sample.detach().abs().amax()) if sample.numel() else 0.0
     if largest > LARGEST_VALUE:
         warnings.warn(

@@ -38,12 +38,12 @@ def kwargs_of(model_kwargs: Mapping[str, Any], samples: Tensor, batch: int) -> d
     def rows(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value[samples] if value.ndim and len(value) == batch else value
-        return _rebuilt(value, rows)
+        return rebuilt(value, rows)
 
     return {name: rows(value) for name, value in model_kwargs.items()}
 
 
-def _rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
+def rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
     """A dict, list or tuple with `change` applied to what it holds; anything else as it is."""
     if isinstance(value, Mapping):
         return {key: change(entry) for key, entry in value.items()}
@@ -188,4 +188,4 @@ class Network:
 
 
 def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else _rebuilt(value, _detached)
+    return value.detach() if isinstance(value, Tensor) else rebuilt(value, _detached)

@@ -83,7 +83,7 @@ def sample(
     auto = isinstance(solver, str) and solver == "auto"
     chosen: Any = default() if solver is None or auto else solver
     check_arguments(model, "noise", noise, schedule, chosen, rtol, max_iterations, model_kwargs, max_batch, callback)
-    check_cuda_graph(cuda_graph, noise, chosen)
+    check_cuda_graph(cuda_graph, model, noise, chosen)
     method = gradients.named(gradient)
     table = schedule.steps(num_inference_steps, eta=eta, sigma_min=sigma_min, order=order)
     if order == 2 and not isinstance(method, gradients.Exact | None):

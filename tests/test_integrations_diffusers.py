@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import deqkern
 from deqkern import models
-from deqkern.integrations.diffusers import invert, parallel
+from deqkern.integrations.diffusers import DENOISERS, invert, parallel
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers", reason="the pipelines need it")
@@ -372,6 +373,34 @@ def test_max_batch_bounds_every_call(max_batch: int) -> None:
     assert float(relative_error(actual, expected).max()) <= 2e-3
 
 
+@pytest.mark.parametrize("max_batch", [None, 5])
+@pytest.mark.parametrize("name", ["xl", "dit", "sd3"])
+def test_several_devices_share_every_call(name: str, max_batch: int | None) -> None:
+    pipe, call = pieces(name, True)
+    expected, denoiser = result(pipe, call), getattr(pipe, DENOISERS[type(pipe).__name__])
+    rows: list[int] = []
+    handle = denoiser.register_forward_hook(lambda module, args, output: rows.append(len(output[0])))  # the copies' too
+    with parallel(pipe, rtol=0.0, max_batch=max_batch, devices=["cpu", "cpu", "cpu"]) as run:
+        actual = result(pipe, call)
+    handle.remove()
+    assert float(relative_error(actual, expected).max()) <= 1e-5
+    assert run.solution is not None
+    assert max(rows) == math.ceil((max_batch or 4 * STEPS) / 3) and sum(rows) == 2 * int(run.solution.nfe.sum())
+    assert torch.equal(result(pipe, call), expected)
+
+
+def test_copies_of_the_denoiser_follow_its_weights_also_between_two_calls() -> None:
+    pipe, call = pieces("sd", True)
+    with parallel(pipe, rtol=0.0, devices=["cpu", "cpu"]):
+        before = result(pipe, call)
+        with torch.no_grad():
+            pipe.unet.conv_out.weight.mul_(0.5)
+        after = result(pipe, call)
+    expected = result(pipe, call)
+    assert float(relative_error(before, expected).max()) > 0.1
+    assert float(relative_error(after, expected).max()) <= 1e-5
+
+
 def test_callbacks_get_previews_and_the_bar_counts_iterations(capsys: pytest.CaptureFixture[str]) -> None:
     pipe, call = pieces("sd", True)
     previews: list[Tensor] = []
@@ -565,6 +594,7 @@ def test_wrong_arguments() -> None:
     refused(pipe, "rtol must be finite and >= 0", rtol=-1.0)
     refused(pipe, "max_batch must be None or an int >= 1", max_batch=0)
     refused(pipe, "solver must be a Solver", solver="default", error=TypeError)
+    refused(pipe, "devices must hold the model's own, cpu, got meta", devices=["meta"])
     refused(pipe, "num_inference_steps", call | {"num_inference_steps": 1001})
     pipe.scheduler = diffusers.DDIMScheduler(timestep_spacing="trailing", clip_sample=False)
     with parallel(pipe, rtol=0.0):  # a spacing that its chain reproduces

@@ -19,6 +19,7 @@ LAYERS = [
     ["deqkern.spectral"],
     ["deqkern.slopes"],
     ["deqkern.solvers", "deqkern.network"],
+    ["deqkern.replication"],
     ["deqkern.trajectory", "deqkern.checks"],
     ["deqkern.capture", "deqkern.planning"],
     ["deqkern.solve"],

@@ -21,6 +21,7 @@ from .. import inversion
 from ..checks import check_options, check_solver
 from ..guidance import guided
 from ..network import kwargs_of
+from ..replication import Replicated, replicated
 from ..schedule import NoiseSchedule, StepTable
 from ..solve import Solution, Solve
 from ..solvers import Solver, default
@@ -63,6 +64,7 @@ def parallel(
     rtol: float = 1e-2,
     solver: Solver | None = None,
     max_batch: int | None = None,
+    devices: Sequence[torch.device | str | int] | None = None,
 ) -> Iterator[ParallelRun]:
     """Inside the context `pipe(...)` samples all its steps at once; everything else about it stays as it is.
 
@@ -76,6 +78,8 @@ def parallel(
         FlowMatchEulerDiscreteScheduler. Inpainting needs a UNet of 9 channels.
     rtol, solver: as in `deqkern.sample`, but no "auto". max_batch: rows in one call of the denoiser; guidance takes two
         per state.
+    devices: several evaluate the denoiser at the same time, each its share of the rows, as `deqkern.replicated` does;
+        its own alone if None.
     eta and generator of the call are kept to: step noise is drawn in the order of the sequential loop.
 
     Yields an object whose `solution` is the `Solution` of the last finished call; `nfe` counts states, guided or not.
@@ -91,7 +95,8 @@ def parallel(
     solver = default() if solver is None else solver
     check_solver("solver", solver)
     check_options(rtol, None, max_batch)
-    run = ParallelRun(pipe, denoiser, scheduler, rtol, solver, max_batch)
+    spread = None if devices is None else _spread(denoiser, devices)
+    run = ParallelRun(pipe, denoiser, scheduler, rtol, solver, max_batch, spread)
     before, kind = pipe.scheduler, type(pipe)
     handles = [
         denoiser.register_forward_pre_hook(run._before_denoiser, with_kwargs=True),
@@ -115,9 +120,17 @@ class ParallelRun:
     solution: Solution | None = None
 
     def __init__(
-        self, pipe: Any, denoiser: torch.nn.Module, scheduler: Any, rtol: float, solver: Solver, max_batch: int | None
+        self,
+        pipe: Any,
+        denoiser: torch.nn.Module,
+        scheduler: Any,
+        rtol: float,
+        solver: Solver,
+        max_batch: int | None,
+        spread: Replicated | None,
     ) -> None:
-        self._pipe, self._rtol, self._solver, self._max_batch = pipe, rtol, solver, max_batch
+        self._pipe, self._rtol, self._solver, self._max_batch, self._spread = pipe, rtol, solver, max_batch, spread
+        self._denoiser = denoiser
         config: Any = denoiser.config
         self._channels = min(int(config.in_channels), int(config.out_channels))  # less conditioning, less learned sigma
         self._names = list(inspect.signature(getattr(denoiser, "_orig_mod", denoiser).__class__.forward).parameters)[1:]
@@ -129,8 +142,16 @@ class ParallelRun:
         self._turn = "nobody"  # whom the loop calls next: "denoiser", "scheduler", or "nobody" outside of it
         self._inside = False  # the denoiser is called by the hook itself
         self._outputs: list[Tensor] = []  # of all parts of a call but the last
+        self._join: Callable[[Any], Tensor] | None = None  # the last output to those of its rows on other devices
         self._call: Mapping[str, Any] = {}  # the arguments of the pipeline call
         self._solve: Solve | None = None
+
+    def __deepcopy__(self, memo: Any) -> ParallelRun:
+        return self  # the hooks of a copied denoiser are those of this run, and do nothing
+
+    def _passes(self, module: torch.nn.Module) -> bool:
+        """Whether this call of a denoiser is not the loop's."""
+        return self._inside or self._turn == "nobody" or module is not self._denoiser
 
     # The call, and its loop: timesteps, then for each of them the denoiser and the scheduler's step.
 
@@ -192,7 +213,7 @@ class ParallelRun:
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[()], dict[str, Any]] | None:
         """Call the module at the selected states, ordered (copy of guidance, state); the last part is left to it."""
-        if self._inside or self._turn == "nobody":
+        if self._passes(module):
             return None
         rest = dict(zip(self._names, args, strict=False)) | kwargs
         x = rest.pop(self._names[0])
@@ -218,16 +239,20 @@ class ParallelRun:
         ]
         self._turn, self._inside = "scheduler", True
         try:
-            self._outputs = [module(**call)[0] for call in calls[:-1]]
+            if self._spread is None:
+                self._outputs = [module(**call)[0] for call in calls[:-1]]
+                return (), calls[-1]
+            self._outputs = [self._spread(**call) for call in calls[:-1]]
+            _, call, self._join = self._spread.begin(**calls[-1])
+            return (), call
         finally:
             self._inside = False
-        return (), calls[-1]
 
     def _after_denoiser(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
-        if self._inside or self._turn == "nobody" or not self._outputs:
+        if self._passes(module) or not (self._outputs or self._join):
             return None
-        joined = torch.cat([*self._outputs, output[0]])
-        self._outputs = []
+        joined = torch.cat([*self._outputs, output[0] if self._join is None else self._join(output)])
+        self._outputs, self._join = [], None
         return (joined,) if isinstance(output, tuple) else type(output)(sample=joined)
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
@@ -362,6 +387,7 @@ def invert(
     method: str = "joint",
     sigma_min: float | None = None,
     max_batch: int | None = None,
+    devices: Sequence[torch.device | str | int] | None = None,
 ) -> Solution:
     """Find the noise from which `pipe` makes `image` (eta = 0): see `deqkern.invert`.
 
@@ -375,6 +401,7 @@ def invert(
         is guidance, against the empty prompt, and makes inversion harder.
     sigma_min: None is the pipeline's own chain; `deqkern.invert` says why a chain that ends early inverts better.
     max_batch: rows in one call of the UNet, but never less than one state; guidance takes two per state.
+    devices: as in `parallel`.
 
     Raises ValueError or TypeError for an argument that does not fit.
     """
@@ -387,12 +414,14 @@ def invert(
     scheduler = getattr(pipe.scheduler, "_deqkern_original", pipe.scheduler)
     if _rule(scheduler) != "DDIMScheduler":
         raise ValueError(_unknown_rule(scheduler))
-    schedule, unet = NoiseSchedule.from_diffusers(scheduler), pipe.unet
+    schedule, device = NoiseSchedule.from_diffusers(scheduler), pipe.unet.device
     if schedule.clip_sample or schedule.thresholding:
         raise ValueError(
             "pipe.scheduler clips x0, which cannot be undone: use DDIMScheduler.from_config(pipe.scheduler.config, "
             "clip_sample=False, thresholding=False)"
         )
+
+    unet = pipe.unet if devices is None else _spread(pipe.unet, devices)
 
     def found(model: Any, sample: Tensor, rows: int, model_kwargs: dict[str, Any]) -> Solution:
         return inversion.invert(
@@ -411,7 +440,7 @@ def invert(
         if name == "DDIMPipeline":
             if prompt != "" or guidance_scale != 1:
                 raise ValueError("prompt and guidance_scale are for Stable Diffusion; DDIMPipeline has no conditioning")
-            return found(unet, _pixels(pipe, image).to(unet.device), 1, {})
+            return found(unet, _pixels(pipe, image).to(device), 1, {})
         latents = _latents(pipe, image)
         prompts = [prompt] * len(latents) if isinstance(prompt, str) else list(prompt)
         if len(prompts) != len(latents):
@@ -422,6 +451,12 @@ def invert(
         if not guides:
             return found(unet, latents, 1, given)
         return found(guided(unet, guidance_scale, given, {"encoder_hidden_states": empty}), latents, 2, {})
+
+
+def _spread(denoiser: torch.nn.Module, devices: Sequence[torch.device | str | int]) -> Replicated:
+    if hasattr(denoiser, "_hf_hook"):
+        raise ValueError("devices: the denoiser of pipe is moved about by accelerate; it must stay on its device")
+    return replicated(denoiser, devices)
 
 
 def _pixels(pipe: Any, image: Any) -> Tensor:  # (B, C, H, W) in -1 .. 1

@@ -1,0 +1,178 @@
+"""A model on several devices: the rows of a call are shared out, and evaluated at the same time."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from .guidance import Guided
+from .network import rebuilt
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # its arguments
+
+
+class Replicated(torch.nn.Module):
+    """What `replicated` makes: `model(x, t, ..)` is the model's output as one tensor, where x is."""
+
+    def __init__(self, model: torch.nn.Module, devices: Sequence[torch.device]) -> None:
+        super().__init__()
+        self.model = model  # it serves the first device itself
+        self.devices = tuple(devices)
+        self._follow()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Tensors with as many rows as the first one are shared out, others go to every device."""
+        args, kwargs, join = self.begin(*args, **kwargs)
+        return join(self.model(*args, **kwargs))
+
+    def begin(self, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Callable[[Any], Tensor]]:
+        """Start the copies on their shares: the arguments that are left to the model, and what joins its output."""
+        count = len(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+        number = min(len(self.devices), count) or 1
+        ends = [count * j // number for j in range(number + 1)]
+        shares = [slice(*pair) for pair in itertools.pairwise(ends)]
+        calls = [
+            (_share(args, count, share, device), _share(kwargs, count, share, device))
+            for share, device in zip(shares, self.devices, strict=False)
+        ]
+        outputs = self._start(calls[1:])
+
+        def join(first: Any) -> Tensor:
+            own = _tensor_of(first)
+            return torch.cat([own, *(output().to(own.device) for output in outputs)]) if outputs else own
+
+        return *calls[0], join
+
+    def _start(self, calls: list[Call]) -> list[Callable[[], Tensor]]:
+        """Call the copies, each in a thread of its own, in the setting of this one; what waits for each output."""
+        if not calls:
+            return []
+        if _state_of(self.model) != self._state:
+            self._follow()
+        named: dict[str, Tensor] = {}
+        if torch.is_grad_enabled() and any(value.requires_grad for value in self.model.parameters()):
+            named = dict(self.model.named_parameters())  # those of the copies get no gradient
+        pool = ThreadPoolExecutor(len(calls))
+        outputs = []
+        for module, call, device in zip(self._copies, calls, self.devices[1:], strict=False):
+            parameters = {name: value.to(device) for name, value in named.items()}
+            evaluate = functools.partial(_evaluate, module, parameters, call)
+            outputs.append(pool.submit(_as_here(evaluate, device)))
+        pool.shutdown(wait=False)  # its threads end with their work
+        return [output.result for output in outputs]
+
+    def _follow(self) -> None:
+        """Copy the model as it is now."""
+        self._copies = [_copied(self.model, device) for device in self.devices[1:]]
+        self._state = _state_of(self.model)
+
+    def extra_repr(self) -> str:
+        return f"devices={', '.join(map(str, self.devices))}"
+
+
+def replicated(model: torch.nn.Module, devices: Sequence[torch.device | str | int] | None = None) -> Replicated:
+    """`model` on several devices, each of which evaluates its share of the rows of a call, for `sample` and others.
+
+    A joint solve evaluates S * B rows in one call: of n devices each takes an n-th of them. The states stay on the
+    model's own device; the samples are the same as without. `max_batch` counts the rows of all devices together, and
+    `deqkern.plan` measures all of them.
+
+    model: a module, all on one device. It stays what it is, and serves its device; the others hold copies, which are
+        made again when its parameters, its buffers or its mode have changed. Inside `guided`, not around it. Gradients
+        reach its parameters, at the price of copying them in each call. Of a model that was compiled in place
+        (`model.compile()`) the copies are not: give `torch.compile(model)`.
+    devices: the model's own among them; all GPUs if None. CUDA graphs cannot span them: `cuda_graph` is refused.
+
+    Raises TypeError or ValueError for an argument that does not fit.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, which can be copied, got {type(model).__name__}")
+    if isinstance(model, Guided | Replicated):
+        raise ValueError(f"model must be the network itself, got {type(model).__name__}: guided(replicated(model), ..)")
+    held = {value.device for value in _tensors(model)}
+    if len(held) != 1:
+        raise ValueError(f"model must have its parameters on one device, got {len(held)}")
+    (own,) = held
+    if devices is None:
+        found = [torch.device("cuda", index) for index in range(torch.cuda.device_count())] or [own]
+    elif isinstance(devices, str) or not isinstance(devices, Sequence):
+        raise TypeError(f"devices must be a sequence of devices, got {devices!r}")
+    else:
+        found = [_device(value) for value in devices]
+    if own not in found:
+        raise ValueError(f"devices must hold the model's own, {own}, got {', '.join(map(str, found)) or 'none'}")
+    found.remove(own)
+    return Replicated(model, [own, *found])
+
+
+def is_replicated(model: Any) -> bool:
+    """Whether a call of `model` uses several devices."""
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    return any(isinstance(module, Replicated) and len(module.devices) > 1 for module in modules)
+
+
+def _as_here(function: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """`function` for another thread, with what torch keeps per thread as it is in this one."""
+    grad, inference, kind = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), device.type
+    cast: dict[str, Any] = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
+    stream = torch.cuda.current_stream(device) if kind == "cuda" else None
+
+    def there() -> Tensor:
+        with (
+            torch.inference_mode(inference),
+            torch.set_grad_enabled(grad),
+            torch.autocast(kind, **cast),
+            torch.cuda.stream(stream),  # and its device; nothing if None
+        ):
+            return function()
+
+    return there
+
+
+def _evaluate(module: torch.nn.Module, parameters: dict[str, Tensor], call: Call) -> Tensor:
+    return _tensor_of(functional_call(module, parameters, *call))
+
+
+def _tensor_of(output: Any) -> Tensor:
+    output = getattr(output, "sample", output)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _share(value: Any, count: int, rows: slice, device: torch.device) -> Any:
+    """The `rows` of all tensors in `value` that have `count` of them; all tensors, on the device."""
+    if isinstance(value, Tensor):
+        return (value[rows] if value.ndim and len(value) == count else value).to(device)
+    return rebuilt(value, lambda entry: _share(entry, count, rows, device))
+
+
+def _tensors(model: torch.nn.Module) -> Iterator[Tensor]:
+    return itertools.chain(model.parameters(), model.buffers())
+
+
+def _state_of(model: torch.nn.Module) -> list[Any]:
+    """What changes when a parameter or buffer is replaced, or written in place, and with `train` and `eval`."""
+    state: list[Any] = [module.training for module in model.modules()]
+    return state + [(value.data_ptr(), 0 if value.is_inference() else value._version) for value in _tensors(model)]
+
+
+def _copied(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """A copy whose parameters and buffers are on the device, and are made there at once."""
+    made: dict[int, Any] = {id(value): value.detach().to(device, copy=True) for value in model.buffers()}
+    for value in model.parameters():
+        made[id(value)] = torch.nn.Parameter(value.detach().to(device, copy=True), requires_grad=False)
+    return copy.deepcopy(model, made)
+
+
+def _device(value: Any) -> torch.device:
+    device = torch.device("cuda", value) if isinstance(value, int) else torch.device(value)
+    if str(device) == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

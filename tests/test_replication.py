@@ -1,0 +1,240 @@
+"""One model on several devices, here several times on one: the same samples, inverses and gradients."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from asserts import relative_error
+from torch import Tensor
+
+import deqkern
+from deqkern import NoiseSchedule, models, replicated, solvers
+from deqkern.replication import is_replicated
+
+SHAPE, STEPS, SCHEDULE = (2, 6, 5), 12, NoiseSchedule.linear()
+THREE = ["cpu"] * 3
+
+
+class Denoiser(torch.nn.Module):
+    """A small network with a condition per row, one for all rows, and a buffer; it notes down who called it."""
+
+    calls: list[tuple[int, int, int]]  # which copy, its rows, its thread
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = torch.nn.Conv2d(2, 6, 3, padding=1), torch.nn.Conv2d(6, 2, 3, padding=1)
+        self.drop = torch.nn.Dropout(0.5)
+        self.register_buffer("gain", torch.tensor(0.5))
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor | None = None, added: Any = None) -> Any:
+        Denoiser.calls.append((id(self), len(x), threading.get_ident()))
+        hidden = self.first(x) + (t.to(x) / 1000)[:, None, None, None]
+        if text is not None:
+            hidden = hidden + text[:, :, None, None] + added["bias"][0]
+        return SimpleNamespace(sample=self.gain * x + self.last(torch.tanh(self.drop(hidden))))
+
+
+@pytest.fixture
+def model() -> Denoiser:
+    torch.manual_seed(0)
+    Denoiser.calls = []
+    return Denoiser().eval()
+
+
+def noise(count: int = 2) -> Tensor:
+    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(1))
+
+
+def conditions(count: int = 2) -> dict[str, Any]:
+    return {"text": torch.randn(count, 6), "added": {"bias": [torch.randn(1, 6, 1, 1)]}}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7])
+def test_rows_are_shared_out(model: Denoiser, rows: int) -> None:
+    x, t = noise(rows), torch.arange(rows)
+    given = conditions(rows)
+    expected = model(x, t, **given).sample
+    Denoiser.calls.clear()
+    found = replicated(model, THREE)(x, t, **given)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    copies, counts, threads = zip(*Denoiser.calls, strict=True)
+    assert sum(counts) == rows and max(counts) - min(counts) <= 1
+    assert len(set(copies)) == min(rows, 3)
+    here = [thread == threading.get_ident() for thread in threads]
+    assert here == [copy == id(model) for copy in copies]
+
+
+def test_no_rows(model: Denoiser) -> None:
+    assert replicated(model, THREE)(noise(0), torch.arange(0)).shape == (0, *SHAPE)
+
+
+@pytest.mark.parametrize("max_batch", [None, 5])
+def test_samples_and_inverses_are_the_same(model: Denoiser, max_batch: int | None) -> None:
+    options: dict[str, Any] = {"model_kwargs": conditions(), "max_batch": max_batch, "rtol": 0.0}
+    expected = deqkern.sample(model, noise(), SCHEDULE, STEPS, sigma_min=0.1, **options)
+    Denoiser.calls.clear()
+    found = deqkern.sample(replicated(model, THREE), noise(), SCHEDULE, STEPS, sigma_min=0.1, **options)
+    assert relative_error(found.value, expected.value).max() <= 1e-5
+    assert sum(rows for _, rows, _ in Denoiser.calls) == found.nfe.sum()
+    picture = noise().clamp(-1, 1)
+    inverse, again = (
+        deqkern.invert(inner, picture, SCHEDULE, STEPS, sigma_min=0.1, **options)
+        for inner in (model, replicated(model, THREE))
+    )
+    assert relative_error(again.value, inverse.value).max() <= 1e-5
+
+
+def test_a_trained_model() -> None:
+    loaded = models.load("digits")
+    first = torch.randn(2, *loaded.shape, generator=torch.Generator().manual_seed(3))
+    expected = deqkern.sample(loaded.model, first, loaded.schedule, 20, solver=solvers.sequential(), rtol=0.0)
+    found = deqkern.sample(replicated(loaded.model, ["cpu", "cpu"]), first, loaded.schedule, 20, rtol=1e-3)
+    assert found.converged.all() and relative_error(found.value, expected.value).max() <= 3e-3
+
+
+def test_guidance_goes_around_it(model: Denoiser) -> None:
+    cond, uncond = conditions(), conditions()
+    expected, found = (
+        deqkern.sample(deqkern.guided(inner, 3.0, cond, uncond), noise(), SCHEDULE, STEPS, rtol=0.0).value
+        for inner in (model, replicated(model, THREE))
+    )
+    assert relative_error(found, expected).max() <= 1e-5
+
+
+@pytest.mark.parametrize("gradient", ["exact", "implicit"])
+def test_gradients_reach_the_model_and_its_arguments(model: Denoiser, gradient: str) -> None:
+    def grads(inner: torch.nn.Module) -> list[Tensor]:
+        first, given = noise().requires_grad_(), conditions_with_grad
+        found = deqkern.sample(inner, first, SCHEDULE, STEPS, rtol=1e-6, gradient=gradient, model_kwargs=given)
+        inputs = [first, given["text"], given["added"]["bias"][0], *model.parameters()]
+        return list(torch.autograd.grad(found.value.square().sum(), inputs))
+
+    conditions_with_grad = conditions()
+    for value in (conditions_with_grad["text"], conditions_with_grad["added"]["bias"][0]):
+        value.requires_grad_()
+    for expected, found in zip(grads(model), grads(replicated(model, THREE)), strict=True):
+        assert expected.norm() > 0
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+
+
+def change_parameter(model: Denoiser) -> None:
+    with torch.no_grad():
+        model.last.weight.mul_(2)
+
+
+def change_buffer(model: Denoiser) -> None:
+    model.gain = torch.tensor(-0.3)
+
+
+def add_module(model: Denoiser) -> None:
+    model.last = torch.nn.Sequential(model.last, torch.nn.Conv2d(2, 2, 1))
+
+
+@pytest.mark.parametrize("change", [change_parameter, change_buffer, add_module])
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_copies_follow_the_model(model: Denoiser, change: Any, grad: bool) -> None:
+    spread, x, t = replicated(model, THREE), noise(6), torch.arange(6)
+    with torch.set_grad_enabled(grad):
+        before = spread(x, t)
+        change(model)
+        expected = model(x, t).sample
+        assert relative_error(before, expected).max() > 0.05
+        torch.testing.assert_close(spread(x, t), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_copies_follow_the_mode(model: Denoiser) -> None:
+    spread, x, t = replicated(model.train(), THREE), noise(6), torch.arange(6)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(spread(x, t), spread(x, t), rtol=0, atol=0)
+        spread.train()
+        assert relative_error(spread(x, t), spread(x, t)).min() > 0.01
+
+
+def test_what_torch_keeps_per_thread_goes_with_the_call(model: Denoiser) -> None:
+    seen: list[tuple[bool, bool, torch.dtype]] = []
+    model.first.register_forward_hook(
+        lambda module, args, output: seen.append(
+            (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), output.dtype)
+        )
+    )
+    spread, x, t = replicated(model, THREE), noise(3), torch.arange(3)
+    for setting, expected in (
+        (torch.no_grad(), (False, False, torch.float32)),
+        (torch.enable_grad(), (True, False, torch.float32)),
+        (torch.inference_mode(), (False, True, torch.float32)),
+        (torch.autocast("cpu", torch.bfloat16), (True, False, torch.bfloat16)),
+    ):
+        seen.clear()
+        with setting:
+            spread(x, t)
+        assert seen == [expected] * 3
+
+
+def test_an_error_of_a_copy_is_raised(model: Denoiser) -> None:
+    spread = replicated(model, THREE)
+    with pytest.raises(RuntimeError, match="channels"):
+        spread(torch.randn(6, 3, 6, 5), torch.arange(6))
+    with torch.no_grad():
+        assert spread(noise(), torch.arange(2)).shape == (2, *SHAPE)
+
+
+def test_a_compiled_model() -> None:
+    model = torch.nn.Bilinear(3, 3, 4)
+    x, y = torch.randn(6, 3), torch.randn(6, 3)
+    with torch.no_grad():
+        found = replicated(torch.compile(model, backend="eager"), THREE)(x, y)
+        torch.testing.assert_close(found, model(x, y), rtol=1e-5, atol=1e-6)
+
+
+def test_the_plan_measures_all_devices(model: Denoiser) -> None:
+    deqkern.plan(replicated(model, THREE), noise(), SCHEDULE, STEPS, repeats=1)
+    assert len({copy for copy, _, _ in Denoiser.calls}) == 3
+
+
+def test_one_device_copies_nothing(model: Denoiser) -> None:
+    replicated(model, ["cpu"])(noise(), torch.arange(2))
+    assert [copy for copy, _, _ in Denoiser.calls] == [id(model)]
+    assert not is_replicated(replicated(model, ["cpu"])) and not is_replicated(lambda x, t: x)
+    assert is_replicated(deqkern.guided(replicated(model, THREE), 1.0, {}, {}))
+
+
+@pytest.mark.parametrize(
+    ("make", "devices", "error", "words"),
+    [
+        (lambda model: lambda x, t: x, THREE, TypeError, "model must be a torch.nn.Module"),
+        (lambda model: deqkern.guided(model, 2.0, {}, {}), THREE, ValueError, "model must be the network itself"),
+        (lambda model: replicated(model, THREE), THREE, ValueError, "model must be the network itself"),
+        (lambda model: torch.nn.Identity(), THREE, ValueError, "model must have its parameters on one device, got 0"),
+        (lambda model: model, "cpu", TypeError, "devices must be a sequence of devices"),
+        (lambda model: model, [], ValueError, "devices must hold the model's own, cpu, got none"),
+        (lambda model: model, ["meta", "meta"], ValueError, "devices must hold the model's own, cpu, got meta, meta"),
+    ],
+)
+def test_bad_input(model: Denoiser, make: Any, devices: Sequence[str], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        replicated(make(model), devices)
+
+
+def test_a_graph_cannot_span_devices(model: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    with pytest.raises(ValueError, match="cuda_graph=True needs a model on one device"):
+        deqkern.sample(replicated(model, THREE), noise(), SCHEDULE, STEPS, cuda_graph=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+@pytest.mark.parametrize("gradient", [None, "implicit"])
+def test_all_gpus(model: Denoiser, gradient: str | None) -> None:
+    torch.backends.cudnn.allow_tf32 = False
+    options: dict[str, Any] = {"rtol": 1e-6, "gradient": gradient}
+    first = noise().requires_grad_(gradient is not None)
+    expected = deqkern.sample(model, first, SCHEDULE, STEPS, **options).value
+    found = deqkern.sample(replicated(model.cuda()), first.cuda(), SCHEDULE, STEPS, **options).value
+    assert len({copy for copy, _, _ in Denoiser.calls}) >= torch.cuda.device_count()
+    assert relative_error(found.detach().cpu(), expected.detach()).max() <= 1e-4
