@@ -34,6 +34,10 @@ class Frozen:
     shrinkage: float = 0.0
     adapts = False
 
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.shrinkage):
+            raise ValueError(f"shrinkage must be finite, got {self.shrinkage}")
+
     def initial(self, table: StepTable, basis: Basis) -> Tensor:  # (S, K)
         return torch.full((table.num_inference_steps, len(basis.bands) - 1), self.shrinkage, dtype=torch.float64)
 
@@ -44,6 +48,10 @@ class Gaussian:
 
     variance: float = 0.25
     adapts = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.variance < math.inf:
+            raise ValueError(f"variance must be finite and > 0, got {self.variance}")
 
     def initial(self, table: StepTable, basis: Basis) -> Tensor:  # (S, K)
         return table.shrinkage(self.variance)[:, None].expand(-1, len(basis.bands) - 1)
@@ -104,11 +112,13 @@ class Secant:
     themselves for dx and the outputs for de: the secant to zero, where a model of centred data gives about zero.
     """
 
-    start: Slope | None = None
+    start: Frozen | Gaussian | SlopeProfile | None = None
     pull: float = 1e-2
     adapts = True
 
     def __post_init__(self) -> None:
+        if self.start is not None and not isinstance(self.start, Frozen | Gaussian | SlopeProfile):
+            raise TypeError(f"start must be None, Gaussian, Frozen or a SlopeProfile, got {type(self.start).__name__}")
         if not self.pull >= 0 or math.isinf(self.pull):
             raise ValueError(f"pull must be finite and >= 0, got {self.pull}")
 

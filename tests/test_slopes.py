@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,11 @@ BAD: list[dict[str, Any]] = [
     {"beta": 0.0},
     {"beta": 1.5},
     {"window": 0},
+    {"window": True},
+    {"history_size": True},
+    {"ridge": "small"},
+    {"beta": None},
+    {"slope": "secant"},
     {"window": 3, "history_size": 2},
     {"basis": "fourier"},
     {"start": "zero"},
@@ -122,8 +128,24 @@ BAD: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", BAD, ids=[next(iter(options)) + str(i) for i, options in enumerate(BAD)])
 def test_bad_solver_options_are_named(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(options))):
+    with pytest.raises((ValueError, TypeError), match=f"^{next(iter(options))} "):
         solvers.Solver(**{"slope": slopes.Frozen(), **options})
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: solvers.default(profile=3), "profile must be a SlopeProfile"),  # type: ignore[arg-type]
+        (lambda: slopes.Secant(start=slopes.Secant()), "start must be None, Gaussian, Frozen or a SlopeProfile"),  # type: ignore[arg-type]
+        (lambda: slopes.Secant(pull=-1.0), "pull must be finite"),
+        (lambda: slopes.Gaussian(0.0), "variance must be finite and > 0"),
+        (lambda: slopes.Frozen(float("nan")), "shrinkage must be finite"),
+        (lambda: solvers.picard(window=True), "window must be None or an int"),
+    ],
+)
+def test_bad_slopes_and_presets(make: Callable[[], object], words: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=words):
+        make()
 
 
 def test_an_unknown_solver_option_is_a_type_error() -> None:
