@@ -211,16 +211,6 @@ def test_what_is_no_run_is_not_drawn() -> None:
             plots.runs_figure(wrong)  # type: ignore[arg-type]
 
 
-def test_an_inversion_shares_eta_0() -> None:
-    chain = {"model": "digits", "rtol": 1e-2}
-    found = [
-        made("", 2, 2, solver="default", eta=0.0, **chain)[1],
-        made("", 2, 2, solver="joint inversion", method="joint", **chain)[1],
-    ]
-    names, title = _names(found, [Path("a"), Path("b")])
-    assert names == ["default", "joint inversion"] and title == "digits, eta 0, rtol 0.01"
-
-
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_the_figure_has_two_axes_of_lines_and_one_per_run(count: int, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
@@ -297,6 +287,7 @@ def test_invert_stores_its_run(model: Path, tmp_path: Path) -> None:
     for method in ("joint", "stepwise"):
         run(*options, "--method", method, "--save-run", file)
         found = runs.load(file)
-        assert found.metadata["solver"] == f"{method} inversion" and found.true_error is None
+        assert found.metadata["solver"] == f"{method} inversion" and found.metadata["eta"] == 0
+        assert found.true_error is None
         assert torch.equal((~found.residual_history.isnan()).sum(1).cumsum(0), found.nfe_history)
         run("plot", file, "--out", tmp_path / "picture.png")

@@ -159,7 +159,8 @@ def invert(
         options |= {"rtol": tolerance}
         if save_run is not None:
             with writing(save_run, "--save-run"):
-                runs.save(save_run, found, options | {"solver": f"{method} inversion", "images": names})
+                facts = {"solver": f"{method} inversion", "eta": 0, "images": names}
+                runs.save(save_run, found, options | facts)
     if as_json:
         options |= {"out": str(out), "report": str(report) if report else None}
         totals = {"iterations": found.iterations, "seconds": round(run.seconds, 3), "message": found.message}

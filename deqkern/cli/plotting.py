@@ -52,7 +52,7 @@ def _names(runs: Sequence[StoredRun], paths: Sequence[Path]) -> tuple[list[str],
 
 
 def _facts(run: StoredRun) -> list[str]:
-    said = {"eta": 0} | run.metadata if "method" in run.metadata else run.metadata  # what is inverted has no noise
+    said = run.metadata
     facts = [Path(str(said["model"])).name] if "model" in said else []
     facts += [f"{said['steps']} steps"] if isinstance(said.get("steps"), int) else []
     facts += ["2M"] if said.get("order") == 2 else []
