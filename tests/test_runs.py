@@ -21,7 +21,6 @@ from torch import Tensor
 import deqkern
 from deqkern import NoiseSchedule, plots, runs, solvers
 from deqkern.cli.files import Noise
-from deqkern.cli.plotting import _names
 from deqkern.runs import StoredRun
 from deqkern.solve import relative_error
 
