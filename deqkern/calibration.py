@@ -40,13 +40,15 @@ def calibrate(
     rtol: float = 1e-3,
     generator: torch.Generator | None = None,
     device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
     model_kwargs: Mapping[str, Any] | None = None,
     max_batch: int | None = None,
 ) -> SlopeProfile:
     """Measure the slopes of `model` over `samples` solves for each eta, for `solvers.default(profile=...)`.
 
-    shape: of one sample, without the batch. Costs about 8 * num_inference_steps model evaluations per sample and eta.
-    Other arguments as in `sample`. Raises ValueError for samples < 1 and whatever `sample` raises.
+    shape: of one sample, without the batch. dtype: of the noise, for a plain function that does not take fp32. Costs
+    about 8 * num_inference_steps model evaluations per sample and eta. Other arguments as in `sample`. Raises
+    ValueError for samples < 1 and whatever `sample` raises.
     """
     check_count("samples", samples)
     if not etas:
@@ -56,7 +58,7 @@ def calibrate(
         noise = torch.randn(samples, *shape, generator=generator, device=generator.device if generator else device)
         sample(
             model,
-            noise.to(device),
+            noise.to(device, dtype),
             schedule,
             num_inference_steps,
             eta=eta,

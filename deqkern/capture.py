@@ -53,9 +53,11 @@ class CapturedIterations:
             try:
                 self.iteration.run(k)
                 graph.capture_end()
-            except RuntimeError as error:
+            except BaseException as error:
                 with contextlib.suppress(RuntimeError):
                     graph.capture_end()  # the stream goes on
+                if not isinstance(error, RuntimeError):
+                    raise
                 raise RuntimeError(f"the model cannot be captured, use cuda_graph=False: {error}") from error
         current.wait_stream(self.stream)
         return graph

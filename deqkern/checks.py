@@ -70,10 +70,15 @@ def check_options(rtol: float, max_iterations: int | None, max_batch: int | None
 
 def check_rtol(rtol: float) -> None:
     """A finite number >= 0."""
-    if not isinstance(rtol, (int, float)) or isinstance(rtol, bool):
-        raise TypeError(f"rtol must be a number, got {type(rtol).__name__}")
+    check_number("rtol", rtol)
     if not 0 <= rtol < math.inf:
         raise ValueError(f"rtol must be finite and >= 0, got {rtol}")
+
+
+def check_number(name: str, value: Any) -> None:
+    """An int or a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
 def check_count(name: str, value: int | None, *, optional: bool = False) -> None:
@@ -122,6 +127,12 @@ def check_finite(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} must be finite")
 
 
+def check_not_empty(name: str, first: Tensor) -> None:
+    """At least one sample."""
+    if len(first) == 0:
+        raise ValueError(f"{name} must hold at least one sample")
+
+
 def check_cuda_graph(cuda_graph: bool, model: Model, noise: Tensor, solver: Solver) -> None:
     """Refuse `cuda_graph` where nothing can be captured."""
     if not isinstance(cuda_graph, bool):
@@ -151,7 +162,7 @@ def check_guess(guess: Tensor | None, noise: Tensor, steps: int) -> None:
         return
     _check_states("guess", guess)
     _check_fits("guess", guess, steps + 1, noise)
-    check_finite("guess", guess)
+    check_finite("guess", guess[1:])
 
 
 def check_step_noise(
@@ -165,6 +176,7 @@ def check_step_noise(
     if eta == 0:
         raise ValueError("step_noise needs eta > 0: with eta = 0 no step draws noise")
     _check_fits("step_noise", step_noise, steps, noise)
+    check_finite("step_noise", step_noise)
 
 
 def _check_states(name: str, value: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +20,7 @@ from .gradients import Implicit, Once, Phantom, named
 from .layout import Layout, State
 from .network import leaves, pull
 from .slopes import Frozen
-from .solve import ConvergenceWarning, Solution, solve, warn_unless_converged
+from .solve import Solution, solve, warn_unless_converged
 from .solvers import Solver, anderson
 from .spectral import Basis
 from .step_table import StepTable
@@ -29,9 +28,9 @@ from .trajectory import Map, Trajectory
 
 Function = Callable[[Any], Any]  # a state to one of the same shapes
 
-_ONE, _ZERO = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+_ONE, _ZERO = torch.ones(1, dtype=torch.float64, device="cpu"), torch.zeros(1, dtype=torch.float64, device="cpu")
 _STEP = StepTable(  # x[1] = f(x[1])
-    timesteps=torch.zeros(1, dtype=torch.int64),
+    timesteps=torch.zeros(1, dtype=torch.int64, device="cpu"),
     alpha=_ONE,
     sigma=_ONE,
     alpha_next=_ONE,
@@ -237,8 +236,7 @@ class _Cotangent:
         )
         if gradient.callback is not None:
             gradient.callback(found)
-        if not bool(found.converged.all()):
-            warnings.warn(f"gradient: {found.message}", ConvergenceWarning, stacklevel=2)
+        warn_unless_converged(found, "gradient: ")
         return found.value
 
 

@@ -7,7 +7,6 @@ called again where its Jacobian is needed: nothing but the states is kept from t
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_count, check_solver
+from .checks import check_callback, check_count, check_number, check_rtol, check_solver
 from .network import Network
-from .solve import ConvergenceWarning, Solution, solve
+from .solve import Solution, solve, warn_unless_converged
 from .solvers import Solver, default
 from .trajectory import start
 from .walks import Walk, adjoint_walk, exact_walk
@@ -47,9 +46,10 @@ class Implicit:
     def __post_init__(self) -> None:
         if self.solver is not None:
             check_solver("solver", self.solver)
-        if self.rtol is not None and not 0 <= self.rtol < float("inf"):
-            raise ValueError(f"rtol must be None or finite and >= 0, got {self.rtol}")
+        if self.rtol is not None:
+            check_rtol(self.rtol)
         check_count("max_iterations", self.max_iterations, optional=True)
+        check_callback(self.callback)
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Phantom:
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps)
+        check_number("tau", self.tau)
         if not 0 < self.tau <= 1:
             raise ValueError(f"tau must lie in (0, 1], got {self.tau}")
 
@@ -223,7 +224,7 @@ class Pullback:
         if not bool(cotangent.isfinite().all()):
             lost = torch.full_like(cotangent, torch.nan)
             noise = lost.expand(len(states) - 1, *lost.shape) if with_noise else None
-            none = torch.zeros(len(lost), dtype=torch.int64)
+            none = torch.zeros(len(lost), dtype=torch.int64, device="cpu")
             return Pulled(lost, noise, [torch.full_like(value, torch.nan) for value in inputs], none)
         sums = _Sums(self.network, states, inputs, self.max_batch)
         match self.gradient:
@@ -250,8 +251,7 @@ class Pullback:
         )
         if gradient.callback is not None:
             gradient.callback(found)
-        if not bool(found.converged.all()):
-            warnings.warn(f"gradient: {found.message}", ConvergenceWarning, stacklevel=2)
+        warn_unless_converged(found, "gradient: ")
         return self._collect(sums, found.trajectory, with_noise, found.nfe)
 
     def _phantom(self, gradient: Phantom, sums: _Sums, cotangent: Tensor, with_noise: bool) -> Pulled:
@@ -279,7 +279,7 @@ class Pullback:
         chain = gradient.tau * swept(cotangent, None)
         for _ in range(gradient.steps - 1):
             chain = torch.lerp(chain, swept(cotangent, chain), gradient.tau)
-        return self._collect(sums, chain, with_noise, torch.full((batch,), (gradient.steps - 1) * steps))
+        return self._collect(sums, chain, with_noise, torch.full((batch,), (gradient.steps - 1) * steps, device="cpu"))
 
     def _collect(self, sums: _Sums, chain: Tensor, with_noise: bool, products: Tensor) -> Pulled:
         """What the solved transposed chain (S+1, B, *shape) says."""
@@ -318,7 +318,7 @@ class Pullback:
             v = walk.of_lam[i] * lam + walk.of_product[i] * through
             lam_before = lam
             lam, last = walk.keep[i] * lam + walk.now[i] * v + walk.before[i] * last, v
-        return Pulled(lam, noise, sums.total(), torch.full((len(lam),), steps))
+        return Pulled(lam, noise, sums.total(), torch.full((len(lam),), steps, device="cpu"))
 
 
 class _Sums:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from . import gradients, sampling
-from .checks import check_arguments, check_cuda_graph
+from .checks import check_arguments, check_cuda_graph, check_not_empty
 from .gradients import Gradient
-from .network import Model, Network, arguments_of, kwargs_of
+from .network import Model, Network, arguments_of
 from .optimization import Optimize, optimize
 from .schedule import NoiseSchedule, StepTable
 from .slopes import Secant
@@ -71,7 +71,8 @@ def invert(
         own end: the last steps to sigma = 0 lose what inversion would need. None keeps the schedule's end.
     gradient: None, "implicit", "phantom", "residual", or an `Implicit` or `Phantom` of `deqkern.gradients`: makes
         `value` differentiable by the sample, tensors in `model_kwargs` and parameters; with "joint" or "stepwise".
-    round_trip: also run the chain forward from the result, step by step (S more calls): `Solution.round_trip`.
+    round_trip: also run the chain forward from `value`, step by step (S more calls): `Solution.round_trip`. It includes
+        the rounding of a `value` in half precision; `trajectory[0]` is the noise before that.
     callback: called with (iteration, noise_estimate (B, *shape), error_estimate (B,)) after each iteration; the
         estimate is NaN if naive.
 
@@ -97,6 +98,8 @@ def invert(
     solver = default() if solver is None else solver
     check_arguments(model, "sample", sample, schedule, solver, rtol, max_iterations, model_kwargs, max_batch, callback)
     check_cuda_graph(cuda_graph, model, sample, solver)
+    if pulled is not None or round_trip or isinstance(method, Optimize):
+        check_not_empty("sample", sample)
     largest = float(sample.detach().abs().amax()) if sample.numel() else 0.0
     if largest > LARGEST_VALUE:
         warnings.warn(
@@ -125,7 +128,7 @@ def invert(
     if round_trip:
         again = sampling.sample(
             model,
-            found.trajectory[0],
+            found.value.detach(),
             schedule,
             num_inference_steps,
             solver=sequential(),
@@ -157,9 +160,8 @@ def _undo(
 
     def run(chosen: Tensor, table: StepTable, solver: Solver, limit: int, **options: Any) -> Solution:
         """Solve for the samples `chosen` (n,)."""
-        known = sample[chosen]
-        network = Network(model, table, kwargs_of(model_kwargs, chosen, len(sample)), known)
-        trajectory = start(network, known, table, solver, max_batch=max_batch)
+        of_all = _Chosen(Network(model, table, model_kwargs, sample), chosen)
+        trajectory = start(of_all, sample[chosen], table, solver, max_batch=max_batch)
         return solve(trajectory, solver, max_iterations=limit, dtype=sample.dtype, **options)
 
     every, steps = torch.arange(len(sample), device=sample.device), len(table.a)
@@ -189,6 +191,16 @@ def _undo(
         again = run(left, table, stepwise(), STEP_LIMIT * steps, rtol=rtol, callback=follow)
         found = _merge(found, again, left)
     return found
+
+
+class _Chosen:
+    """The network of a batch, for the samples `chosen` (n,) of it."""
+
+    def __init__(self, network: Network, chosen: Tensor) -> None:
+        self.network, self.chosen, self.what = network, chosen, network.what
+
+    def __call__(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
+        return self.network(states, steps, self.chosen[samples])
 
 
 def stepwise() -> Solver:

@@ -59,7 +59,7 @@ def _check_around(f: Function, z: State, name: str, count: int, generator: torch
     return Layout.of(z, "z")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PathIndependence:
     """Whether a fixed point depends on where its solve starts.
 

@@ -23,6 +23,17 @@ def model_dtype(model: Model, default: torch.dtype) -> torch.dtype:
     return default
 
 
+def autocast_of(device: torch.device) -> dict[str, Any]:
+    """The arguments of `torch.autocast` with which it is now as it is in this thread."""
+    kind = device.type
+    return {
+        "device_type": kind,
+        "dtype": torch.get_autocast_dtype(kind),
+        "enabled": torch.is_autocast_enabled(kind),
+        "cache_enabled": torch.is_autocast_cache_enabled(),
+    }
+
+
 def arguments_of(model: Model, model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     """`model_kwargs`, added to those that a `Guided` model holds."""
     held = model.model_kwargs if isinstance(model, Guided) else {}
@@ -47,6 +58,8 @@ def rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
     """A dict, list or tuple with `change` applied to what it holds; anything else as it is."""
     if isinstance(value, Mapping):
         return {key: change(entry) for key, entry in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_make"):  # a namedtuple
+        return value._make(map(change, value))
     if type(value) in (list, tuple):
         return type(value)(map(change, value))
     return value
@@ -58,7 +71,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, Mapping):
         for entry in value.values():
             yield from _tensors(entry)
-    elif type(value) in (list, tuple):
+    elif isinstance(value, list | tuple):
         for entry in value:
             yield from _tensors(entry)
 
@@ -124,12 +137,20 @@ class Network:
         self.batch, self.dtype = len(example), model_dtype(model, example.dtype)
         self.timesteps = table.timesteps.to(example.device)
         self._inputs: Tensor | None = None  # (rows, *shape), the states in the model's dtype
+        self._autocast = autocast_of(example.device)
+        # what the caller differentiates by, cut off from the graph that made it
+        self._leaves = {id(v): v.detach().requires_grad_() for v in _tensors(model_kwargs) if v.requires_grad}
 
     def __call__(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
-        output = self._call(self._input(states), self.timesteps[steps], samples, self.model_kwargs)
-        if self.table.converts:
-            return self.table.effective_output(states, output.to(states.dtype), steps)
-        return output
+        return self._evaluate(states, steps, samples, self.model_kwargs)
+
+    def _evaluate(self, states: Tensor, steps: Tensor, samples: Tensor, model_kwargs: Mapping[str, Any]) -> Tensor:
+        if not self.table.converts:
+            return self._call(self._input(states), self.timesteps[steps], samples, model_kwargs)
+        given = self._input(states)
+        given = given.clone() if given is states else given  # the model may write into it, and states are read after
+        output = self._call(given, self.timesteps[steps], samples, model_kwargs)
+        return self.table.effective_output(states, output.to(states.dtype), steps)
 
     def vjp(
         self,
@@ -139,12 +160,24 @@ class Network:
         samples: Tensor,  # (N,)
         inputs: Sequence[Tensor] = (),
     ) -> tuple[Tensor, list[Tensor]]:
-        """J^T cotangents (N, *shape) by the states, and the same by `inputs`, summed over the rows."""
-        with torch.enable_grad():
+        """J^T cotangents (N, *shape) by the states, and the same by `inputs`, summed over the rows.
+
+        As in the call, autocast is what it was when this was made.
+        """
+        with torch.enable_grad(), torch.autocast(**self._autocast):
             states = states.detach().requires_grad_()
-            output = self(states, steps, samples)
-        by_states, *others = pull(output, [states, *inputs], cotangents)
-        return by_states, others
+            output = self._evaluate(states, steps, samples, rebuilt(self.model_kwargs, self._leaf))
+        inputs = [self._leaves.get(id(value), value) for value in inputs]
+        if inputs or self.dtype is not torch.float16:
+            by_states, *others = pull(output, [states, *inputs], cotangents)
+            return by_states, others
+        # where rows are not summed, each has a scale of its own: of one for all the small rows would be lost
+        scale = cotangents.abs().flatten(1).amax(1).clamp_min(torch.finfo(cotangents.dtype).tiny)
+        scale = scale.view(-1, *[1] * (cotangents.ndim - 1))
+        return pull(output, [states], cotangents / scale)[0] * scale, []
+
+    def _leaf(self, value: Any) -> Any:
+        return self._leaves.get(id(value), value) if isinstance(value, Tensor) else rebuilt(value, self._leaf)
 
     def inputs(self, example: Tensor) -> list[Tensor]:
         """The tensors besides the states that the output depends on and that require grad.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_callable, check_generator
+from .checks import check_callable, check_finite, check_generator, check_number
 from .gradients import Gradient, Pullback, named
 from .network import Model, Network
 from .schedule import NoiseSchedule
@@ -32,7 +32,7 @@ def adam(parameters: list[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=0.2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Optimize:
     """What `invert` minimises, and how: `invert(..., method=Optimize(...))`; "optimize" is all defaults.
 
@@ -60,8 +60,10 @@ class Optimize:
         if self.noise is not None and not isinstance(self.noise, Tensor):
             raise TypeError(f"noise must be a tensor, got {type(self.noise).__name__}")
         check_generator(self.generator)
-        if self.stop is not None and math.isnan(self.stop):
-            raise ValueError("stop must not be NaN")
+        if self.stop is not None:
+            check_number("stop", self.stop)
+            if math.isnan(self.stop):
+                raise ValueError("stop must not be NaN")
 
     def first(self, sample: Tensor) -> Tensor:  # (B, *shape) fp32 or fp64
         """The noise to start from."""
@@ -71,6 +73,7 @@ class Optimize:
                     f"noise must have shape {tuple(sample.shape)} on {sample.device}, "
                     f"got {tuple(self.noise.shape)} on {self.noise.device}"
                 )
+            check_finite("noise", self.noise)
             drawn = self.noise.detach()
         else:
             drawn = normal(sample, self.generator, torch.float32)
@@ -110,10 +113,11 @@ class _Search:
         self.noise.requires_grad_()
         self.last: Solution | None = None
         self.best: _Best | None = None
-        self.iterations, self.nfe = 0, torch.zeros(len(sample), dtype=torch.int64)
+        self.iterations, self.nfe = 0, torch.zeros(len(sample), dtype=torch.int64, device="cpu")
         self.history: list[Tensor] = []
         self.nfe_history: list[Tensor] = []
 
+    @torch.no_grad()  # Optimizer.step calls its closure with gradients
     def __call__(self) -> float:
         """The loss at the noise as it is, with the gradient left in `noise.grad`."""
         noise = self.noise.detach()

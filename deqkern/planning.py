@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_arguments, check_count
+from .checks import check_arguments, check_count, check_not_empty, check_number
 from .network import Model, Network, arguments_of
 from .schedule import NoiseSchedule
 from .solvers import Solver, default, sequential
@@ -123,8 +123,7 @@ def planned(
     repeats: int = REPEATS,
 ) -> Plan:
     """`plan`, of arguments that are checked; `name` is the one that holds the example."""
-    if len(example) == 0:
-        raise ValueError(f"{name} must hold at least one sample")
+    check_not_empty(name, example)
     steps, batch = len(network.table.a), len(example)
     counts = f"the shipped models need at rtol {rtol:g}, yours may differ"
     if iterations is not None or evaluations is not None:
@@ -183,8 +182,7 @@ def _effort(
         # Iteration j settles step j: it is not evaluated again.
         most = count * steps - count * (count - 1) / 2
         return count, min(max(usual[1] * count / usual[0], 1.0) * steps, most)
-    if isinstance(evaluations, bool) or not isinstance(evaluations, (int, float)):
-        raise TypeError(f"evaluations must be a number, got {type(evaluations).__name__}")
+    check_number("evaluations", evaluations)
     if not steps <= evaluations <= count * steps:
         raise ValueError(f"evaluations must lie in {steps} .. {count * steps}, steps * iterations, got {evaluations}")
     return count, float(evaluations)

@@ -21,7 +21,7 @@ _FORMAT = "deqkern.Run.1"
 _HISTORIES = ("history", "nfe_history", "residual_history")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StoredRun:
     """What `load` gives back: the histories of a `Solution`, and what was said of the run.
 

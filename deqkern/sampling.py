@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import gradients
-from .checks import check_arguments, check_auto, check_cuda_graph, check_guess, check_step_noise
+from .checks import check_arguments, check_auto, check_cuda_graph, check_guess, check_not_empty, check_step_noise
 from .gradients import Gradient
 from .network import Model, Network, arguments_of
 from .planning import planned
@@ -48,7 +48,8 @@ def sample(
     (arXiv 2210.12867).
 
     model: `model(x, t, **model_kwargs)` with x (N, *shape), t (N,), N up to S * B, returns a tensor like x, or an
-        object with `.sample`. Called in the dtype of its first parameter; a plain function in the dtype of `noise`.
+        object with `.sample`. Called in the dtype of its first parameter; a plain function in the dtype of `noise`. The
+        memory of x is used again after the call: a model that keeps x must copy it.
     noise: (B, *shape) fp32, bf16 or fp16: the chain's noisy end, standard normal for most schedules. Any layout. With
         fp64 the states are fp64 too, and the ops run as plain torch.
     schedule: see `NoiseSchedule`. eta: 0 is DDIM, 1 is DDPM-like (arXiv 2010.02502, eq. 16).
@@ -85,6 +86,8 @@ def sample(
     check_arguments(model, "noise", noise, schedule, chosen, rtol, max_iterations, model_kwargs, max_batch, callback)
     check_cuda_graph(cuda_graph, model, noise, chosen)
     method = gradients.named(gradient)
+    if method is not None:
+        check_not_empty("noise", noise)
     table = schedule.steps(num_inference_steps, eta=eta, sigma_min=sigma_min, order=order)
     if order == 2 and not isinstance(method, gradients.Exact | None):
         raise ValueError(f"gradient must be None or 'exact' with order=2, got {gradient!r}")

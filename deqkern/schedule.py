@@ -124,7 +124,7 @@ class NoiseSchedule:
         sample_max_value: float = 1.0,
     ) -> NoiseSchedule:  # fmt: skip
         """Betas evenly spaced from `beta_start` to `beta_end` (DDPM, arXiv 2006.11239)."""
-        betas = torch.linspace(beta_start, beta_end, _total(num_train_timesteps), dtype=torch.float32)
+        betas = torch.linspace(beta_start, beta_end, _total(num_train_timesteps), dtype=torch.float32, device="cpu")
         return cls.from_betas(
             betas, rescale_betas_zero_snr=rescale_betas_zero_snr, prediction_type=prediction_type,
             timestep_spacing=timestep_spacing, steps_offset=steps_offset, set_alpha_to_one=set_alpha_to_one,
@@ -147,7 +147,7 @@ class NoiseSchedule:
         if beta_start < 0 or beta_end < 0:
             raise ValueError(f"beta_start and beta_end must be >= 0, got {beta_start} and {beta_end}")
         ends = (beta_start**0.5, beta_end**0.5)
-        betas = torch.linspace(*ends, _total(num_train_timesteps), dtype=torch.float32) ** 2
+        betas = torch.linspace(*ends, _total(num_train_timesteps), dtype=torch.float32, device="cpu") ** 2
         return cls.from_betas(
             betas, rescale_betas_zero_snr=rescale_betas_zero_snr, prediction_type=prediction_type,
             timestep_spacing=timestep_spacing, steps_offset=steps_offset, set_alpha_to_one=set_alpha_to_one,
@@ -287,7 +287,7 @@ class NoiseSchedule:
             timesteps, following = chain[:-1], chain[1:]
         final = abar.new_ones(1) if self.set_alpha_to_one else abar[:1]
         now, after = abar[timesteps], torch.cat([abar, final])[[t if t >= 0 else total for t in following]]
-        return self._marginal_steps(torch.tensor(timesteps), now, after, eta, order)
+        return self._marginal_steps(torch.tensor(timesteps, device="cpu"), now, after, eta, order)
 
     def _marginal_steps(self, timesteps: Tensor, now: Tensor, after: Tensor, eta: float, order: int) -> StepTable:
         """The steps from abar = `now` to `after`, (S,) both."""
@@ -337,12 +337,12 @@ class NoiseSchedule:
             return timesteps.float(), sigmas
         # the ends are shifted twice, here and with all the others below, as the scheduler does
         total = self.num_train_timesteps
-        ends = shifted(torch.tensor([1, total], dtype=torch.float32) / total, self.shift)
+        ends = shifted(torch.tensor([1, total], dtype=torch.float32, device="cpu") / total, self.shift)
         low, high = (s * total for s in ends.tolist())
-        levels = high + torch.arange(count, dtype=torch.float64) * ((low - high) / max(count - 1, 1))
+        levels = high + torch.arange(count, dtype=torch.float64, device="cpu") * ((low - high) / max(count - 1, 1))
         levels[count - 1] = low if count > 1 else high
         sigmas = shifted(levels / total, self.shift).float()
-        return sigmas * total, torch.cat([sigmas.double(), torch.zeros(1, dtype=torch.float64)])
+        return sigmas * total, torch.cat([sigmas.double(), torch.zeros(1, dtype=torch.float64, device="cpu")])
 
     def _table(
         self,
@@ -374,7 +374,7 @@ def _rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
 def _checked_alphas_cumprod(values: Any) -> Tensor:
     if values is None:
         raise TypeError("alphas_cumprod must be a tensor (T,), got None")
-    abar = torch.as_tensor(values).detach().to("cpu", torch.float64, copy=True)
+    abar = torch.as_tensor(values, device="cpu").detach().to(torch.float64, copy=True)
     if abar.ndim != 1 or not len(abar):
         raise ValueError(f"alphas_cumprod must have shape (T,) with T >= 1, got {tuple(abar.shape)}")
     ordered = abar[:-1] if abar[-1] == _ZERO_SNR else abar

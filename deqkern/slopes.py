@@ -39,7 +39,9 @@ class Frozen:
             raise ValueError(f"shrinkage must be finite, got {self.shrinkage}")
 
     def initial(self, table: StepTable, basis: Basis) -> Tensor:  # (S, K)
-        return torch.full((table.num_inference_steps, len(basis.bands) - 1), self.shrinkage, dtype=torch.float64)
+        return torch.full(
+            (table.num_inference_steps, len(basis.bands) - 1), self.shrinkage, dtype=torch.float64, device="cpu"
+        )
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,28 @@ class SlopeProfile:
     shape: tuple[int, ...]
     adapts = False
 
+    def __post_init__(self) -> None:
+        for name, dimensions in (("log_snr", 1), ("shrinkage", 2)):
+            value = getattr(self, name)
+            if not isinstance(value, Tensor) or value.dtype is not torch.float64:
+                raise TypeError(f"{name} must be a float64 tensor")
+            if value.ndim != dimensions or len(value) != len(self.log_snr) or len(value) == 0:
+                raise ValueError(
+                    f"log_snr and shrinkage must have shapes (T,) and (T, K), got {name} {tuple(value.shape)}"
+                )
+        if not bool(self.log_snr.isfinite().all() & (self.log_snr.diff() > 0).all()):
+            raise ValueError("log_snr must be finite and increase")
+        if not bool(((self.shrinkage >= 0) & (self.shrinkage <= 1)).all()):
+            raise ValueError("shrinkage must lie in [0, 1]")
+
     def initial(self, table: StepTable, basis: Basis) -> Tensor:  # (S, K)
         if self.shape != basis.shape or self.shrinkage.shape[1] != len(basis.bands) - 1:
             raise ValueError(
                 f"profile was made for samples {self.shape} in {self.shrinkage.shape[1]} bands, "
                 f"got samples {basis.shape} in {len(basis.bands) - 1}"
             )
+        if len(self.log_snr) == 1:
+            return self.shrinkage.expand(table.num_inference_steps, -1)
         levels = table.log_snr
         right = torch.searchsorted(self.log_snr, levels).clamp(1, len(self.log_snr) - 1)
         low, high = self.log_snr[right - 1], self.log_snr[right]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,13 +24,20 @@ Callback = Callable[[int, Tensor, Tensor], None]
 CONTRACTION = 0.1
 # A last correction that is larger than this times the smallest one before it: the iteration diverges.
 GROWTH = 1e3
+# A state that is larger than this times the first one is an overshoot of the iteration: what a map makes of it is not
+# the map's fault.
+OVERSHOOT = 2.0
+
+
+# Whose frames a warning passes over: torch's stand between a layer, or a backward pass, and who calls it.
+_INSIDE = tuple(os.path.dirname(os.path.abspath(path)) + os.sep for path in (__file__, torch.__file__))
 
 
 class ConvergenceWarning(UserWarning):
     """Some samples did not reach the tolerance; the result says which."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Solution:
     """What a solve gives back.
 
@@ -86,7 +95,8 @@ class _Workspace:
         self.gamma = x.new_zeros(steps, batch, m)
         self.norms = wide.new_zeros(steps, batch, 3)
         self.moments = wide.new_zeros(steps, batch, len(bands) - 1, 2)
-        self.errors = wide.new_tensor([torch.inf, torch.inf, 1.0, torch.inf, torch.inf]).repeat(batch, 1)
+        self.fresh = wide.new_tensor([torch.inf, torch.inf, 1.0, torch.inf, torch.inf])
+        self.errors = self.fresh.repeat(batch, 1)
         self.status = wide.new_zeros(3 * batch, dtype=torch.int64)  # one piece, so that one copy tells the host
         self.window, self.diverged = self.status[: 2 * batch].view(batch, 2), self.status[2 * batch :]
         self.window[:, 1] = size
@@ -175,19 +185,26 @@ class _Iteration:
         """Go on with plain iteration for the samples `diverged` (B,), from the first state that is exact.
 
         window: (B, 2), what was active in iteration k. Both are on the CPU. Raises ValueError if it was the map
-        that gave NaN or infinity.
+        that gave NaN or infinity, at a state that was no overshoot.
         """
-        x, e = self.trajectory.x, self.outputs(k)
+        x, work = self.trajectory.x, self.work
         for b in diverged.nonzero().flatten().tolist():
             begin, end = window[b].tolist()
-            bad = ~e[begin:end, b].isfinite().all(-1).cpu()
+            exact = begin if self.implicit else begin + 1
+            bad = ~self.outputs(k)[begin:end, b].isfinite().all(-1).cpu()
+            if not self.implicit:  # the map was called at x[i], of which norms hold |x[i+1]|^2
+                bad[1:] &= work.norms[begin : end - 1, b, 2].sqrt().cpu() <= OVERSHOOT * self.scale[b].cpu()
             if bad.any():
                 where = self.trajectory.where(begin + bad.nonzero().flatten())
                 what = self.trajectory.map.what
                 raise ValueError(f"{what} NaN or infinity at iteration {k + 1}{where} (sample {b})")
-            exact = begin if self.implicit else begin + 1
             x[exact + 1 :, b] = x[exact, b]
-        self.fallen_back |= (diverged != 0).to(x.device)
+            if self.solver.history_size:  # what is not finite would get through a weight of zero
+                work.f_ring[:, :, b] = work.g_ring[:, :, b] = work.gram[:, b] = 0.0
+        fallen = (diverged != 0).to(x.device)
+        # how fast it converged, and how near it had come, were those of another iteration
+        work.errors[:, 1:4] = torch.where(fallen[:, None], work.fresh[1:4], work.errors[:, 1:4])
+        self.fallen_back |= fallen
         self.any_fallen = True
 
 
@@ -215,10 +232,14 @@ class _Mailbox:
         return status[: 2 * batch].view(batch, 2), status[2 * batch :]
 
 
-def warn_unless_converged(solution: Solution) -> None:
-    """One `ConvergenceWarning` if a sample did not converge, for the caller of the public function that calls this."""
-    if not bool(solution.converged.all()):
-        warnings.warn(solution.message, ConvergenceWarning, stacklevel=3)
+def warn_unless_converged(solution: Solution, of: str = "") -> None:
+    """One `ConvergenceWarning` if a sample did not converge, at the line from which deqkern was called."""
+    if bool(solution.converged.all()):
+        return
+    level, frame = 1, sys._getframe()
+    while frame.f_code.co_filename.startswith(_INSIDE) and frame.f_back is not None:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(of + solution.message, ConvergenceWarning, stacklevel=level)
 
 
 def relative_error(value: Tensor, reference: Tensor) -> Tensor:
@@ -234,7 +255,7 @@ def open_rows(window: Tensor, steps: int) -> Tensor:
 
 def _active(windows: Tensor, steps: int) -> Tensor:
     """Whether a step is in the window of a sample (.., S, B) bool, for windows (.., B, 2)."""
-    index = torch.arange(steps)[:, None]
+    index = torch.arange(steps, device="cpu")[:, None]
     return (index >= windows[..., None, :, 0]) & (index < windows[..., None, :, 1])
 
 

@@ -59,6 +59,8 @@ class Solver:
             raise ValueError(f"basis must be 'spectral' or 'identity', got {self.basis!r}")
         if self.history_size and self.slope.adapts:
             raise ValueError("history_size > 0 needs a slope that does not adapt: mixing assumes one fixed map")
+        if self.beta != 1 and self.slope.adapts:
+            raise ValueError("beta < 1 needs a slope that does not adapt: slopes are measured along whole corrections")
         if self.history_size and self.window is not None:
             raise ValueError("window needs history_size = 0: the history of a step that enters later is not defined")
 

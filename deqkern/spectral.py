@@ -26,7 +26,7 @@ _COLOUR_ROTATION = (
 
 def dct_matrix(size: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """The orthonormal DCT-II as a matrix (size, size): row k is the k-th cosine."""
-    index = torch.arange(size, dtype=torch.float64)
+    index = torch.arange(size, dtype=torch.float64, device="cpu")
     matrix = torch.cos(math.pi * (index + 0.5) * index[:, None] / size) * math.sqrt(2 / size)
     matrix[0] /= math.sqrt(2)
     return matrix.to(dtype)
@@ -38,11 +38,11 @@ def radial_bands(height: int, width: int, count: int = BANDS_PER_CHANNEL) -> Ten
     Frequencies are in half-cycles per pixel, (k/height, l/width). Band 0 holds the constant and all that lies within
     the first edge. Bands that a small image leaves empty are closed up.
     """
-    k = torch.arange(height, dtype=torch.float64)[:, None] / height
-    l = torch.arange(width, dtype=torch.float64) / width  # noqa: E741
+    k = torch.arange(height, dtype=torch.float64, device="cpu")[:, None] / height
+    l = torch.arange(width, dtype=torch.float64, device="cpu") / width  # noqa: E741
     radius = torch.hypot(k, l)
     lowest = 1.0 / max(height, width)
-    edges = torch.logspace(math.log10(1.25 * lowest), 0.0, count, dtype=torch.float64)[:-1]
+    edges = torch.logspace(math.log10(1.25 * lowest), 0.0, count, dtype=torch.float64, device="cpu")[:-1]
     band = torch.bucketize(radius, edges)
     return torch.unique(band, return_inverse=True)[1].view(height, width)
 
@@ -71,8 +71,12 @@ class Basis:
         channels, height, width = shape
         band = radial_bands(height, width).flatten()
         count = int(band.max()) + 1
-        keys = (torch.arange(channels)[:, None] * count + band).flatten()
-        colour = torch.tensor(_COLOUR_ROTATION, dtype=torch.float64) if channels == 3 else torch.eye(channels)
+        keys = (torch.arange(channels, device="cpu")[:, None] * count + band).flatten()
+        colour = (
+            torch.tensor(_COLOUR_ROTATION, dtype=torch.float64, device="cpu")
+            if channels == 3
+            else torch.eye(channels, device="cpu")
+        )
         sizes = torch.bincount(keys, minlength=channels * count)
         return cls(
             shape,

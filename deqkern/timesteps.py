@@ -38,7 +38,7 @@ def even_in_log_snr(abar: Tensor, count: int, top: int, lowest: int) -> list[int
         log_snr[0] = 2 * log_snr[1] - log_snr[2] if top - lowest > 1 else log_snr[1] + 1
     if log_snr[-1] == -math.inf:
         log_snr[-1] = 2 * log_snr[-2] - log_snr[-3] if top - lowest > 1 else log_snr[-2] - 1
-    target = torch.lerp(log_snr[0], log_snr[-1], torch.arange(count + 1, dtype=torch.float64) / count)
+    target = torch.lerp(log_snr[0], log_snr[-1], torch.arange(count + 1, dtype=torch.float64, device="cpu") / count)
     right = torch.searchsorted(-log_snr, -target).clamp(1, len(log_snr) - 1)
     before, after = log_snr[right - 1], log_snr[right]
     part = ((before - target) / (before - after).clamp_min(_TINY)).clamp(0, 1)
@@ -58,7 +58,7 @@ def end_flow_at(timesteps: Tensor, sigmas: Tensor, sigma_min: float) -> tuple[Te
     if last + 1 == len(sigmas):
         raise ValueError(f"sigma_min={sigma_min} lies below the end of the scheduler's own sigmas")
     crossing = last + float((sigmas[last] - level) / (sigmas[last] - sigmas[last + 1]))
-    position = torch.arange(len(sigmas), dtype=torch.float64) * (crossing / len(timesteps))
+    position = torch.arange(len(sigmas), dtype=torch.float64, device="cpu") * (crossing / len(timesteps))
     sigmas = _interpolated(sigmas, position)
     sigmas[-1] = level
     return _interpolated(timesteps.double(), position[:-1]).float(), sigmas

@@ -45,8 +45,8 @@ class Trajectory:
     scale: Tensor = field(init=False)  # (B,) float64, what corrections are relative to where a state is larger: |x[0]|
 
     def __post_init__(self) -> None:
-        self.nfe = torch.zeros(self.batch, dtype=torch.int64)
-        self.rows = torch.empty(0, dtype=torch.int64)
+        self.nfe = torch.zeros(self.batch, dtype=torch.int64, device="cpu")
+        self.rows = torch.empty(0, dtype=torch.int64, device="cpu")
         self.scale = self.x[0].double().norm(dim=-1)
         self._images: Tensor | None = None  # (rows, *shape), in the dtype of x
         self._counts = torch.zeros_like(self.nfe)

@@ -153,6 +153,24 @@ def test_bad_input(options: dict[str, Any], error: type[Exception], words: str) 
         deqkern.sample(lambda x, t: x, torch.randn(1, *SHAPE), SCHEDULE, 10, **options)
 
 
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_any_error_ends_the_capture(error: type[BaseException], fake_cuda: None) -> None:
+    class Failing:
+        def phase(self, k: int) -> tuple[int, ...]:
+            return ()
+
+        def run(self, k: int) -> None:
+            if k:
+                FakeGraph.recording.k = k  # type: ignore[union-attr]
+                raise error("from the model")
+
+    captured = capture.CapturedIterations(Failing(), torch.device("cpu"))
+    captured.run(0)
+    with pytest.raises(error, match="from the model"):
+        captured.run(1)
+    assert FakeGraph.captured >= 1 and FakeGraph.recording is None
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @SOLVERS

@@ -498,3 +498,26 @@ def test_anderson_takes_fewer_calls_than_plain_iteration() -> None:
         for solver in (solvers.anderson(), replace(solvers.anderson(), ridge=0.0), solvers.picard())
     ]
     assert max(counts[:2]) <= counts[2] / 4, counts
+
+
+def test_plain_iteration_converges_after_mixing_diverged() -> None:
+    """In a notch at 1 the residual is smaller by more than a thousand than where mixing leaps to from there."""
+    place = torch.tensor([-10.0, 0.0, 0.5, 0.7, 3.5, 5.0, 15.0], dtype=WIDE)
+    height = torch.tensor([0.5, 0.5, 0.25, 0.5, 0.5, 0.0, -3.0], dtype=WIDE)
+
+    def f(z: Tensor) -> Tensor:
+        right = torch.searchsorted(place, z).clamp(1, len(place) - 1)
+        part = (z - place[right - 1]) / (place[right] - place[right - 1])
+        residual = torch.lerp(height[right - 1], height[right], part)
+        return z + residual * (1 - (1 - 2e-4) * torch.exp(-(((z - 1) / 0.02) ** 2)))
+
+    start = torch.zeros(1, 1, dtype=WIDE)
+    seen: list[float] = []
+    found = deqkern.fixed_point(
+        f, start, solver=solvers.anderson(), rtol=1e-7, max_iterations=80, gradient=None,
+        callback=lambda k, z, error: seen.append(float(z)),
+    )  # fmt: skip
+    plain = deqkern.fixed_point(f, start, solver=solvers.picard(), rtol=1e-7, max_iterations=80, gradient=None)
+    assert "1 diverged and went on with plain iteration" in found.message and seen.count(0.0) == 1
+    assert found.converged.all() and plain.converged.all()
+    torch.testing.assert_close(found.value, plain.value, rtol=1e-6, atol=0)

@@ -314,7 +314,7 @@ def test_trained_models_need_at_most_ten_products(name: str) -> None:
         (lambda: Adjoint(3), "order must be 1 or 2"),
         (lambda: Phantom(steps=0), "steps must be an int >= 1"),
         (lambda: Phantom(tau=0.0), "tau must lie in"),
-        (lambda: Implicit(rtol=-1.0), "rtol must be None or finite"),
+        (lambda: Implicit(rtol=-1.0), "rtol must be finite"),
         (lambda: Implicit(max_iterations=0), "max_iterations must be"),
     ],
 )
@@ -365,3 +365,54 @@ def test_an_inversion_gives_gradients_where_it_solves() -> None:
         deqkern.invert(Tiny(), leaf(1, *SHAPE), NoiseSchedule.linear(), STEPS, method="naive", gradient="implicit")
     with pytest.raises(ValueError, match="gradient must be None, one of 'implicit', 'phantom', 'residual'"):
         deqkern.invert(Tiny(), leaf(1, *SHAPE), NoiseSchedule.linear(), STEPS, gradient="exact")
+
+
+@pytest.mark.parametrize("gradient", ["exact", Implicit(rtol=1e-12)], ids=["exact", "implicit"])
+@pytest.mark.parametrize("guided", [False, True])
+def test_conditions_that_the_model_made_of_its_own_parameters(guided: bool, gradient: Any) -> None:
+    """An embedding, and a learned null condition: their gradient goes through the arguments, once."""
+    model, noise, labels = Tiny(), leaf(BATCH, *SHAPE), torch.arange(BATCH) % 3
+    model.embedding, model.null = torch.nn.Embedding(3, 6, dtype=torch.float64), torch.nn.Parameter(leaf(1, 6).detach())
+
+    def value(solve: Any) -> Tensor:
+        given = {"condition": model.embedding(labels) + model.null}
+        if not guided:
+            return solve(model, given)
+        return solve(deqkern.guided(model, 2.0, given, {"condition": model.null.expand(BATCH, -1)}), {})
+
+    schedule = NoiseSchedule.linear()
+    expected = value(lambda m, given: chain(m, noise, schedule, STEPS, model_kwargs=given))
+    found = value(
+        lambda m, given: (
+            deqkern.sample(m, noise, schedule, STEPS, gradient=gradient, model_kwargs=given, **SEQUENTIAL).value
+        )
+    )
+    inputs = [noise, *model.parameters()]
+    cotangent = torch.randn_like(noise)
+    wanted = torch.autograd.grad(expected, inputs, cotangent)
+    for mine, right in zip(torch.autograd.grad(found, inputs, cotangent), wanted, strict=True):
+        assert right.norm() > 0 and (mine - right).norm() <= 1e-9 * right.norm()
+
+
+@pytest.mark.parametrize("gradient", ["exact", "implicit"])
+def test_autocast_is_that_of_the_call(gradient: str) -> None:
+    seen: list[tuple[bool, torch.dtype]] = []
+    model, noise = Tiny(torch.float32), torch.randn(BATCH, *SHAPE, requires_grad=True)
+    model.last.register_forward_hook(lambda module, args, output: seen.append((torch.is_grad_enabled(), output.dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        value = deqkern.sample(model, noise, NoiseSchedule.linear(), STEPS, gradient=gradient).value
+    value.sum().backward()
+    assert set(seen) == {(False, torch.bfloat16), (True, torch.bfloat16)}
+
+
+def test_samples_with_small_gradients_keep_them_in_fp16() -> None:
+    model = Tiny(torch.float32).half().requires_grad_(False)
+    noise, weight = torch.randn(2, *SHAPE), torch.tensor([1.0, 1e-7]).view(2, 1, 1, 1)
+
+    def grad(first: Tensor, weight: Tensor) -> Tensor:
+        first = first.clone().requires_grad_()
+        value = deqkern.sample(model, first, NoiseSchedule.linear(), STEPS, rtol=1e-3, gradient="implicit").value
+        return torch.autograd.grad((weight * value.square()).sum(), first)[0]
+
+    together, alone = grad(noise, weight)[1:], grad(noise[1:], weight[1:])
+    assert (together - alone).norm() <= 5e-3 * alone.norm()

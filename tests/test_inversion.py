@@ -252,3 +252,42 @@ def test_pixels_that_were_not_scaled_are_warned_of() -> None:
 def test_an_empty_batch() -> None:
     found = deqkern.invert(lambda x, t: x, torch.zeros(0, *SHAPE), SCHEDULE, STEPS)
     assert found.value.shape == (0, *SHAPE) and found.nfe.shape == (0,)
+
+
+def test_what_all_samples_share_is_not_cut_when_some_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table with as many rows as samples are left."""
+    monkeypatch.setattr(inversion, "JOINT_LIMIT", 1)
+    shapes: set[torch.Size] = set()
+
+    def model(x: Tensor, t: Tensor, table: Tensor, label: Tensor) -> Tensor:
+        shapes.add(table.shape)
+        return 0.3 * torch.tanh(x) + table[label].sum(1, keepdim=True)
+
+    sample = torch.stack([torch.zeros(4), torch.full((4,), 0.01), torch.linspace(-3, 3, 4)])
+    given = {"table": torch.tensor([[0.0, 0.0], [0.1, 0.2]]), "label": torch.tensor([0, 1, 1])}
+    found = deqkern.invert(model, sample, SCHEDULE, 6, model_kwargs=given, round_trip=True)
+    assert "samples went on step by step" in found.message and shapes == {torch.Size([2, 2])}
+    assert found.round_trip is not None and found.round_trip[1:].max() <= 1e-3
+
+
+@pytest.mark.parametrize("method", ["joint", "naive"])
+def test_the_round_trip_is_that_of_the_value(method: str) -> None:
+    network = torch.nn.Conv2d(3, 3, 3, padding=1, dtype=torch.bfloat16).requires_grad_(False)
+    sample = torch.rand(2, *SHAPE, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+    def model(x: Tensor, t: Tensor) -> Tensor:  # which takes no fp32
+        return 0.2 * network(x)
+
+    found = deqkern.invert(model, sample, SCHEDULE, 10, method=method, rtol=1e-3, round_trip=True)
+    again = deqkern.sample(
+        model, found.value, SCHEDULE, 10, sigma_min=inversion.SIGMA_MIN, solver=solvers.sequential(), rtol=0.0
+    )
+    assert found.value.dtype is torch.bfloat16 and found.round_trip is not None
+    expected = (again.value.double() - sample.double()).flatten(1).norm(dim=1) / sample.double().flatten(1).norm(dim=1)
+    torch.testing.assert_close(found.round_trip, expected)
+
+
+@pytest.mark.parametrize("options", [{"gradient": "implicit"}, {"round_trip": True}, {"method": "optimize"}])
+def test_an_empty_batch_has_nothing_to_differentiate_or_compare(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="sample must hold at least one sample"):
+        deqkern.invert(lambda x, t: x, torch.zeros(0, *SHAPE), SCHEDULE, STEPS, **options)

@@ -106,3 +106,15 @@ def test_bad_options_are_refused_when_it_is_made() -> None:
 
 def test_it_is_in_the_package() -> None:
     assert deqkern.nn.DEQ is DEQ
+
+
+def test_a_warning_is_about_the_line_that_calls() -> None:
+    layer, start = deqkern.nn.DEQ(lambda z, x: z + 1 + z**2 + 0 * x, max_iterations=3), torch.ones(1, 2)
+    with pytest.warns(deqkern.ConvergenceWarning) as caught:
+        layer(start, torch.zeros(1, 2))
+        first = torch.randn(1, 2, requires_grad=True)
+        gradient = deqkern.gradients.Implicit(max_iterations=1, rtol=1e-9)
+        schedule = deqkern.NoiseSchedule.linear()
+        solution = deqkern.sample(lambda x, t: x.sin(), first, schedule, 20, gradient=gradient, rtol=1e-6)
+        solution.value.sum().backward()
+    assert len(caught) == 2 and {warning.filename for warning in caught} == {__file__}

@@ -137,3 +137,25 @@ def test_bad_options(make: Callable[[], Any], error: type[Exception], words: str
     model, sample, _ = problem(1)
     with pytest.raises(error, match=words):
         deqkern.invert(model, sample, SCHEDULE, STEPS, method=make(), sigma_min=0.3)
+
+
+class Trainable(torch.nn.Module):
+    """A model with a parameter that requires grad."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.gain = model, torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.gain * self.model(x, t)
+
+
+@pytest.mark.parametrize("gradient", ["residual", "implicit"])
+def test_a_model_that_could_be_trained(gradient: str) -> None:
+    model, sample, start = problem(1)
+    method = Optimize(gradient=gradient, noise=start)
+    options: Any = {"method": method, "sigma_min": 0.3, "max_iterations": 4}
+    trainable = Trainable(model)
+    found, expected = (deqkern.invert(m, sample, SCHEDULE, STEPS, **options) for m in (trainable, model))
+    torch.testing.assert_close(found.history, expected.history, rtol=1e-3, atol=1e-4)
+    assert trainable.gain.grad is None

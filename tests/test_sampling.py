@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import problems
 import pytest
@@ -460,6 +460,7 @@ BAD: list[tuple[str, type[Exception], dict[str, Any]]] = [
     ("generator", TypeError, {"generator": 3, "eta": 1.0}),
     ("step_noise", ValueError, {"step_noise": torch.zeros(10, 2, *SHAPE)}),
     ("step_noise", ValueError, {"step_noise": torch.zeros(9, 2, *SHAPE), "eta": 1.0}),
+    ("step_noise", ValueError, {"step_noise": torch.full((10, 2, *SHAPE), torch.nan), "eta": 1.0}),
     ("step_noise", TypeError, {"step_noise": torch.zeros(10, 2, *SHAPE).int(), "eta": 1.0}),
     (
         "prediction_type",
@@ -556,3 +557,79 @@ def test_a_compiled_model_gives_what_the_model_gives() -> None:
     found = deqkern.sample(compiled, noise, SCHEDULE, 12, rtol=1e-4)
     assert found.iterations == expected.iterations
     torch.testing.assert_close(found.value, expected.value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", [solvers.picard(), solvers.deq_ddim()], ids=lambda solver: solver.name)
+def test_a_model_that_fails_at_states_off_the_chain_is_not_blamed(solver: solvers.Solver) -> None:
+    """As one of half precision that overflows: solvers without slopes overshoot on the way."""
+    model = problems.gaussian(SCHEDULE, SHAPE, torch.Generator().manual_seed(3))
+    noise = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+    largest = float(problems.chain(model, noise, SCHEDULE, 50).abs().max().clamp_min(noise.abs().max()))
+
+    def narrow(x: Tensor, t: Tensor) -> Tensor:
+        return torch.where(x.abs() > 2.5 * largest, torch.inf, model(x, t))
+
+    expected = deqkern.sample(narrow, noise, SCHEDULE, 50, solver=solvers.sequential(), rtol=0.0).value
+    found = deqkern.sample(narrow, noise, SCHEDULE, 50, solver=solver, rtol=1e-3)
+    assert found.converged.all() and "diverged and went on with plain iteration" in found.message
+    assert relative_error(found.value, expected).max() <= 3e-3
+
+
+@pytest.mark.parametrize("schedule", [SCHEDULE, NoiseSchedule.linear(clip_sample=True)], ids=["order 2", "clip"])
+def test_a_model_may_write_into_what_it_is_given(schedule: NoiseSchedule) -> None:
+    options: Any = {"order": 1 if schedule.clip_sample else 2, "rtol": 0.0}
+    found, expected = (
+        deqkern.sample(model, NOISE, schedule, 10, **options).value
+        for model in (lambda x, t: x.mul_(0.5).sin_(), lambda x, t: (0.5 * x).sin())
+    )
+    assert torch.equal(found, expected)
+
+
+def test_any_default_device() -> None:
+    """Such as a GPU set by torch.set_default_device; "meta" computes nothing, so that any use of it shows."""
+    model = torch.nn.Conv2d(3, 3, 3, padding=1)
+    noise = torch.randn(2, *SHAPE)
+
+    def call(x: Tensor, t: Tensor) -> Tensor:
+        return 0.3 * model(x)
+
+    with torch.device("meta"):
+        schedule = NoiseSchedule.scaled_linear()
+        for eta in (0.0, 1.0):
+            for solver in (solvers.default(), solvers.parataa(), solvers.picard(window=3)):
+                first = noise.clone().requires_grad_()
+                found = deqkern.sample(call, first, schedule, 6, eta=eta, solver=solver, gradient="implicit")
+                assert found.value.device.type == "cpu" and torch.autograd.grad(found.value.sum(), first)
+        assert deqkern.sample(call, noise, NoiseSchedule.flow(), 6).value.device.type == "cpu"
+        assert deqkern.sample(call, noise, schedule, 20, order=2).value.device.type == "cpu"
+        assert deqkern.sample(call, noise, schedule, 6, sigma_min=0.1).value.device.type == "cpu"
+        assert deqkern.invert(call, noise, schedule, 6, round_trip=True).converged.all()
+        assert deqkern.invert(call, noise, schedule, 6, method="optimize", max_iterations=1).value.device.type == "cpu"
+        assert deqkern.fixed_point(lambda z: 0.5 * z.cos(), noise, gradient=None).converged.all()
+
+
+class Text(NamedTuple):
+    embedding: Tensor
+    rest: list[Tensor]
+
+
+def test_a_named_tuple_of_arguments_follows_its_sample() -> None:
+    text, seen = Text(torch.randn(2, 3, 1, 1), [torch.randn(2), torch.randn(5)]), set[tuple[int, ...]]()
+
+    def model(x: Tensor, t: Tensor, text: Text) -> Tensor:
+        assert len(text.embedding) == len(text.rest[0]) == len(x) and len(text.rest[1]) == 5
+        seen.add(tuple(x.shape))
+        return 0.1 * x + text.embedding
+
+    found = deqkern.sample(model, torch.randn(2, *SHAPE), SCHEDULE, 10, model_kwargs={"text": text})
+    assert found.converged.all() and len(seen) > 1
+
+
+def test_solutions_are_compared_by_identity() -> None:
+    found = deqkern.sample(lambda x, t: 0.1 * x, NOISE, SCHEDULE, 5)
+    assert found == found and found != replace(found)
+
+
+def test_an_empty_batch_has_no_gradient() -> None:
+    with pytest.raises(ValueError, match="noise must hold at least one sample"):
+        deqkern.sample(lambda x, t: x, torch.zeros(0, *SHAPE), SCHEDULE, 5, gradient="exact")

@@ -123,6 +123,7 @@ BAD: list[dict[str, Any]] = [
     {"basis": "fourier"},
     {"start": "zero"},
     {"history_size": 3, "slope": slopes.Secant()},
+    {"beta": 0.5, "slope": slopes.Secant()},
 ]
 
 
@@ -178,3 +179,36 @@ def test_anderson_beats_plain_iteration() -> None:
     plain = deqkern.sample(model, noise, SCHEDULE, 50, solver=solvers.picard(), rtol=1e-3)
     mixed = deqkern.sample(model, noise, SCHEDULE, 50, solver=solvers.parataa(), rtol=1e-3)
     assert mixed.iterations < plain.iterations
+
+
+ONE = torch.ones(1, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("log_snr", "shrinkage", "error", "words"),
+    [
+        (ONE.float(), ONE[:, None], TypeError, "log_snr must be a float64 tensor"),
+        ([1.0], ONE[:, None], TypeError, "log_snr must be a float64 tensor"),
+        (ONE, ONE, ValueError, "must have shapes"),
+        (ONE[:0], ONE[:0, None], ValueError, "must have shapes"),
+        (torch.tensor([1.0, 0.0], dtype=torch.float64), ONE.expand(2, 1), ValueError, "log_snr must be finite and inc"),
+        (torch.inf * ONE, ONE[:, None], ValueError, "log_snr must be finite and increase"),
+        (ONE, 2 * ONE[:, None], ValueError, "shrinkage must lie in"),
+        (ONE, torch.nan * ONE[:, None], ValueError, "shrinkage must lie in"),
+    ],
+)
+def test_bad_profiles(log_snr: Any, shrinkage: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        SlopeProfile(log_snr, shrinkage, (1,))
+
+
+def test_a_profile_of_one_level_is_constant() -> None:
+    profile = SlopeProfile(ONE, torch.tensor([[0.3]], dtype=torch.float64), (5,))
+    found = profile.initial(SCHEDULE.steps(7), Basis.identity((5,)))
+    assert found.shape == (7, 1) and (found == 0.3).all()
+
+
+def test_calibration_in_the_dtype_that_a_function_takes() -> None:
+    network = torch.nn.Linear(4, 4, dtype=torch.bfloat16)
+    profile = deqkern.calibrate(lambda x, t: 0.2 * network(x), (4,), SCHEDULE, 10, dtype=torch.bfloat16, samples=1)
+    assert profile.shape == (4,) and profile.shrinkage.isfinite().all()

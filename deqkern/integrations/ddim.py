@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_number
 from ..solve import warn_unless_converged
 from ..solvers import Solver
 from ..step_table import StepTable
@@ -40,7 +41,9 @@ def generalized_steps(
     """
     if not isinstance(b, Tensor) or b.ndim != 1 or not bool(((b > 0) & (b < 1)).all()):
         raise ValueError("b must be a tensor (T,) of betas within (0, 1)")
-    steps = torch.tensor(list(seq), dtype=torch.int64)
+    if any(int(step) != step for step in seq):
+        raise ValueError(f"seq must be timesteps, whole numbers, got {list(seq)}")
+    steps = torch.tensor(list(seq), dtype=torch.int64, device="cpu")
     if not len(steps) or not bool((steps[1:] > steps[:-1]).all()) or steps[0] < 0 or steps[-1] >= len(b):
         raise ValueError(f"seq must ascend within 0 .. {len(b) - 1}, got {list(seq)}")
     kept = (1 - b.detach()).cumprod(0).to("cpu", torch.float64)[steps]  # in the precision of b, as the authors'
@@ -72,8 +75,7 @@ def ddim_table(prediction_type: str, timesteps: Tensor, abar: Tensor, eta: float
 
     Raises ValueError or TypeError for an eta that a step has no room for.
     """
-    if isinstance(eta, bool) or not isinstance(eta, (int, float)):
-        raise TypeError(f"eta must be a number, got {type(eta).__name__}")
+    check_number("eta", eta)
     after = torch.cat([abar.new_ones(1), abar[:-1]])
     n = eta * ((1 - after) / (1 - abar) * (1 - abar / after)).sqrt()
     if not 0 <= eta < math.inf or bool((n**2 > 1 - after + 1e-12).any()):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_count
 from ..solve import warn_unless_converged
 from ..solvers import Solver
 from .chain import Chain
@@ -39,8 +40,7 @@ def edm_sampler(
 
     Raises ValueError or TypeError for an argument that does not fit.
     """
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
-        raise ValueError(f"num_steps must be an int >= 1, got {num_steps!r}")
+    check_count("num_steps", num_steps)
     low, high = max(sigma_min, getattr(net, "sigma_min", 0.0)), min(sigma_max, getattr(net, "sigma_max", sigma_max))
     if not 0 < low < high or not rho > 0:
         raise ValueError(f"sigma_min={low} must lie in (0, sigma_max={high}), and rho={rho} must be > 0")

@@ -124,7 +124,7 @@ def ddim_reverse_sample_loop(
     abar = denoiser.abar
     after = torch.cat([abar[1:], abar.new_zeros(1)])
     ends = (abar.sqrt(), (1 - abar).sqrt(), after.sqrt(), (1 - after).sqrt(), torch.zeros_like(abar))
-    table = StepTable.build("sample", torch.arange(len(abar)), *ends)
+    table = StepTable.build("sample", torch.arange(len(abar), device="cpu"), *ends)
     chain = Chain(denoiser, table, model, "x", x, model_kwargs, solver, rtol, max_iterations, max_batch)
     solution = chain.solve()
     warn_unless_converged(solution)
@@ -148,7 +148,7 @@ def _sampling(
     max_batch: int | None,
 ) -> Chain:
     denoiser = _Denoiser(diffusion, model, clip_denoised, denoised_fn, cond_fn)
-    table = ddim_table("sample", torch.arange(len(denoiser.abar)), denoiser.abar, eta)
+    table = ddim_table("sample", torch.arange(len(denoiser.abar), device="cpu"), denoiser.abar, eta)
     if noise is None:
         if device is None and isinstance(model, torch.nn.Module):
             device = next((parameter.device for parameter in model.parameters()), None)
@@ -172,7 +172,7 @@ class _Denoiser:
         self.model, self.clip, self.denoised_fn, self.cond_fn = model, clip_denoised, denoised_fn, cond_fn
         if getattr(diffusion, "alphas_cumprod", None) is None:
             raise TypeError(f"diffusion must have alphas_cumprod, got {type(diffusion).__name__}")
-        abar = torch.as_tensor(diffusion.alphas_cumprod).detach().to("cpu", torch.float64)
+        abar = torch.as_tensor(diffusion.alphas_cumprod, device="cpu").detach().double()
         if abar.ndim != 1 or not len(abar) or not bool(((abar > 0) & (abar < 1)).all() & (abar[1:] < abar[:-1]).all()):
             raise ValueError("diffusion.alphas_cumprod must have shape (S,) and descend within (0, 1)")
         kind = getattr(diffusion, "model_mean_type", "EPSILON")
@@ -184,7 +184,7 @@ class _Denoiser:
                 check_callable(name, function)
         steps = getattr(diffusion, "timestep_map", None)
         total = len(abar) if steps is None else getattr(diffusion, "original_num_steps", 1000)
-        timesteps = torch.arange(len(abar)) if steps is None else torch.tensor(list(steps))
+        timesteps = torch.arange(len(abar), device="cpu") if steps is None else torch.tensor(list(steps), device="cpu")
         if len(timesteps) != len(abar):
             raise ValueError(f"diffusion.timestep_map has {len(timesteps)} entries, alphas_cumprod {len(abar)}")
         if getattr(diffusion, "rescale_timesteps", False):
