@@ -18,6 +18,7 @@ from .launch import cdiv, next_power_of_2
 
 WHOLE = 64  # the largest side of an image that goes through one kernel
 ROWS = 16  # with 8 results per thread: a product then fits in registers, and three programs in a multiprocessor
+COLUMNS = 16  # per warp
 BLOCK, DEPTH = 64, 16  # of the tiled products
 PRECISION = "ieee"  # or "tf32x3": three tensor-core products, with errors near those of fp32
 
@@ -182,7 +183,7 @@ def dct2(
     if height <= WHOLE and width <= WHOLE:
         dct2_kernel[(count * channels * cdiv(height, ROWS),)](
             source, target, rows, dct_h, dct_w, colour, place, channels, height, width,
-            inverse, PRECISION, padded(height), padded(width), ROWS, num_warps=padded(width) // 16,
+            inverse, PRECISION, padded(height), padded(width), ROWS, num_warps=padded(width) // COLUMNS,
         )  # fmt: skip
         return
     scratch = torch.empty(image.shape, dtype=torch.float32, device=image.device)
