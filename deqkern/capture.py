@@ -56,8 +56,17 @@ class CapturedIterations:
             except BaseException as error:
                 with contextlib.suppress(RuntimeError):
                     graph.capture_end()  # the stream goes on
+                with contextlib.suppress(RuntimeError):
+                    self._capture_nothing()
                 if not isinstance(error, RuntimeError):
                     raise
                 raise RuntimeError(f"the model cannot be captured, use cuda_graph=False: {error}") from error
         current.wait_stream(self.stream)
         return graph
+
+    def _capture_nothing(self) -> None:
+        """On the current stream. torch's generator takes the device for capturing until a capture ends well."""
+        scratch, graph = torch.zeros(1, device=self.device), torch.cuda.CUDAGraph()
+        graph.capture_begin(capture_error_mode="relaxed")
+        scratch.zero_()
+        graph.capture_end()

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import cdiv, next_power_of_2
 from .window import is_active
 
 PARTIALS = 32  # partial sums of each product added at a time
@@ -98,7 +99,7 @@ def anderson_gram_finish_kernel(
 
 def launch_size(size: int, count: int) -> int:
     """BLOCK: the count + 1 entries of a block fit into the registers of one warp, whose sums need no barrier."""
-    return min(512 if count <= 4 else 256, max(32, triton.next_power_of_2(size)))
+    return min(512 if count <= 4 else 256, max(32, next_power_of_2(size)))
 
 
 def anderson_gram(
@@ -112,12 +113,12 @@ def anderson_gram(
     length, steps, batch, size = g_ring.shape
     rows, history = steps * batch, length - 1
     block = launch_size(size, count)
-    blocks = triton.cdiv(size, block)
+    blocks = cdiv(size, block)
     partial = torch.empty((rows, 2 * count, blocks), dtype=torch.float32, device=g_ring.device)
     anderson_gram_kernel[(rows * blocks,)](
         g_ring, window, partial, head, rows * size, batch, size, length, count, block, num_warps=1
     )
-    side, sums = triton.next_power_of_2(history), triton.next_power_of_2(2 * count)
+    side, sums = next_power_of_2(history), next_power_of_2(2 * count)
     anderson_gram_finish_kernel[(rows,)](
         partial, window, gram, rhs, batch, blocks, history, count, side, sums, PARTIALS, num_warps=4
     )

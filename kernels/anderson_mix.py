@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import cdiv, next_power_of_2
 from .window import is_active
 
 BLOCK = 512  # four floats, one 16-byte access, per thread and entry
@@ -52,7 +53,7 @@ def anderson_mix_kernel(
 
 def launch_size(size: int) -> tuple[int, int]:
     """(BLOCK, warps): blocks no wider than a row needs."""
-    block = min(BLOCK, max(32, triton.next_power_of_2(size)))
+    block = min(BLOCK, max(32, next_power_of_2(size)))
     return block, max(1, block // 128)
 
 
@@ -66,7 +67,7 @@ def anderson_mix(
 ) -> None:
     length, steps, batch, size = f_ring.shape
     block, warps = launch_size(size)
-    grid = (steps * batch * triton.cdiv(size, block),)
+    grid = (steps * batch * cdiv(size, block),)
     plane = steps * batch * size
     anderson_mix_kernel[grid](
         f_ring, gamma, window, out, head, plane, batch, size, length, count, block, num_warps=warps

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import cdiv
 from .window import is_active
 
 BLOCK = 256  # of one warp: its sums need no barrier
@@ -109,11 +110,11 @@ def band_moments(
 ) -> None:
     steps, batch, size = dx.shape
     rows, count = steps * batch, moments.shape[2]
-    blocks = triton.cdiv(size, BLOCK)
+    blocks = cdiv(size, BLOCK)
     partial = torch.empty((rows, 2, blocks + count), dtype=torch.float32, device=dx.device)
     band_moments_kernel[(rows * blocks,)](
         dx, e, e_prev, bands, window, partial, batch, size, count, BLOCK, BANDS, num_warps=1
     )
-    band_moments_finish_kernel[(rows * triton.cdiv(count, BANDS),)](
+    band_moments_finish_kernel[(rows * cdiv(count, BANDS),)](
         partial, bands, window, moments, batch, blocks, count, BLOCK, BANDS, PARTIALS, num_warps=1
     )

@@ -14,8 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import cdiv, next_power_of_2
+
 WHOLE = 64  # the largest side of an image that goes through one kernel
 ROWS = 16  # with 8 results per thread: a product then fits in registers, and three programs in a multiprocessor
+COLUMNS = 16  # per warp
 BLOCK, DEPTH = 64, 16  # of the tiled products
 PRECISION = "ieee"  # or "tf32x3": three tensor-core products, with errors near those of fp32
 
@@ -157,7 +160,7 @@ def dct2_side_kernel(
 
 
 def padded(side: int) -> int:
-    return max(16, triton.next_power_of_2(side))
+    return max(16, next_power_of_2(side))
 
 
 def dct2(
@@ -175,16 +178,16 @@ def dct2(
         return
     plane = height * width
     place = torch.empty(channels * plane, dtype=torch.int32, device=image.device)
-    dct2_place_kernel[(triton.cdiv(channels * plane, 1024),)](order, place, channels * plane, 1024)
+    dct2_place_kernel[(cdiv(channels * plane, 1024),)](order, place, channels * plane, 1024)
     source, target = (spectrum, image) if inverse else (image, spectrum)
     if height <= WHOLE and width <= WHOLE:
-        dct2_kernel[(count * channels * triton.cdiv(height, ROWS),)](
+        dct2_kernel[(count * channels * cdiv(height, ROWS),)](
             source, target, rows, dct_h, dct_w, colour, place, channels, height, width,
-            inverse, PRECISION, padded(height), padded(width), ROWS, num_warps=padded(width) // 16,
+            inverse, PRECISION, padded(height), padded(width), ROWS, num_warps=padded(width) // COLUMNS,
         )  # fmt: skip
         return
     scratch = torch.empty(image.shape, dtype=torch.float32, device=image.device)
-    grid = (count * channels * triton.cdiv(height, BLOCK) * triton.cdiv(width, BLOCK),)
+    grid = (count * channels * cdiv(height, BLOCK) * cdiv(width, BLOCK),)
     for first, matrix in ((True, dct_w), (False, dct_h)):
         along_w = (width, height, 1, width)  # length, other, stride, apart
         along_h = (height, width, width, 1)

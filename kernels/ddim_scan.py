@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import cdiv, next_power_of_2
 from .window import is_active
 
 PARTIALS = 128  # partial sums added at a time
@@ -125,8 +126,8 @@ def launch_size(batch: int, size: int) -> tuple[int, int]:
     more programs with more steps of loads under way; where they are many, fewer instructions per byte. 1024 programs
     are about eight per multiprocessor, each with 4 * 3 * 128 bytes under way per stage.
     """
-    if size <= 128 or batch * triton.cdiv(size, 128) < 1024:
-        return min(128, max(32, triton.next_power_of_2(size))), 8
+    if size <= 128 or batch * cdiv(size, 128) < 1024:
+        return min(128, max(32, next_power_of_2(size))), 8
     return 256, 4
 
 
@@ -149,7 +150,7 @@ def ddim_scan(
 ) -> None:
     steps, batch, size = e.shape
     block, stages = launch_size(batch, size)
-    blocks = triton.cdiv(size, block)
+    blocks = cdiv(size, block)
     partial = torch.empty((steps, batch, 3, blocks), dtype=torch.float32, device=x.device)
     ddim_scan_kernel[(batch * blocks,)](
         x, e, z, a, b, c, n, slope, bands, window, beta, f, g, partial, batch * size, batch, size, slope.shape[2],

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import next_power_of_2
+
 
 @triton.jit
 def progress_kernel(
@@ -105,7 +107,7 @@ def progress(
     diverged: torch.Tensor,  # (B,) int64, written
 ) -> None:
     steps, batch, _ = norms.shape
-    block = min(triton.next_power_of_2(steps), 256)
+    block = min(next_power_of_2(steps), 256)
     progress_kernel[(batch,)](
         norms, scale, rtol, tolerance, contraction, growth, size, errors, window, diverged, steps, batch,
         implicit, block, num_warps=1,

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import cdiv
+
 BLOCK = 512
 
 
@@ -38,4 +40,4 @@ def secant_slope(
 ) -> None:
     steps, batch, count = slope.shape
     total = steps * batch * count
-    secant_slope_kernel[(triton.cdiv(total, BLOCK),)](moments, low, high, pull, slope, batch * count, total, BLOCK)
+    secant_slope_kernel[(cdiv(total, BLOCK),)](moments, low, high, pull, slope, batch * count, total, BLOCK)

@@ -24,10 +24,13 @@ Model = Callable[[Tensor, Tensor], Tensor]
 class _Exact:
     schedule: NoiseSchedule
     calls: list[int] = field(default_factory=list, kw_only=True)  # rows of each call
+    levels: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)  # no copy in a CUDA graph
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         self.calls.append(len(x))
-        abar = self.schedule.alphas_cumprod.to(x.device)[t.long()].to(torch.float32)
+        if x.device not in self.levels:
+            self.levels[x.device] = self.schedule.alphas_cumprod.to(x.device)
+        abar = self.levels[x.device][t.long()].to(torch.float32)
         alpha, sigma = abar.sqrt()[:, None], (1 - abar).sqrt()[:, None]
         flat = x.flatten(1).float()
         x0 = self.denoise(flat, alpha, sigma)

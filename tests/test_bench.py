@@ -16,7 +16,17 @@ from conftest import ROOT
 
 from deqkern import models, solvers
 
-PARTS = ["copy", "ops", "solve", "iteration", "latency UNet", "end to end UNet", "latency DiT", "end to end DiT"]
+PARTS = [
+    "copy",
+    "ops",
+    "solve",
+    "iteration",
+    "latency UNet",
+    "end to end UNet",
+    "latency DiT",
+    "end to end DiT",
+    "bars",
+]
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +54,20 @@ def test_every_op_is_measured(measured: dict[str, list[dict[str, object]]]) -> N
         "backends",
         "use_backend",
     }
+
+
+def test_the_worst_figure_decides_about_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(ROOT) / "bench"))
+    scan, mix = {"op": "ddim_scan", "variant": "", "bytes": 3e8}, {"op": "anderson_mix", "variant": "m5", "bytes": 4e7}
+    result = {
+        "machine": {},
+        "ops": [scan | {"share_of_copy": 0.9}, scan | {"share_of_copy": 0.7}, mix | {"share_of_copy": 0.6}],
+        "iteration": [{"solver": "default", "graph_us": 60.0, "us": 201.0, "graph ratio to plain torch": 9.0}],
+        "solve": [{"skipped": "no time"}],
+    }
+    result["iteration"][0]["ratio to plain torch"] = 3.0
+    verdicts = [row["verdict"] for row in importlib.import_module("gpu").bars(result)]
+    assert verdicts == ["MISSED", "met", "met", "MISSED", "met", "MISSED", "not measured"]
 
 
 @pytest.fixture

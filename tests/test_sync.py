@@ -87,7 +87,6 @@ class Denoiser(torch.nn.Module):
         return self.gain * torch.sin(x) + shift.to(x.dtype)[:, None, None, None] * (t / 1000).view(-1, 1, 1, 1).to(x)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize(("schedule", "order"), [*[(name, 1) for name in SCHEDULES], ("plain", 2)])
