@@ -27,10 +27,14 @@ class CapturedIterations:
 
     def __init__(self, iteration: Iteration, device: torch.device) -> None:
         self.iteration, self.device = iteration, device
-        self.graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
-        self.warm = False
+        self.renew()
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
+
+    def renew(self) -> None:
+        """Drop the graphs: what they launch has changed."""
+        self.graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
+        self.warm = False
 
     def run(self, k: int) -> None:
         """Iteration k on the current stream."""

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -147,22 +148,23 @@ class _Iteration:
         """Iteration k once its `outputs` are there."""
         work, solver, trajectory, bands = self.work, self.solver, self.trajectory, self.trajectory.basis.bands
         x, window, m = trajectory.x, work.window, solver.history_size
+        op = ops.unchecked if k > m else ops  # by then all of them have been called with these tensors
         e, e_prev = self.outputs(k), self.outputs(k + 1)
         if isinstance(solver.slope, Secant) and (k or solver.slope.start is None):
             dx = self.moved if k else self.arguments  # with the first e_prev: from zero to the first states
-            ops.band_moments(dx, e, e_prev, bands, window, work.moments)
+            op.band_moments(dx, e, e_prev, bands, window, work.moments)
             solver.slope.refine(self.slope, work.moments, self.low, self.high)
         if self.any_fallen:
             self.slope.copy_(torch.where(self.fallen_back[:, None], self.frozen, self.slope))
         head = k % (m + 1)
         f, g = work.f_ring[head], work.g_ring[head]
-        ops.ddim_scan(
+        op.ddim_scan(
             *(x, e, trajectory.z, self.a, self.b, self.c, self.n, self.slope, bands, window),
             *(solver.beta, self.implicit, f, g, work.norms),
         )
         if m:
-            self._mix(head, min(k, m))
-        ops.progress(
+            self._mix(op, head, min(k, m))
+        op.progress(
             *(work.norms, self.scale, self.rtol, self.tolerance, CONTRACTION, GROWTH, self.size, self.implicit),
             *(work.errors, window, work.diverged),
         )
@@ -170,16 +172,16 @@ class _Iteration:
             before = (window[:, 0] - 1).clamp_min(0)
             e_prev[before, self.samples] = e[before, self.samples]
 
-    def _mix(self, head: int, count: int) -> None:
+    def _mix(self, op: Any, head: int, count: int) -> None:
         work, solver, window, gamma = self.work, self.solver, self.work.window, self.work.gamma
         if count:
-            ops.anderson_gram(work.g_ring, head, count, window, work.gram, work.rhs)
-            ops.anderson_solve(
+            op.anderson_gram(work.g_ring, head, count, window, work.gram, work.rhs)
+            op.anderson_solve(
                 work.gram, work.rhs, window, solver.scope, solver.ridge, solver.ridge_absolute, self.implicit, gamma
             )
             if self.any_fallen:
                 gamma.masked_fill_(self.fallen_back[:, None], 0.0)
-        ops.anderson_mix(work.f_ring, head, count, gamma, window, self.trajectory.x[1:])
+        op.anderson_mix(work.f_ring, head, count, gamma, window, self.trajectory.x[1:])
 
     def fall_back(self, diverged: Tensor, window: Tensor, k: int) -> None:
         """Go on with plain iteration for the samples `diverged` (B,), from the first state that is exact.
@@ -287,10 +289,11 @@ class Solve:
         max_iterations: int | None = None,
         cuda_graph: bool = False,
     ) -> None:
-        self.trajectory, self.rtol, self.cuda_graph = trajectory, rtol, cuda_graph
+        self.trajectory, self.rtol = trajectory, rtol
         self.iteration = _Iteration(trajectory, solver, rtol)
         self.mailbox = _Mailbox(self.iteration.work.status)
-        self.run: _Iteration | CapturedIterations = self.iteration
+        self.captured = CapturedIterations(self.iteration, trajectory.x.device) if cuda_graph else None
+        self.run: _Iteration | CapturedIterations = self.captured or self.iteration
         self.history: list[Tensor] = []
         self.nfe: list[Tensor] = []
         self.norms: list[Tensor] = []
@@ -319,10 +322,11 @@ class Solve:
     def select(self) -> None:
         """Choose the rows that the next iteration evaluates."""
         rows = open_rows(self.window, self.trajectory.steps)
-        if not self.cuda_graph or 2 * len(rows) <= self.trajectory.selected or not self.count:
+        if self.captured is None:
             self.trajectory.select(rows)
-            if self.cuda_graph:  # a graph goes on evaluating the rows it was captured with
-                self.run = CapturedIterations(self.iteration, self.trajectory.x.device)
+        elif 2 * len(rows) <= self.trajectory.selected or not self.count:
+            self.trajectory.select(rows)
+            self.captured.renew()  # a graph goes on evaluating the rows it was captured with
 
     def settle(self) -> None:
         """Wait for what the iteration reached, and take note of it."""
@@ -350,7 +354,7 @@ class Solve:
         estimate, residual = errors[:, 0].clone(), errors[:, 4].clone()
         norms = _stacked(self.norms, self.iteration.work.norms)
         fallen_back = int(self.iteration.fallen_back.sum())
-        del self.iteration, self.run, self.mailbox, errors  # their memory makes room for the states
+        del self.iteration, self.captured, self.run, self.mailbox, errors  # their memory makes room for the states
         states = trajectory.x.new_empty(steps + 1, batch, *trajectory.basis.shape)
         rows = torch.arange((steps + 1) * batch, device=states.device)
         trajectory.basis.inverse(trajectory.x.flatten(0, 1), states.flatten(0, 1), rows)

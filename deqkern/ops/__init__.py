@@ -9,6 +9,7 @@ tensors they are given, return nothing and record no gradient.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TypeVar
 
 import torch
@@ -229,6 +230,15 @@ def _ring(
     return length - 1, steps, batch
 
 
+# For a loop that calls the ops with the same tensors again and again, after a first time that looked at them.
+unchecked = SimpleNamespace(
+    ddim_scan=torch.ops.deqkern.ddim_scan.default,
+    band_moments=torch.ops.deqkern.band_moments.default,
+    progress=torch.ops.deqkern.progress.default,
+    anderson_gram=torch.ops.deqkern.anderson_gram.default,
+    anderson_solve=torch.ops.deqkern.anderson_solve.default,
+    anderson_mix=torch.ops.deqkern.anderson_mix.default,
+)
 _dct2_forward = torch.ops.deqkern.dct2.forward
 _dct2_inverse = torch.ops.deqkern.dct2.inverse
 _ddim_scan = torch.ops.deqkern.ddim_scan.default
