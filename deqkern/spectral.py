@@ -25,9 +25,16 @@ _COLOUR_ROTATION = (
 
 
 def dct_matrix(size: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The orthonormal DCT-II as a matrix (size, size): row k is the k-th cosine."""
-    index = torch.arange(size, dtype=torch.float64, device="cpu")
-    matrix = torch.cos(math.pi * (index + 0.5) * index[:, None] / size) * math.sqrt(2 / size)
+    """The orthonormal DCT-II as a matrix (size, size): row k is the k-th cosine.
+
+    Row k is even or odd about its middle as k is, bit for bit, which the op `dct2` makes use of; and so are the first
+    halves of rows 0, 2, 4, .. as rows of their own, while their length is even.
+    """
+    index = torch.arange(size, device="cpu")
+    quarter = torch.cos(index.double() * (math.pi / (2 * size)))  # the only cosines; in steps of pi / (2 size)
+    half = torch.cat([quarter, quarter.new_zeros(1), -quarter[1:].flip(0)])
+    circle = torch.cat([half, -half]) * math.sqrt(2 / size)
+    matrix = circle[(2 * index + 1) * index[:, None] % (4 * size)]
     matrix[0] /= math.sqrt(2)
     return matrix.to(dtype)
 

@@ -19,6 +19,31 @@ def test_dct_matrix_is_orthonormal_and_its_rows_are_cosines(size: int) -> None:
     torch.testing.assert_close(matrix, torch.as_tensor(expected), atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_dct_matrix_is_symmetric_bit_for_bit(dtype: torch.dtype) -> None:
+    for size in (*range(1, 131), 192, 256, 384, 512):
+        matrix, even = dct_matrix(size, dtype), True
+        while even:
+            sign = 1 - 2 * (torch.arange(len(matrix)) % 2)
+            assert torch.equal(matrix.flip(1), sign[:, None] * matrix), size
+            even = len(matrix) % 2 == 0
+            matrix = matrix[::2, : len(matrix) // 2]
+
+
+def test_transforms_are_those_of_scipy() -> None:
+    scipy_fft = pytest.importorskip("scipy.fft")
+    basis, image, rows = Basis.spectral((2, 64, 48)), torch.randn(3, 2, 64, 48), torch.tensor([2, 0, 1])
+    spectrum = torch.empty(3, basis.size)
+    basis.forward(image, spectrum, rows)
+    expected = torch.as_tensor(scipy_fft.dctn(image.double().numpy(), axes=(2, 3), norm="ortho"))
+    torch.testing.assert_close(spectrum[rows].double(), expected.flatten(1)[:, basis.order], atol=1e-5, rtol=0)
+    back = torch.empty_like(image)
+    basis.inverse(spectrum, back, rows)
+    expected.flatten(1)[:, basis.order] = spectrum[rows].double()
+    expected = torch.as_tensor(scipy_fft.idctn(expected.numpy(), axes=(2, 3), norm="ortho"))
+    torch.testing.assert_close(back.double(), expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_round_trip_norm_and_gather(shape: tuple[int, ...]) -> None:
     basis = Basis.spectral(shape)

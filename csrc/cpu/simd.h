@@ -29,6 +29,14 @@ DEQKERN_INLINE vec load(const float* p) { return *reinterpret_cast<const unalign
 DEQKERN_INLINE void store(float* p, vec v) { *reinterpret_cast<unaligned_vec*>(p) = v; }
 DEQKERN_INLINE vec splat(float value) { return value - vec{}; }
 
+// p[0], p[1], p[0], p[1], ..
+DEQKERN_INLINE vec splat_pair(const float* p) {
+  typedef int64_t pairs __attribute__((vector_size(sizeof(vec))));
+  int64_t pair;
+  __builtin_memcpy(&pair, p, sizeof(pair));
+  return reinterpret_cast<vec>(pair - pairs{});
+}
+
 // The first `count` lanes, 0 < count <= kLanes; memory beyond them is not touched and reads as zero.
 #if defined(__AVX512F__)
 DEQKERN_INLINE __mmask16 lane_mask(int count) { return static_cast<__mmask16>((1u << count) - 1u); }

@@ -5,7 +5,7 @@ Outputs start as NaN, and so does every input that a window leaves out: a kernel
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -332,7 +332,29 @@ def progress(steps: int, batch: int, first: int = 0, implicit: bool = False, rto
     }
 
 
-def dct2(count: int, channels: int, height: int, width: int, inverse: bool, rows: int | None = None) -> Arguments:
+def rotation(size: int) -> Tensor:
+    """(size, size) orthonormal, at random."""
+    return torch.linalg.qr(torch.randn(size, size, dtype=torch.float64)).Q.float().contiguous()
+
+
+def mirrored(size: int, levels: int) -> Tensor:
+    """(size, size) orthonormal, at random, with the symmetry of a DCT-II: its rows, the halves of its even rows, .."""
+    if levels == 0:
+        return rotation(size)
+    even, odd = mirrored(size // 2, levels - 1), rotation(size // 2)
+    pairs = [torch.cat([even, even.flip(1)], dim=1), torch.cat([odd, -odd.flip(1)], dim=1)]
+    return torch.stack(pairs, dim=1).flatten(0, 1) / 2**0.5
+
+
+def dct2(
+    count: int,
+    channels: int,
+    height: int,
+    width: int,
+    inverse: bool,
+    rows: int | None = None,
+    matrix: Callable[[int], Tensor] = rotation,
+) -> Arguments:
     """Random rotations in place of cosines; the `rows` of the spectrum are more than the images and in no order."""
     total = rows or count + 3
     size = channels * height * width
@@ -342,17 +364,12 @@ def dct2(count: int, channels: int, height: int, width: int, inverse: bool, rows
         "image": image,
         "spectrum": spectrum,
         "rows": torch.randperm(total)[:count],
-        "dct_h": rotation(height),
-        "dct_w": rotation(width),
+        "dct_h": matrix(height),
+        "dct_w": matrix(width),
         "colour": rotation(channels),
         "order": torch.randperm(size),
         "inverse": inverse,
     }
-
-
-def rotation(size: int) -> Tensor:
-    """(size, size) orthonormal, at random."""
-    return torch.linalg.qr(torch.randn(size, size, dtype=torch.float64)).Q.float().contiguous()
 
 
 def large(op: str) -> Arguments:

@@ -71,6 +71,9 @@ for scope in ops.SCOPES:
 for shape in ((1, 1, 1, 1), (5, 3, 31, 17), (2, 3, 16, 32), (2, 4, 9, 33)):
     for inverse in (True, False):
         inputs.check("dct2", inputs.dct2(*shape, inverse=inverse), "cpu")
+for inverse in (True, False):
+    split = dict(dct_h=inputs.mirrored(48, 2), dct_w=inputs.mirrored(22, 1), order=torch.arange(3 * 48 * 22))
+    inputs.check("dct2", inputs.dct2(2, 3, 48, 22, inverse=inverse) | split, "cpu")
 """
     in_new_python(code, DEQKERN_ISA=isa)
 

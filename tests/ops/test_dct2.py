@@ -5,6 +5,8 @@ import pytest
 import torch
 from asserts import assert_close
 
+from deqkern.spectral import dct_matrix
+
 BACKENDS = inputs.backends("dct2")
 # (N, C, H, W)
 SHAPES = [(1, 1, 1, 1), (3, 1, 5, 7), (2, 3, 16, 16), (5, 3, 31, 17), (2, 4, 1, 9), (2, 5, 13, 2), (1, 3, 64, 64)]
@@ -16,6 +18,36 @@ SHAPES += [(1, 3, 70, 33), (2, 2, 20, 129), (2, 1, 1, 100)]
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_reference(backend: str, shape: tuple[int, int, int, int], inverse: bool) -> None:
     inputs.check("dct2", inputs.dct2(*shape, inverse=inverse), backend)
+
+
+@BACKENDS
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 3, 32, 32), (1, 1, 256, 96)], ids=str)
+def test_cosines(backend: str, shape: tuple[int, int, int, int], inverse: bool) -> None:
+    """Kernels may use the symmetry of these."""
+    arguments = inputs.dct2(*shape, inverse=inverse, matrix=lambda size: dct_matrix(size, torch.float32))
+    inputs.check("dct2", arguments, backend)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("width", [26, 32, 72])
+@pytest.mark.parametrize("height", [16, 48, 88])
+def test_every_depth_of_symmetry(height: int, width: int, inverse: bool) -> None:
+    for levels_h in range(5 if height % 16 == 0 else 4):
+        for levels_w in range(2):
+            matrices = {"dct_h": inputs.mirrored(height, levels_h), "dct_w": inputs.mirrored(width, levels_w)}
+            inputs.check("dct2", inputs.dct2(2, 3, height, width, inverse=inverse) | matrices, "cpu")
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("side", ["dct_h", "dct_w"])
+def test_one_entry_off_the_symmetry(side: str, inverse: bool) -> None:
+    arguments = inputs.dct2(1, 1, 32, 32, inverse=inverse, matrix=lambda size: dct_matrix(size, torch.float32))
+    for row in (0, 1, 12, 31):
+        for column in (0, 15, 16, 31):
+            matrix = arguments[side].clone()
+            matrix[row, column] += 1
+            inputs.check("dct2", inputs.clone(arguments) | {side: matrix}, "cpu")
 
 
 @BACKENDS
