@@ -14,7 +14,8 @@ from torch import Tensor
 
 import deqkern
 from deqkern import models
-from deqkern.integrations.diffusers import DENOISERS, invert, parallel
+from deqkern.integrations.diffusers import invert, parallel
+from deqkern.integrations.diffusers.loops import DENOISERS
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers", reason="the pipelines need it")

@@ -1,4 +1,4 @@
-"""diffusers pipelines, unmodified: `parallel` solves their sampling loop for all steps at once, `invert` runs it back.
+"""`parallel`: the sampling loop of an unmodified pipeline, solved for all its steps at once.
 
 The pipeline keeps its loop, its guidance and its decoding. What it calls once per step changes: the denoiser is
 evaluated at the states of all steps in one batch, and `scheduler.step` does one iteration of the solver.
@@ -17,36 +17,22 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .. import inversion
-from ..checks import check_options, check_solver
-from ..guidance import guided
-from ..network import kwargs_of
-from ..replication import Replicated, replicated
-from ..schedule import NoiseSchedule, StepTable
-from ..solve import Solution, Solve
-from ..solvers import Solver, default
-from ..trajectory import start
-
-# The pipelines whose loop is known to leave its state to the scheduler, and what they call their denoiser. A subclass
-# that keeps the loop is as good.
-DENOISERS = {
-    "DDIMPipeline": "unet",
-    "DiTPipeline": "transformer",
-    "StableDiffusionPipeline": "unet",
-    "StableDiffusionImg2ImgPipeline": "unet",
-    "StableDiffusionInpaintPipeline": "unet",
-    "StableDiffusionXLPipeline": "unet",
-    "StableDiffusionXLImg2ImgPipeline": "unet",
-    "StableDiffusionXLInpaintPipeline": "unet",
-    "StableDiffusion3Pipeline": "transformer",
-    "StableDiffusion3Img2ImgPipeline": "transformer",
-}
-# The schedulers whose update rule is the chain that is solved.
-MULTISTEP_SCHEDULER = "DPMSolverMultistepScheduler"
-SCHEDULERS = ("DDIMScheduler", "FlowMatchEulerDiscreteScheduler", MULTISTEP_SCHEDULER)
-# What the last of them must be set to: DPM-Solver++ 2M, as an ODE or an SDE.
-MULTISTEP = {"solver_order": (2,), "solver_type": ("midpoint",), "algorithm_type": ("dpmsolver++", "sde-dpmsolver++")}
-INVERTIBLE = ("DDIMPipeline", "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+from ...checks import check_options, check_solver
+from ...network import kwargs_of
+from ...replication import Replicated
+from ...schedule import NoiseSchedule, StepTable
+from ...solve import Solution, Solve
+from ...solvers import Solver, default
+from ...trajectory import start
+from .loops import (
+    MULTISTEP_SCHEDULER,
+    check_pair,
+    check_scheduler,
+    denoiser_of,
+    draws_noise,
+    rule_name,
+    spread_over,
+)
 
 # Arguments of a pipeline call that make its loop another one.
 _REFUSED = ("use_clipped_model_output", "skip_guidance_layers")
@@ -88,14 +74,14 @@ def parallel(
     call, ValueError for what cannot run in parallel: T2I and ControlNet residuals, Stable Diffusion 3's IP-adapters
     and skipped layers, `use_clipped_model_output`, callbacks that change latents or conditioning.
     """
-    denoiser = _denoiser(pipe)
+    denoiser = denoiser_of(pipe)
     scheduler = getattr(pipe.scheduler, "_deqkern_original", pipe.scheduler)  # of a context inside a context
-    _check_scheduler(scheduler)
-    _check_pair(pipe, scheduler)
+    check_scheduler(scheduler)
+    check_pair(pipe, scheduler)
     solver = default() if solver is None else solver
     check_solver("solver", solver)
     check_options(rtol, None, max_batch)
-    spread = None if devices is None else _spread(denoiser, devices)
+    spread = None if devices is None else spread_over(denoiser, devices)
     run = ParallelRun(pipe, denoiser, scheduler, rtol, solver, max_batch, spread)
     before, kind = pipe.scheduler, type(pipe)
     handles = [
@@ -185,7 +171,7 @@ class ParallelRun:
         self._turn, self._solve = "nobody", None
 
     def _table(self, eta: float = 0.0) -> StepTable:
-        count, order = int(self._plain.num_inference_steps), 2 if _rule(self._plain) == MULTISTEP_SCHEDULER else 1
+        count, order = int(self._plain.num_inference_steps), 2 if rule_name(self._plain) == MULTISTEP_SCHEDULER else 1
         return self._schedule.steps(count, eta=eta, order=order)
 
     def _iterations(self, values: Tensor, span: range) -> Iterator[Tensor]:
@@ -298,7 +284,7 @@ class ParallelRun:
         eta, dtype = 0.0, x.dtype
         if "eta" in inspect.signature(self._plain.step).parameters:
             eta = float(self._call.get("eta") or 0.0)
-        elif _draws(self._plain):
+        elif draws_noise(self._plain):
             eta, dtype = 1.0, torch.float32  # in which that scheduler draws
         if eta:
             shape, generator = self._first.shape, self._call.get("generator")
@@ -376,192 +362,6 @@ class _Timesteps(Tensor):
         return self.run._iterations(self.as_subclass(Tensor), self.span)
 
 
-def invert(
-    pipe: Any,
-    image: Any,
-    prompt: str | Sequence[str] = "",
-    *,
-    num_inference_steps: int = 50,
-    guidance_scale: float = 1.0,
-    rtol: float = 1e-4,
-    method: str = "joint",
-    sigma_min: float | None = None,
-    max_batch: int | None = None,
-    devices: Sequence[torch.device | str | int] | None = None,
-) -> Solution:
-    """Find the noise from which `pipe` makes `image` (eta = 0): see `deqkern.invert`.
-
-    For Stable Diffusion `value` are latents: `pipe(prompt, latents=solution.value, num_inference_steps=...,
-    guidance_scale=...)` makes the image again. `DDIMPipeline` takes no noise; `deqkern.sample(pipe.unet, ...)` does.
-
-    pipe: one of `INVERTIBLE`, or a subclass with the same loop, with a DDIMScheduler that does not clip.
-    image: as the pipelines take it: PIL, NumPy or a tensor (B, C, H, W) in 0 .. 1, or a list of them. A tensor with as
-        many channels as the VAE's latents is taken for latents, scaled as the pipeline has them.
-    prompt: one for all images, or one for each. Only Stable Diffusion has one. guidance_scale: as in the pipeline; > 1
-        is guidance, against the empty prompt, and makes inversion harder.
-    sigma_min: None is the pipeline's own chain; `deqkern.invert` says why a chain that ends early inverts better.
-    max_batch: rows in one call of the UNet, but never less than one state; guidance takes two per state.
-    devices: as in `parallel`.
-
-    Raises ValueError or TypeError for an argument that does not fit.
-    """
-    check_options(rtol, None, max_batch)
-    name = _loop(pipe)
-    if name not in INVERTIBLE:
-        raise ValueError(
-            f"pipe must be one of {', '.join(INVERTIBLE)}, got {type(pipe).__name__}; for others call deqkern.invert"
-        )
-    scheduler = getattr(pipe.scheduler, "_deqkern_original", pipe.scheduler)
-    if _rule(scheduler) != "DDIMScheduler":
-        raise ValueError(_unknown_rule(scheduler))
-    schedule, device = NoiseSchedule.from_diffusers(scheduler), pipe.unet.device
-    if schedule.clip_sample or schedule.thresholding:
-        raise ValueError(
-            "pipe.scheduler clips x0, which cannot be undone: use DDIMScheduler.from_config(pipe.scheduler.config, "
-            "clip_sample=False, thresholding=False)"
-        )
-
-    unet = pipe.unet if devices is None else _spread(pipe.unet, devices)
-
-    def found(model: Any, sample: Tensor, rows: int, model_kwargs: dict[str, Any]) -> Solution:
-        return inversion.invert(
-            model,
-            sample,
-            schedule,
-            num_inference_steps,
-            method=method,
-            rtol=rtol,
-            sigma_min=sigma_min,
-            model_kwargs=model_kwargs,
-            max_batch=max_batch and max(1, max_batch // rows),
-        )
-
-    with torch.no_grad():
-        if name == "DDIMPipeline":
-            if prompt != "" or guidance_scale != 1:
-                raise ValueError("prompt and guidance_scale are for Stable Diffusion; DDIMPipeline has no conditioning")
-            return found(unet, _pixels(pipe, image).to(device), 1, {})
-        latents = _latents(pipe, image)
-        prompts = [prompt] * len(latents) if isinstance(prompt, str) else list(prompt)
-        if len(prompts) != len(latents):
-            raise ValueError(f"prompt must be one or {len(latents)}, as many as images, got {len(prompts)}")
-        guides = guidance_scale > 1
-        text, empty = pipe.encode_prompt(prompts, latents.device, 1, guides)
-        given = {"encoder_hidden_states": text}  # (B, tokens, features)
-        if not guides:
-            return found(unet, latents, 1, given)
-        return found(guided(unet, guidance_scale, given, {"encoder_hidden_states": empty}), latents, 2, {})
-
-
-def _spread(denoiser: torch.nn.Module, devices: Sequence[torch.device | str | int]) -> Replicated:
-    if hasattr(denoiser, "_hf_hook"):
-        raise ValueError("devices: the denoiser of pipe is moved about by accelerate; it must stay on its device")
-    return replicated(denoiser, devices)
-
-
-def _pixels(pipe: Any, image: Any) -> Tensor:  # (B, C, H, W) in -1 .. 1
-    from diffusers.image_processor import VaeImageProcessor
-
-    processor = getattr(pipe, "image_processor", None) or VaeImageProcessor(vae_scale_factor=1)
-    return processor.preprocess(image)
-
-
-def _latents(pipe: Any, image: Any) -> Tensor:  # (B, channels, h, w) fp32, as the pipeline has them
-    device, vae = pipe._execution_device, pipe.vae
-    if isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == vae.config.latent_channels:
-        return image.to(device, torch.float32)
-    encoded = vae.encode(_pixels(pipe, image).to(device, vae.dtype)).latent_dist.mode()
-    return encoded.float() * vae.config.scaling_factor
-
-
 def _posing_as(method: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` with the signature of `method`: pipelines look at it to see what a scheduler takes."""
     return functools.update_wrapper(functools.partial(function), method)
-
-
-def _defined(owner: Any, method: str) -> str | None:
-    """The class of diffusers in which the type of `owner` has its `method`."""
-    function = getattr(type(owner), method, None)
-    if not getattr(function, "__module__", "").startswith("diffusers."):
-        return None
-    return getattr(function, "__qualname__", "").rpartition(".")[0]
-
-
-def _loop(pipe: Any) -> str | None:
-    return _defined(pipe, "__call__")
-
-
-def _rule(scheduler: Any) -> str | None:
-    return _defined(scheduler, "step")
-
-
-def _denoiser(pipe: Any) -> Any:
-    name = type(pipe).__name__
-    if not hasattr(pipe, "scheduler"):
-        raise TypeError(f"pipe must be a diffusers pipeline, got {name}")
-    part = DENOISERS.get(_loop(pipe) or "")
-    if part is None:
-        for extra in ("controlnet", "adapter"):
-            if getattr(pipe, extra, None) is not None:
-                raise ValueError(
-                    f"pipe: the residuals of its {extra} belong to one timestep, {name} cannot run in parallel; "
-                    "use it outside of parallel()"
-                )
-        raise ValueError(
-            f"pipe: the loop of {name} is not known to work in parallel. Supported are {', '.join(DENOISERS)} and "
-            "subclasses that keep their loop; for others call deqkern.sample with their denoiser"
-        )
-    denoiser = getattr(pipe, part)
-    if "Inpaint" in (_loop(pipe) or "") and denoiser.config.in_channels == denoiser.config.out_channels:
-        raise ValueError(
-            f"pipe: with a UNet of {denoiser.config.in_channels} channels {name} mixes the image into the state at "
-            "every step, which cannot run in parallel; use a UNet made for inpainting, with 9 channels"
-        )
-    return denoiser
-
-
-def _draws(scheduler: Any) -> bool:
-    """Whether each step draws noise without being told an eta."""
-    return _rule(scheduler) == MULTISTEP_SCHEDULER and scheduler.config.algorithm_type == "sde-dpmsolver++"
-
-
-def _check_scheduler(scheduler: Any) -> None:
-    rule, config = _rule(scheduler), scheduler.config
-    if rule not in SCHEDULERS:
-        raise ValueError(_unknown_rule(scheduler))
-    if rule == MULTISTEP_SCHEDULER:
-        for option, values in MULTISTEP.items():
-            if config[option] not in values:
-                raise ValueError(
-                    f"pipe.scheduler is a {rule} with {option}={config[option]!r}; parallel() solves "
-                    f"{option}={' or '.join(map(repr, values))}"
-                )
-        if config.final_sigmas_type != "zero" and (config.euler_at_final or not config.lower_order_final):
-            raise ValueError(
-                f"pipe.scheduler is a {rule} whose last step parallel() does not know; leave "
-                "euler_at_final and lower_order_final at their defaults"
-            )
-    NoiseSchedule.from_diffusers(scheduler)
-
-
-def _check_pair(pipe: Any, scheduler: Any) -> None:
-    loop = _loop(pipe) or ""
-    if loop == "DDIMPipeline" and _rule(scheduler) == MULTISTEP_SCHEDULER:
-        raise ValueError(
-            f"pipe.scheduler is a {MULTISTEP_SCHEDULER}, whose step does not take the eta that DDIMPipeline gives it; "
-            "use a DDIMScheduler, or deqkern.sample(..., order=2)"
-        )
-    if _draws(scheduler) and loop.startswith(("DiT", "StableDiffusion3")):
-        raise ValueError(
-            f"pipe.scheduler is of algorithm_type='sde-dpmsolver++', to which {loop} gives no generator; use "
-            "'dpmsolver++'"
-        )
-
-
-def _unknown_rule(scheduler: Any) -> str:
-    flow = "FlowMatch" in type(scheduler).__name__ or getattr(scheduler, "alphas_cumprod", None) is None
-    use = SCHEDULERS[1] if flow else SCHEDULERS[0]
-    return (
-        f"pipe.scheduler is a {type(scheduler).__name__}, whose steps are not the chain that is solved; set "
-        f"pipe.scheduler = {use}.from_config(pipe.scheduler.config)"
-    )
