@@ -13,7 +13,7 @@ from ...checks import check_options
 from ...guidance import guided
 from ...schedule import NoiseSchedule
 from ...solve import Solution
-from .loops import loop_name, rule_name, spread_over, unknown_rule
+from .checks import loop_name, rule_name, spread_over, unknown_rule
 
 INVERTIBLE = ("DDIMPipeline", "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 

@@ -1,125 +1,137 @@
-"""Which loops and schedulers can run in parallel, and what is refused of them."""
+"""What `parallel` must know of each pipeline's loop: `LOOPS`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ...replication import Replicated, replicated
-from ...schedule import NoiseSchedule
+# The timesteps that a denoiser is given, of the scheduler's t, the dtype of the latents and the denoiser's config.
+Timestep = Callable[[Tensor, torch.dtype, Mapping[str, Any]], Tensor]
 
-# The pipelines whose loop is known to leave its state to the scheduler, and what they call their denoiser. A subclass
-# that keeps the loop is as good.
-DENOISERS = {
-    "DDIMPipeline": "unet",
-    "DiTPipeline": "transformer",
-    "StableDiffusionPipeline": "unet",
-    "StableDiffusionImg2ImgPipeline": "unet",
-    "StableDiffusionInpaintPipeline": "unet",
-    "StableDiffusionXLPipeline": "unet",
-    "StableDiffusionXLImg2ImgPipeline": "unet",
-    "StableDiffusionXLInpaintPipeline": "unet",
-    "StableDiffusion3Pipeline": "transformer",
-    "StableDiffusion3Img2ImgPipeline": "transformer",
+
+def _as_it_is(t: Tensor, dtype: torch.dtype, config: Mapping[str, Any]) -> Tensor:
+    return t
+
+
+def _rounded(t: Tensor, dtype: torch.dtype, config: Mapping[str, Any]) -> Tensor:
+    return t.to(dtype)
+
+
+def _rounded_thousandth(t: Tensor, dtype: torch.dtype, config: Mapping[str, Any]) -> Tensor:
+    return t.to(dtype) / 1000
+
+
+def _thousandth(t: Tensor, dtype: torch.dtype, config: Mapping[str, Any]) -> Tensor:
+    return (t / 1000).to(dtype)
+
+
+def _scaled(t: Tensor, dtype: torch.dtype, config: Mapping[str, Any]) -> Tensor:
+    return t * config["timestep_scale"]
+
+
+def _reversed(t: Tensor, dtype: torch.dtype, config: Mapping[str, Any]) -> Tensor:
+    return 1 - t / 1000
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Latents (N, C, h p, w p) as tokens (N, h w, C p p): a pure permutation, row by row of patches of p x p."""
+
+    h: int
+    w: int
+    p: int
+
+    def pack(self, images: Tensor) -> Tensor:
+        cut = images.unflatten(-1, (self.w, self.p)).unflatten(-3, (self.h, self.p))  # (N, C, h, p, w, p)
+        return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+    def unpack(self, tokens: Tensor) -> Tensor:
+        cut = tokens.unflatten(2, (-1, self.p, self.p)).unflatten(1, (self.h, self.w))  # (N, h, w, C, p, p)
+        return cut.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def _grid_of_ids(given: Mapping[str, Any]) -> tuple[int, int]:
+    """h and w, of the positions (k, row, column, ..) of all tokens; k is 0 for those of the latents."""
+    ids = given["img_ids"]
+    ids = ids[0] if ids.ndim == 3 else ids
+    own = ids[ids[:, 0] == 0, 1:3]
+    w = int((own[:, 0] == 0).sum())
+    h = len(own) // max(w, 1)
+    expected = torch.cartesian_prod(torch.arange(h), torch.arange(w)).to(ids)  # rounded as they are
+    if not torch.equal(own, expected):
+        raise ValueError(f"pipe: the positions of its {len(own)} latent tokens are not those of an image")
+    return h, w
+
+
+def _grid_of_shapes(given: Mapping[str, Any]) -> tuple[int, int]:
+    shapes = given["img_shapes"][0]  # of the first sample: (frames, h, w), or a list, of the latents first
+    _, h, w = shapes[0] if isinstance(shapes, list) else shapes
+    return h, w
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop that leaves its state to the scheduler, and conditions every step alike.
+
+    denoiser: the attribute that holds it.
+    doubled: guidance is one call at twice the batch, if it is on. Else it is calls of its own, or embedded.
+    generator: `scheduler.step` is given the generator of the call.
+    timestep: what the denoiser is given for the scheduler's timesteps.
+    grid: h and w of packed latents, of the arguments of a call of the denoiser. patch: p, see `Packing`.
+    shared: arguments of the denoiser that have no row per sample; of a list, the first entry stands for all samples.
+    """
+
+    denoiser: str = "transformer"
+    doubled: bool = True
+    generator: bool = False
+    timestep: Timestep = _as_it_is
+    grid: Callable[[Mapping[str, Any]], tuple[int, int]] | None = None
+    patch: int = 2
+    shared: tuple[str, ...] = ()
+
+    def packing(self, given: Mapping[str, Any]) -> Packing | None:
+        return None if self.grid is None else Packing(*self.grid(given), self.patch)
+
+
+_UNET = Loop("unet", generator=True)
+_FLUX = Loop(doubled=False, timestep=_rounded_thousandth, grid=_grid_of_ids, shared=("img_ids", "txt_ids"))
+_QWEN = Loop(doubled=False, timestep=_rounded_thousandth, grid=_grid_of_shapes, shared=("img_shapes",))
+
+# The pipelines that can run in parallel. A subclass that keeps the loop is as good.
+LOOPS = {
+    "DDIMPipeline": _UNET,
+    "DiTPipeline": Loop(),
+    "StableDiffusionPipeline": _UNET,
+    "StableDiffusionImg2ImgPipeline": _UNET,
+    "StableDiffusionInpaintPipeline": _UNET,
+    "StableDiffusionXLPipeline": _UNET,
+    "StableDiffusionXLImg2ImgPipeline": _UNET,
+    "StableDiffusionXLInpaintPipeline": _UNET,
+    "KolorsPipeline": _UNET,
+    "KolorsImg2ImgPipeline": _UNET,
+    "StableDiffusion3Pipeline": Loop(),
+    "StableDiffusion3Img2ImgPipeline": Loop(),
+    "PixArtAlphaPipeline": Loop(generator=True),
+    "PixArtSigmaPipeline": Loop(generator=True),
+    "HunyuanDiTPipeline": Loop(generator=True, timestep=_rounded, shared=("image_rotary_emb",)),
+    "SanaPipeline": Loop(generator=True, timestep=_scaled),
+    "FluxPipeline": _FLUX,
+    "FluxImg2ImgPipeline": _FLUX,
+    "FluxKontextPipeline": _FLUX,
+    "ChromaPipeline": _FLUX,
+    "Flux2Pipeline": replace(_FLUX, patch=1),
+    "Flux2KleinPipeline": replace(_FLUX, patch=1),
+    "QwenImagePipeline": _QWEN,
+    "QwenImageImg2ImgPipeline": _QWEN,
+    "AuraFlowPipeline": Loop(timestep=_thousandth),
+    "CogView4Pipeline": Loop(doubled=False),
+    "Lumina2Pipeline": Loop(doubled=False, timestep=_reversed),
+    "WanPipeline": Loop(doubled=False),
+    "WanImageToVideoPipeline": Loop(doubled=False),
+    "HunyuanVideoPipeline": Loop(doubled=False, timestep=_rounded),
+    "LTXPipeline": Loop(),
 }
-# The schedulers whose update rule is the chain that is solved.
-MULTISTEP_SCHEDULER = "DPMSolverMultistepScheduler"
-SCHEDULERS = ("DDIMScheduler", "FlowMatchEulerDiscreteScheduler", MULTISTEP_SCHEDULER)
-# What the last of them must be set to: DPM-Solver++ 2M, as an ODE or an SDE.
-MULTISTEP = {"solver_order": (2,), "solver_type": ("midpoint",), "algorithm_type": ("dpmsolver++", "sde-dpmsolver++")}
-
-
-def spread_over(denoiser: torch.nn.Module, devices: Sequence[torch.device | str | int]) -> Replicated:
-    if hasattr(denoiser, "_hf_hook"):
-        raise ValueError("devices: the denoiser of pipe is moved about by accelerate; it must stay on its device")
-    return replicated(denoiser, devices)
-
-
-def _defined(owner: Any, method: str) -> str | None:
-    """The class of diffusers in which the type of `owner` has its `method`."""
-    function = getattr(type(owner), method, None)
-    if not getattr(function, "__module__", "").startswith("diffusers."):
-        return None
-    return getattr(function, "__qualname__", "").rpartition(".")[0]
-
-
-def loop_name(pipe: Any) -> str | None:
-    return _defined(pipe, "__call__")
-
-
-def rule_name(scheduler: Any) -> str | None:
-    return _defined(scheduler, "step")
-
-
-def denoiser_of(pipe: Any) -> Any:
-    name = type(pipe).__name__
-    if not hasattr(pipe, "scheduler"):
-        raise TypeError(f"pipe must be a diffusers pipeline, got {name}")
-    part = DENOISERS.get(loop_name(pipe) or "")
-    if part is None:
-        for extra in ("controlnet", "adapter"):
-            if getattr(pipe, extra, None) is not None:
-                raise ValueError(
-                    f"pipe: the residuals of its {extra} belong to one timestep, {name} cannot run in parallel; "
-                    "use it outside of parallel()"
-                )
-        raise ValueError(
-            f"pipe: the loop of {name} is not known to work in parallel. Supported are {', '.join(DENOISERS)} and "
-            "subclasses that keep their loop; for others call deqkern.sample with their denoiser"
-        )
-    denoiser = getattr(pipe, part)
-    if "Inpaint" in (loop_name(pipe) or "") and denoiser.config.in_channels == denoiser.config.out_channels:
-        raise ValueError(
-            f"pipe: with a UNet of {denoiser.config.in_channels} channels {name} mixes the image into the state at "
-            "every step, which cannot run in parallel; use a UNet made for inpainting, with 9 channels"
-        )
-    return denoiser
-
-
-def draws_noise(scheduler: Any) -> bool:
-    """Whether each step draws noise without being told an eta."""
-    return rule_name(scheduler) == MULTISTEP_SCHEDULER and scheduler.config.algorithm_type == "sde-dpmsolver++"
-
-
-def check_scheduler(scheduler: Any) -> None:
-    rule, config = rule_name(scheduler), scheduler.config
-    if rule not in SCHEDULERS:
-        raise ValueError(unknown_rule(scheduler))
-    if rule == MULTISTEP_SCHEDULER:
-        for option, values in MULTISTEP.items():
-            if config[option] not in values:
-                raise ValueError(
-                    f"pipe.scheduler is a {rule} with {option}={config[option]!r}; parallel() solves "
-                    f"{option}={' or '.join(map(repr, values))}"
-                )
-        if config.final_sigmas_type != "zero" and (config.euler_at_final or not config.lower_order_final):
-            raise ValueError(
-                f"pipe.scheduler is a {rule} whose last step parallel() does not know; leave "
-                "euler_at_final and lower_order_final at their defaults"
-            )
-    NoiseSchedule.from_diffusers(scheduler)
-
-
-def check_pair(pipe: Any, scheduler: Any) -> None:
-    loop = loop_name(pipe) or ""
-    if loop == "DDIMPipeline" and rule_name(scheduler) == MULTISTEP_SCHEDULER:
-        raise ValueError(
-            f"pipe.scheduler is a {MULTISTEP_SCHEDULER}, whose step does not take the eta that DDIMPipeline gives it; "
-            "use a DDIMScheduler, or deqkern.sample(..., order=2)"
-        )
-    if draws_noise(scheduler) and loop.startswith(("DiT", "StableDiffusion3")):
-        raise ValueError(
-            f"pipe.scheduler is of algorithm_type='sde-dpmsolver++', to which {loop} gives no generator; use "
-            "'dpmsolver++'"
-        )
-
-
-def unknown_rule(scheduler: Any) -> str:
-    flow = "FlowMatch" in type(scheduler).__name__ or getattr(scheduler, "alphas_cumprod", None) is None
-    use = SCHEDULERS[1] if flow else SCHEDULERS[0]
-    return (
-        f"pipe.scheduler is a {type(scheduler).__name__}, whose steps are not the chain that is solved; set "
-        f"pipe.scheduler = {use}.from_config(pipe.scheduler.config)"
-    )

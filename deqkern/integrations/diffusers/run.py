@@ -1,4 +1,4 @@
-"""`parallel`: the sampling loop of an unmodified pipeline, solved for all its steps at once.
+"""What happens inside of `parallel`.
 
 The pipeline keeps its loop, its guidance and its decoding. What it calls once per step changes: the denoiser is
 evaluated at the states of all steps in one batch, and `scheduler.step` does one iteration of the solver.
@@ -9,95 +9,44 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ...checks import check_options, check_solver
 from ...network import kwargs_of
 from ...replication import Replicated
 from ...schedule import NoiseSchedule, StepTable
 from ...solve import Solution, Solve
-from ...solvers import Solver, default
+from ...solvers import Solver
 from ...trajectory import start
-from .loops import (
+from .checks import (
+    FLOW_SCHEDULER,
     MULTISTEP_SCHEDULER,
-    check_pair,
-    check_scheduler,
-    denoiser_of,
+    check_no_cache,
     draws_noise,
     rule_name,
-    spread_over,
 )
+from .loops import Loop, Packing
 
-# Arguments of a pipeline call that make its loop another one.
-_REFUSED = ("use_clipped_model_output", "skip_guidance_layers")
+# Arguments of a pipeline call that make its loop another one, unless they are one of these.
+_REFUSED = {
+    "use_clipped_model_output": (None, False),
+    "skip_guidance_layers": (None, []),
+    "cfg_trunc_ratio": (1.0,),  # of the steps with guidance
+}
+_CALLS = (
+    "pipe calls its denoiser more often at some steps than at others, which cannot run in parallel: all steps are "
+    "solved at once; a hook, or an option of the call, must be left out"
+)
 _RESIDUALS = (
     "down_block_additional_residuals",
     "mid_block_additional_residual",
     "down_intrablock_additional_residuals",
     "block_controlnet_hidden_states",
 )
-
-
-@contextmanager
-def parallel(
-    pipe: Any,
-    rtol: float = 1e-2,
-    solver: Solver | None = None,
-    max_batch: int | None = None,
-    devices: Sequence[torch.device | str | int] | None = None,
-) -> Iterator[ParallelRun]:
-    """Inside the context `pipe(...)` samples all its steps at once; everything else about it stays as it is.
-
-    The loop of the pipeline runs once per iteration, so its progress bar counts iterations and its callback gets the
-    current estimate of the result in `latents`. Both end when the solve has converged to `rtol`; rtol = 0 gives the
-    sequential result exactly, up to rounding and the effect of the batch size on the network. `pipe._interrupt = True`
-    in a callback stops early. On leaving, also by an exception, the pipe is what it was before.
-
-    pipe: one of `DENOISERS`, or a subclass with the same loop, with a DDIMScheduler, a DPMSolverMultistepScheduler of
-        order 2 (dpmsolver++ or sde-dpmsolver++, midpoint) or, for Stable Diffusion 3, a
-        FlowMatchEulerDiscreteScheduler. Inpainting needs a UNet of 9 channels.
-    rtol, solver: as in `deqkern.sample`, but no "auto". max_batch: rows in one call of the denoiser; guidance takes two
-        per state.
-    devices: several evaluate the denoiser at the same time, each its share of the rows, as `deqkern.replicated` does;
-        its own alone if None.
-    eta and generator of the call are kept to: step noise is drawn in the order of the sequential loop.
-
-    Yields an object whose `solution` is the `Solution` of the last finished call; `nfe` counts states, guided or not.
-
-    Raises ValueError or TypeError for an argument that does not fit or a pipeline that is not supported, and, from the
-    call, ValueError for what cannot run in parallel: T2I and ControlNet residuals, Stable Diffusion 3's IP-adapters
-    and skipped layers, `use_clipped_model_output`, callbacks that change latents or conditioning.
-    """
-    denoiser = denoiser_of(pipe)
-    scheduler = getattr(pipe.scheduler, "_deqkern_original", pipe.scheduler)  # of a context inside a context
-    check_scheduler(scheduler)
-    check_pair(pipe, scheduler)
-    solver = default() if solver is None else solver
-    check_solver("solver", solver)
-    check_options(rtol, None, max_batch)
-    spread = None if devices is None else spread_over(denoiser, devices)
-    run = ParallelRun(pipe, denoiser, scheduler, rtol, solver, max_batch, spread)
-    before, kind = pipe.scheduler, type(pipe)
-    handles = [
-        denoiser.register_forward_pre_hook(run._before_denoiser, with_kwargs=True),
-        denoiser.register_forward_hook(run._after_denoiser),
-    ]
-    vars(pipe)["scheduler"] = run._scheduler  # past the pipe's __setattr__, which would write it into the config
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    pipe.__class__ = type(kind.__name__, (kind,), names | {"__call__": run._watched(kind.__call__)})
-    try:
-        yield run
-    finally:
-        pipe.__class__ = kind
-        vars(pipe)["scheduler"] = before
-        for handle in handles:
-            handle.remove()
 
 
 class ParallelRun:
@@ -108,7 +57,8 @@ class ParallelRun:
     def __init__(
         self,
         pipe: Any,
-        denoiser: torch.nn.Module,
+        loop: Loop,
+        denoiser: Any,
         scheduler: Any,
         rtol: float,
         solver: Solver,
@@ -116,16 +66,21 @@ class ParallelRun:
         spread: Replicated | None,
     ) -> None:
         self._pipe, self._rtol, self._solver, self._max_batch, self._spread = pipe, rtol, solver, max_batch, spread
-        self._denoiser = denoiser
-        config: Any = denoiser.config
-        self._channels = min(int(config.in_channels), int(config.out_channels))  # less conditioning, less learned sigma
+        self._loop, self._denoiser = loop, denoiser
+        config = denoiser.config
+        channels = config.get("out_channels") or config.in_channels
+        self._channels = min(int(config.in_channels), int(channels))  # less conditioning, less learned sigma
         self._names = list(inspect.signature(getattr(denoiser, "_orig_mod", denoiser).__class__.forward).parameters)[1:]
         self._plain = copy.copy(scheduler)  # set_timesteps assigns: the original keeps its own
         self._scheduler = copy.copy(scheduler)
         self._scheduler._deqkern_original = scheduler
         self._scheduler.set_timesteps = _posing_as(self._plain.set_timesteps, self._set_timesteps)
         self._scheduler.step = _posing_as(self._plain.step, self._step)
-        self._turn = "nobody"  # whom the loop calls next: "denoiser", "scheduler", or "nobody" outside of it
+        self._looping = False  # between a timestep of the loop and the step of the scheduler
+        self._calls = 0  # of the denoiser since the last timestep
+        self._given: list[list[Any]] = []  # what each of them is given, in the first turn
+        self._packing: Packing | None = None
+        self._preview = torch.empty(0)  # (B, channels or tokens, ..), the latents that the loop has
         self._inside = False  # the denoiser is called by the hook itself
         self._outputs: list[Tensor] = []  # of all parts of a call but the last
         self._join: Callable[[Any], Tensor] | None = None  # the last output to those of its rows on other devices
@@ -137,7 +92,7 @@ class ParallelRun:
 
     def _passes(self, module: torch.nn.Module) -> bool:
         """Whether this call of a denoiser is not the loop's."""
-        return self._inside or self._turn == "nobody" or module is not self._denoiser
+        return self._inside or not self._looping or module is not self._denoiser
 
     # The call, and its loop: timesteps, then for each of them the denoiser and the scheduler's step.
 
@@ -148,8 +103,8 @@ class ParallelRun:
         def watched(pipe: Any, *args: Any, **kwargs: Any) -> Any:
             given = inspect.signature(call).bind(pipe, *args, **kwargs)
             given.apply_defaults()
-            for name in _REFUSED:
-                if given.arguments.get(name):
+            for name, allowed in _REFUSED.items():
+                if name in given.arguments and given.arguments[name] not in allowed:
                     raise ValueError(f"{name} is not supported inside parallel(); leave it out")
             self._call = given.arguments
             return call(pipe, *args, **kwargs)
@@ -168,7 +123,7 @@ class ParallelRun:
             )
         vars(self._scheduler).update(vars(self._plain))
         self._scheduler.timesteps = _Timesteps.of(values, self, range(len(values)))
-        self._turn, self._solve = "nobody", None
+        self._looping, self._solve = False, None
 
     def _table(self, eta: float = 0.0) -> StepTable:
         count, order = int(self._plain.num_inference_steps), 2 if rule_name(self._plain) == MULTISTEP_SCHEDULER else 1
@@ -181,10 +136,10 @@ class ParallelRun:
             for t in values.unbind():
                 if self._converged:
                     break
-                self._turn = "denoiser"
+                self._looping, self._calls, self._t = True, 0, t
                 yield t
         finally:
-            self._turn = "nobody"
+            self._looping = False
         self._finish()
 
     @property
@@ -193,7 +148,7 @@ class ParallelRun:
 
     def _finish(self) -> None:
         if self._solve is not None:
-            self.solution, self._solve = self._solve.solution(self._first.dtype), None
+            self.solution, self._solve = self._solve.solution(self._preview.dtype), None
 
     def _before_denoiser(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -201,29 +156,21 @@ class ParallelRun:
         """Call the module at the selected states, ordered (copy of guidance, state); the last part is left to it."""
         if self._passes(module):
             return None
-        rest = dict(zip(self._names, args, strict=False)) | kwargs
-        x = rest.pop(self._names[0])
-        del rest["timestep"]
-        self._check_call(rest)
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        x = given.pop(self._names[0])
+        t = given.pop("timestep")
+        self._check_supported(given)
         if self._solve is None:
-            self._begin(x, rest)
-        else:
-            self._check_unchanged(x, rest)
+            self._begin(x, given)
+        self._check_conditioning(x, given)
+        self._check_latents(x)
+        self._check_timestep(t, x.dtype)
         assert self._solve is not None
-        self._solve.select()
-        trajectory, batch, copies = self._solve.trajectory, self._batch, self._copies
-        rows = trajectory.rows.repeat(copies)  # (N,) of all copies
-        index = torch.arange(copies, device=x.device).repeat_interleave(trajectory.selected) * batch + rows % batch
-        states = trajectory.images(trajectory.rows).to(x.dtype)
-        states = states.repeat(copies, *[1] * (states.ndim - 1))
-        if x.shape[1] > self._channels:
-            states = torch.cat([states, x[index, self._channels :]], dim=1)
-        timesteps = trajectory.table.timesteps.to(x.device)[rows // batch]
-        calls = [
-            kwargs_of(rest, index[part], len(x)) | {self._names[0]: states[part], "timestep": timesteps[part]}
-            for part in torch.arange(len(rows), device=x.device).split(self._max_batch or len(rows))
-        ]
-        self._turn, self._inside = "scheduler", True
+        if not self._calls:
+            self._solve.select()
+        self._calls += 1
+        calls = self._rows(x, given)
+        self._inside = True
         try:
             if self._spread is None:
                 self._outputs = [module(**call)[0] for call in calls[:-1]]
@@ -234,6 +181,25 @@ class ParallelRun:
         finally:
             self._inside = False
 
+    def _rows(self, x: Tensor, given: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The denoiser's arguments at the selected rows, cut by `max_batch`; x first."""
+        assert self._solve is not None
+        trajectory, batch, copies = self._solve.trajectory, self._batch, self._copies
+        rows = trajectory.rows.repeat(copies)  # (N,) of all copies
+        index = torch.arange(copies, device=x.device).repeat_interleave(trajectory.selected) * batch + rows % batch
+        states = self._packed(trajectory.images(trajectory.rows).to(x.dtype))
+        states = states.repeat(copies, *[1] * (states.ndim - 1))
+        if x.shape[1] > self._own:
+            states = torch.cat([states, x[index, self._own :]], dim=1)
+        timesteps = trajectory.table.timesteps.to(x.device)[rows // batch]
+        timesteps = self._loop.timestep(timesteps, x.dtype, self._denoiser.config)
+        shared = {name: given[name] for name in self._loop.shared if name in given}
+        shared = {name: value[:1] if isinstance(value, list) else value for name, value in shared.items()}
+        return [
+            {self._names[0]: states[part], "timestep": timesteps[part]} | kwargs_of(given, index[part], len(x)) | shared
+            for part in torch.arange(len(rows), device=x.device).split(self._max_batch or len(rows))
+        ]
+
     def _after_denoiser(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
         if self._passes(module) or not (self._outputs or self._join):
             return None
@@ -243,21 +209,27 @@ class ParallelRun:
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         """One iteration. The state that the pipeline goes on with is the present estimate of the chain's end."""
-        if self._turn != "scheduler" or self._solve is None:
+        if not self._looping or self._solve is None or not self._calls:
             raise ValueError("pipe: its loop calls scheduler.step without the denoiser; it cannot run in parallel")
+        if self._calls != len(self._given):
+            raise ValueError(_CALLS)
         call = inspect.signature(self._plain.step).bind(*args, **kwargs)
         call.apply_defaults()
         output, sample = call.arguments["model_output"], call.arguments["sample"]
         solve, trajectory = self._solve, self._solve.trajectory
         rows, outputs = trajectory.rows, solve.iteration.outputs(solve.count)
-        output = output[: len(rows)]  # DiT gives the guided output twice
+        if not solve.count and sample.dtype != self._preview.dtype:  # the denoiser was given them rounded
+            first = self._unpacked(sample[: self._batch])
+            trajectory.basis.forward(first, trajectory.x[0], solve.iteration.samples)
+        dtype = self._dtype_of(output, sample)
+        output = self._unpacked(output[: len(rows)])  # DiT gives the guided output twice
         if trajectory.table.converts:
             output = trajectory.table.effective_output(trajectory.images(rows), output, rows // self._batch)
         trajectory.basis.forward(output.to(outputs.dtype).contiguous(), outputs.flatten(0, 1), rows)
         solve.iteration.update(solve.count)
         solve.settle()
-        self._preview = solve.value(sample.dtype)
-        self._turn = "nobody"
+        self._preview = self._packed(solve.value(dtype))
+        self._looping = False
         value = torch.cat([self._preview] * (len(sample) // self._batch))
         if not call.arguments["return_dict"]:
             return value, value
@@ -265,69 +237,102 @@ class ParallelRun:
 
         return SchedulerOutput(prev_sample=value)
 
+    def _dtype_of(self, output: Tensor, sample: Tensor) -> torch.dtype:
+        """Of the state that the scheduler's own step gives."""
+        if rule_name(self._plain) == FLOW_SCHEDULER:
+            return output.dtype
+        return torch.promote_types(output.dtype, sample.dtype)
+
+    def _packed(self, images: Tensor) -> Tensor:
+        return images if self._packing is None else self._packing.pack(images)
+
+    def _unpacked(self, latents: Tensor) -> Tensor:
+        return latents if self._packing is None else self._packing.unpack(latents)
+
     # The solve behind it.
 
-    def _begin(self, x: Tensor, rest: Mapping[str, Any]) -> None:
-        """Start at the denoiser's first input x (N, channels, ..) and its other arguments.
+    def _begin(self, x: Tensor, given: Mapping[str, Any]) -> None:
+        """Start at the denoiser's first input x (N, channels or tokens, ..) and its other arguments.
 
         All step noise is drawn here: the loop draws nothing between this and its own first step.
         """
         from diffusers.utils.torch_utils import randn_tensor
 
-        guided = getattr(self._pipe, "do_classifier_free_guidance", None)
-        if guided is None:  # DiTPipeline, and DDIMPipeline, which has none
-            guided = self._call.get("guidance_scale", 1.0) > 1
-        self._given, self._copies = self._conditioning(x, rest), 2 if guided else 1
-        self._batch = len(x) // self._copies
-        self._first = x[: self._batch, : self._channels].clone()
-        self._preview, noise = self._first, None
+        check_no_cache(self._denoiser)
+        self._copies, self._given = 2 if self._loop.doubled and self._guided else 1, []
+        self._batch, self._packing = len(x) // self._copies, self._loop.packing(given)
+        if self._packing is not None:
+            self._own = self._packing.h * self._packing.w
+        else:
+            self._own = x.shape[1] if x.ndim == 3 else self._channels
+        self._preview, noise = x[: self._batch, : self._own].clone(), None
+        first = self._unpacked(self._preview)
         eta, dtype = 0.0, x.dtype
         if "eta" in inspect.signature(self._plain.step).parameters:
             eta = float(self._call.get("eta") or 0.0)
         elif draws_noise(self._plain):
             eta, dtype = 1.0, torch.float32  # in which that scheduler draws
         if eta:
-            shape, generator = self._first.shape, self._call.get("generator")
-            noise = torch.stack([randn_tensor(shape, generator, x.device, dtype) for _ in self._span])
+            generator = self._call.get("generator")
+            noise = torch.stack([randn_tensor(first.shape, generator, x.device, dtype) for _ in self._span])
         table = self._table(eta).part(self._span)
-        trajectory = start(_Denoiser(), self._first, table, self._solver, step_noise=noise)
+        trajectory = start(_Denoiser(), first, table, self._solver, step_noise=noise)
         self._solve = Solve(trajectory, self._solver, rtol=self._rtol)
 
-    def _conditioning(self, x: Tensor, rest: Mapping[str, Any]) -> list[Tensor]:
-        """All tensors that the denoiser is given beside the state and the timestep."""
-        leaves = [x[:, self._channels :], *tree_leaves(dict(rest))]
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    @property
+    def _guided(self) -> bool:
+        known = getattr(self._pipe, "do_classifier_free_guidance", None)  # for others it is a variable of the loop
+        return bool(self._call.get("guidance_scale", 1.0) > 1 if known is None else known)
 
-    def _check_call(self, rest: Mapping[str, Any]) -> None:
-        if self._turn != "denoiser":
-            raise ValueError(
-                "pipe calls its denoiser more than once per step, which cannot run in parallel: a hook or an option of "
-                "the call must be left out"
-            )
+    def _check_supported(self, given: Mapping[str, Any]) -> None:
         for name in _RESIDUALS:
-            if rest.get(name) is not None:
+            if given.get(name) is not None:
                 raise ValueError(
                     f"pipe gives its denoiser {name}, which belong to one timestep (ControlNet, T2I adapters); "
                     "call it outside of parallel()"
                 )
-        if "ip_adapter_image_embeds" in (rest.get("joint_attention_kwargs") or {}):
+        if "ip_adapter_image_embeds" in (given.get("joint_attention_kwargs") or {}):
             raise ValueError(
-                "ip_adapter_image: this IP-adapter depends on the timestep; leave it out inside parallel(), or call "
-                "pipe outside of it"
+                "ip_adapter_image: IP-adapters of transformers, some of which depend on the timestep, are not "
+                "supported; leave it out inside parallel(), or call pipe outside of it"
             )
 
-    def _check_unchanged(self, x: Tensor, rest: Mapping[str, Any]) -> None:
-        given = self._conditioning(x, rest)
-        pairs = zip(given, self._given, strict=False)
-        if len(given) != len(self._given) or any(a is not b and not torch.equal(a, b) for a, b in pairs):
+    def _check_timestep(self, t: Tensor, dtype: torch.dtype) -> None:
+        seen = t.float()
+        expected = self._loop.timestep(self._t, dtype, self._denoiser.config).float()
+        if not bool(torch.isclose(seen, expected, rtol=1e-2).all()):  # it may be rounded otherwise
+            raise ValueError(
+                f"pipe gives its denoiser the timestep {float(seen.flatten()[0]):g}, not {float(expected):g}: its "
+                "loop is not the one that parallel() knows"
+            )
+
+    def _check_latents(self, x: Tensor) -> None:
+        if _same(x[:, : self._own], torch.cat([self._preview.to(x.dtype)] * self._copies)):
+            return
+        if self._calls:
+            raise ValueError(
+                "pipe calls its denoiser at other latents than those of the step, which cannot run in parallel; a "
+                "hook, or an option of the call, must be left out"
+            )
+        raise ValueError(
+            "callback_on_step_end, or the pipe's own loop, changed latents between two steps; inside parallel() "
+            "they are previews, to look at only"
+        )
+
+    def _check_conditioning(self, x: Tensor, given: Mapping[str, Any]) -> None:
+        """What one call is given beside the state and the timestep must be the same in every turn of the loop."""
+        leaves = [x[:, self._own :], *tree_leaves(dict(given))]
+        assert self._solve is not None
+        if not self._solve.count:
+            self._given.append(leaves)
+            return
+        if self._calls >= len(self._given):
+            raise ValueError(_CALLS)
+        before = self._given[self._calls]
+        if len(leaves) != len(before) or not all(map(_same, leaves, before)):
             raise ValueError(
                 "callback_on_step_end changed the conditioning or the guidance: inside parallel() every step is solved "
                 "at once, and all need the same"
-            )
-        if not torch.equal(x[: self._batch, : self._channels], self._preview):
-            raise ValueError(
-                "callback_on_step_end, or the pipe's own loop, changed latents between two steps; inside parallel() "
-                "they are previews, to look at only"
             )
 
 
@@ -365,3 +370,12 @@ class _Timesteps(Tensor):
 def _posing_as(method: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` with the signature of `method`: pipelines look at it to see what a scheduler takes."""
     return functools.update_wrapper(functools.partial(function), method)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two arguments are equal, NaN or not; of what is no tensor and not plain, whether they are of one type."""
+    if a is b:
+        return True
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+    return type(a) is type(b) and (not isinstance(a, bool | int | float | str) or a == b)
