@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,20 @@ SCHEDULERS = ("DDIMScheduler", FLOW_SCHEDULER, MULTISTEP_SCHEDULER)
 MULTISTEP = {"solver_order": (2,), "solver_type": ("midpoint",), "algorithm_type": ("dpmsolver++", "sde-dpmsolver++")}
 # What the config of a pipeline says where each step has its own denoiser or, in one, each token its own timestep.
 TWO_STAGES = ("boundary_ratio", "expand_timesteps")
+
+# Arguments of a pipeline call that make its loop another one, unless they are one of these.
+_REFUSED = {
+    "use_clipped_model_output": (None, False),
+    "skip_guidance_layers": (None, []),
+    "cfg_trunc_ratio": (1.0,),  # of the steps with guidance
+}
+# Arguments of a denoiser that belong to one timestep.
+_RESIDUALS = (
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
+    "down_intrablock_additional_residuals",
+    "block_controlnet_hidden_states",
+)
 
 
 def spread_over(
@@ -88,6 +102,28 @@ def check_no_cache(denoiser: Any) -> None:
         raise ValueError(
             "pipe: its denoiser goes on from what it computed at earlier timesteps (a cache), but here it is called at "
             "all at once; turn the cache off, with disable_cache()"
+        )
+
+
+def check_pipeline_call(given: Mapping[str, Any]) -> None:
+    """Of the arguments of a pipeline."""
+    for name, allowed in _REFUSED.items():
+        if name in given and given[name] not in allowed:
+            raise ValueError(f"{name} is not supported inside parallel(); leave it out")
+
+
+def check_denoiser_call(given: Mapping[str, Any]) -> None:
+    """Of the arguments that a loop gives its denoiser."""
+    for name in _RESIDUALS:
+        if given.get(name) is not None:
+            raise ValueError(
+                f"pipe gives its denoiser {name}, which belong to one timestep (ControlNet, T2I adapters); "
+                "call it outside of parallel()"
+            )
+    if "ip_adapter_image_embeds" in (given.get("joint_attention_kwargs") or {}):
+        raise ValueError(
+            "ip_adapter_image: IP-adapters of transformers, some of which depend on the timestep, are not "
+            "supported; leave it out inside parallel(), or call pipe outside of it"
         )
 
 

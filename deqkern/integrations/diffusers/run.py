@@ -25,27 +25,18 @@ from ...trajectory import start
 from .checks import (
     FLOW_SCHEDULER,
     MULTISTEP_SCHEDULER,
+    check_denoiser_call,
     check_no_cache,
+    check_pipeline_call,
     draws_noise,
     rule_name,
 )
 from .loops import Loop, Packing
+from .timesteps import Timesteps
 
-# Arguments of a pipeline call that make its loop another one, unless they are one of these.
-_REFUSED = {
-    "use_clipped_model_output": (None, False),
-    "skip_guidance_layers": (None, []),
-    "cfg_trunc_ratio": (1.0,),  # of the steps with guidance
-}
 _CALLS = (
     "pipe calls its denoiser more often at some steps than at others, which cannot run in parallel: all steps are "
     "solved at once; a hook, or an option of the call, must be left out"
-)
-_RESIDUALS = (
-    "down_block_additional_residuals",
-    "mid_block_additional_residual",
-    "down_intrablock_additional_residuals",
-    "block_controlnet_hidden_states",
 )
 
 
@@ -103,9 +94,7 @@ class ParallelRun:
         def watched(pipe: Any, *args: Any, **kwargs: Any) -> Any:
             given = inspect.signature(call).bind(pipe, *args, **kwargs)
             given.apply_defaults()
-            for name, allowed in _REFUSED.items():
-                if name in given.arguments and given.arguments[name] not in allowed:
-                    raise ValueError(f"{name} is not supported inside parallel(); leave it out")
+            check_pipeline_call(given.arguments)
             self._call = given.arguments
             return call(pipe, *args, **kwargs)
 
@@ -122,7 +111,7 @@ class ParallelRun:
                 "are not those of its chain; take another number of steps, and leave out timesteps= of your own"
             )
         vars(self._scheduler).update(vars(self._plain))
-        self._scheduler.timesteps = _Timesteps.of(values, self, range(len(values)))
+        self._scheduler.timesteps = Timesteps.of(values, self._iterations, range(len(values)))
         self._looping, self._solve = False, None
 
     def _table(self, eta: float = 0.0) -> StepTable:
@@ -159,7 +148,7 @@ class ParallelRun:
         given = dict(zip(self._names, args, strict=False)) | kwargs
         x = given.pop(self._names[0])
         t = given.pop("timestep")
-        self._check_supported(given)
+        check_denoiser_call(given)
         if self._solve is None:
             self._begin(x, given)
         self._check_conditioning(x, given)
@@ -284,19 +273,6 @@ class ParallelRun:
         known = getattr(self._pipe, "do_classifier_free_guidance", None)  # for others it is a variable of the loop
         return bool(self._call.get("guidance_scale", 1.0) > 1 if known is None else known)
 
-    def _check_supported(self, given: Mapping[str, Any]) -> None:
-        for name in _RESIDUALS:
-            if given.get(name) is not None:
-                raise ValueError(
-                    f"pipe gives its denoiser {name}, which belong to one timestep (ControlNet, T2I adapters); "
-                    "call it outside of parallel()"
-                )
-        if "ip_adapter_image_embeds" in (given.get("joint_attention_kwargs") or {}):
-            raise ValueError(
-                "ip_adapter_image: IP-adapters of transformers, some of which depend on the timestep, are not "
-                "supported; leave it out inside parallel(), or call pipe outside of it"
-            )
-
     def _check_timestep(self, t: Tensor, dtype: torch.dtype) -> None:
         seen = t.float()
         expected = self._loop.timestep(self._t, dtype, self._denoiser.config).float()
@@ -343,28 +319,6 @@ class _Denoiser:
 
     def __call__(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
         raise NotImplementedError
-
-
-class _Timesteps(Tensor):
-    """Timesteps of a scheduler whose iteration ends when the solve has converged; so do slices of them."""
-
-    run: ParallelRun
-    span: range  # which steps of the scheduler's they are
-    # whatever is computed from them is a plain tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @staticmethod
-    def of(values: Tensor, run: ParallelRun, span: range) -> _Timesteps:
-        timesteps = values.as_subclass(_Timesteps)
-        timesteps.run, timesteps.span = run, span
-        return timesteps
-
-    def __getitem__(self, index: Any) -> Tensor:
-        values = super().__getitem__(index)
-        return _Timesteps.of(values, self.run, self.span[index]) if isinstance(index, slice) else values
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return self.run._iterations(self.as_subclass(Tensor), self.span)
 
 
 def _posing_as(method: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
