@@ -20,7 +20,12 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # its arguments
 
 
 class Replicated(torch.nn.Module):
-    """What `replicated` makes: `model(x, t, ..)` is the model's output as one tensor, where x is."""
+    """What `replicated` makes: `model(x, t, ..)` is the model's output as one tensor, where x is.
+
+    shared: names of keyword arguments that are no rows, however many entries they have.
+    """
+
+    shared: tuple[str, ...] = ()
 
     def __init__(self, model: torch.nn.Module, devices: Sequence[torch.device]) -> None:
         super().__init__()
@@ -40,7 +45,7 @@ class Replicated(torch.nn.Module):
         ends = [count * j // number for j in range(number + 1)]
         shares = [slice(*pair) for pair in itertools.pairwise(ends)]
         calls = [
-            (_share(args, count, share, device), _share(kwargs, count, share, device))
+            (_share(args, count, share, device), self._named(kwargs, count, share, device))
             for share, device in zip(shares, self.devices, strict=False)
         ]
         outputs = self._start(calls[1:])
@@ -50,6 +55,10 @@ class Replicated(torch.nn.Module):
             return torch.cat([own, *(output().to(own.device) for output in outputs)]) if outputs else own
 
         return *calls[0], join
+
+    def _named(self, kwargs: dict[str, Any], count: int, rows: slice, device: torch.device) -> dict[str, Any]:
+        counts = {name: -1 if name in self.shared else count for name in kwargs}  # nothing has -1 rows
+        return {name: _share(value, counts[name], rows, device) for name, value in kwargs.items()}
 
     def _start(self, calls: list[Call]) -> list[Callable[[], Tensor]]:
         """Call the copies, each in a thread of its own, in the setting of this one; what waits for each output."""

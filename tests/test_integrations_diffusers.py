@@ -10,77 +10,33 @@ from typing import Any
 import pytest
 import torch
 from asserts import relative_error
+from pipelines import (
+    STEPS,
+    TOKENS,
+    WIDTH,
+    check_both,
+    check_exact,
+    ddim,
+    diffusers,
+    noise,
+    picture,
+    prompts,
+    quiet,
+    random,
+    refused,
+    result,
+    second_order,
+    sharpened,
+    transformers,
+    unet,
+    vae,
+)
 from torch import Tensor
 
 import deqkern
 from deqkern import models
-from deqkern.integrations.diffusers import DENOISERS, invert, parallel
-
-diffusers = pytest.importorskip("diffusers")
-transformers = pytest.importorskip("transformers", reason="the pipelines need it")
-
-STEPS, TOKENS, WIDTH = 12, 5, 16
-
-
-def sharpened(network: torch.nn.Module) -> torch.nn.Module:
-    """A random network with larger weights: near the usual ones it is next to linear, and converges at once."""
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if parameter.ndim > 1:
-                parameter *= 1.6
-    return network.eval()
-
-
-def unet(channels: int = 4, **options: Any) -> Any:
-    return sharpened(
-        diffusers.UNet2DConditionModel(
-            sample_size=8, in_channels=channels, out_channels=4, block_out_channels=(8, 16), layers_per_block=1,
-            norm_num_groups=4, attention_head_dim=4, cross_attention_dim=WIDTH,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), **options,
-        )
-    )  # fmt: skip
-
-
-def vae(channels: int = 4) -> Any:
-    return diffusers.AutoencoderKL(
-        block_out_channels=(8,), norm_num_groups=4, latent_channels=channels, sample_size=8, scaling_factor=0.5,
-        shift_factor=0.1,
-    ).eval()  # fmt: skip
-
-
-def ddim(**options: Any) -> Any:
-    given = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False,
-             "set_alpha_to_one": False, "steps_offset": 1}  # fmt: skip
-    return diffusers.DDIMScheduler(**given | options)
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def quiet(pipe: Any) -> Any:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def prompts(guided: bool, **more: Tensor) -> dict[str, Any]:
-    given = {"prompt_embeds": random(2, TOKENS, WIDTH, seed=1), "guidance_scale": 7.5 if guided else 1.0}
-    if guided:
-        given["negative_prompt_embeds"] = random(2, TOKENS, WIDTH, seed=2)
-    for name, value in more.items():
-        given[name] = value
-        if guided:
-            given[f"negative_{name}"] = value.flip(0)
-    return given | {"num_inference_steps": STEPS, "output_type": "latent"}
-
-
-def noise(channels: int = 4) -> Tensor:
-    return random(2, channels, 8, 8, seed=3)
-
-
-def picture() -> Tensor:
-    return random(2, 3, 8, 8, seed=4).clamp(-1, 1) / 2 + 0.5
+from deqkern.integrations.diffusers import invert, parallel
+from deqkern.integrations.diffusers.loops import LOOPS
 
 
 def ddim_pipeline(guided: bool) -> tuple[Any, dict[str, Any]]:
@@ -180,38 +136,15 @@ PIPELINES: dict[str, Callable[[bool], Any]] = {
 }  # fmt: skip
 
 
-def result(pipe: Any, call: dict[str, Any], **more: Any) -> Tensor:
-    """The images or latents of a call whose generator begins anew."""
-    return quiet(pipe)(**call, generator=torch.Generator().manual_seed(7), **more).images
-
-
 def pieces(name: str, guided: bool) -> tuple[Any, dict[str, Any]]:
     torch.manual_seed(0)
     return PIPELINES[name](guided)
-
-
-def check_both(pipe: Any, call: dict[str, Any]) -> None:
-    expected = result(pipe, call)
-    for rtol, bound in ((1e-4, 2e-3), (0.0, 1e-5)):
-        with parallel(pipe, rtol=rtol) as run:
-            actual = result(pipe, call)
-        assert float(relative_error(actual, expected).max()) <= bound
-        assert run.solution is not None and bool(run.solution.converged.all())
-        assert 1 < run.solution.iterations <= call["num_inference_steps"]
-        if call["output_type"] == "latent":
-            assert torch.equal(run.solution.value, actual)
 
 
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("name", PIPELINES)
 def test_parallel_is_sequential(name: str, guided: bool) -> None:
     check_both(*pieces(name, guided))
-
-
-def second_order(pipe: Any, kind: str = "dpmsolver++", **options: Any) -> None:
-    pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
-        pipe.scheduler.config, algorithm_type=kind, **options
-    )
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -308,15 +241,6 @@ def test_half_precision(name: str) -> None:
     assert float(relative_error(actual.float(), expected.float()).max()) <= 0.1
 
 
-def check_exact(pipe: Any, call: dict[str, Any]) -> deqkern.Solution:
-    expected = result(pipe, call)
-    with parallel(pipe, rtol=0.0, max_batch=7) as run:
-        actual = result(pipe, call)
-    assert float(relative_error(actual, expected).max()) <= 1e-5
-    assert run.solution is not None
-    return run.solution
-
-
 @pytest.mark.parametrize("order", [1, 2])
 def test_parts_of_the_chain(order: int) -> None:
     """Stable Diffusion XL hands a chain on from its base to its refiner."""
@@ -377,7 +301,7 @@ def test_max_batch_bounds_every_call(max_batch: int) -> None:
 @pytest.mark.parametrize("name", ["xl", "dit", "sd3"])
 def test_several_devices_share_every_call(name: str, max_batch: int | None) -> None:
     pipe, call = pieces(name, True)
-    expected, denoiser = result(pipe, call), getattr(pipe, DENOISERS[type(pipe).__name__])
+    expected, denoiser = result(pipe, call), getattr(pipe, LOOPS[type(pipe).__name__].denoiser)
     rows: list[int] = []
     handle = denoiser.register_forward_hook(lambda module, args, output: rows.append(len(output[0])))  # the copies' too
     with parallel(pipe, rtol=0.0, max_batch=max_batch, devices=["cpu", "cpu", "cpu"]) as run:
@@ -503,12 +427,6 @@ def test_a_subclass_with_the_same_loop_is_as_good() -> None:
         pass
 
 
-def refused(pipe: Any, match: str, call: dict[str, Any] | None = None, error: type = ValueError, **more: Any) -> None:
-    with pytest.raises(error, match=match), parallel(pipe, **more):
-        assert call is not None, "it should have been refused at once"
-        result(pipe, call)
-
-
 def test_schedulers_with_other_rules_are_refused() -> None:
     pipe, _ = pieces("sd", False)
     names = ("DPMSolverSinglestepScheduler", "EulerDiscreteScheduler", "PNDMScheduler", "DDPMScheduler", "LCMScheduler")
@@ -577,7 +495,7 @@ def test_denoisers_that_depend_on_more_than_their_timestep_are_refused() -> None
         handle.remove()
         module(**given)
 
-    with pytest.raises(ValueError, match="more than once per step"), parallel(pipe):
+    with pytest.raises(ValueError, match="other latents than those of the step"), parallel(pipe):
         handle = pipe.unet.register_forward_hook(twice, with_kwargs=True)
         result(pipe, call)
 

@@ -1,0 +1,179 @@
+"""Which pipelines and schedulers are refused, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ...replication import Replicated, replicated
+from ...schedule import NoiseSchedule
+from .loops import LOOPS, Loop
+
+# The schedulers whose update rule is the chain that is solved.
+FLOW_SCHEDULER, MULTISTEP_SCHEDULER = "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler"
+SCHEDULERS = ("DDIMScheduler", FLOW_SCHEDULER, MULTISTEP_SCHEDULER)
+# What the last of them must be set to: DPM-Solver++ 2M, as an ODE or an SDE.
+MULTISTEP = {"solver_order": (2,), "solver_type": ("midpoint",), "algorithm_type": ("dpmsolver++", "sde-dpmsolver++")}
+# What the config of a pipeline says where each step has its own denoiser or, in one, each token its own timestep.
+TWO_STAGES = ("boundary_ratio", "expand_timesteps")
+
+# Arguments of a pipeline call that make its loop another one, unless they are one of these.
+_REFUSED = {
+    "use_clipped_model_output": (None, False),
+    "skip_guidance_layers": (None, []),
+    "cfg_trunc_ratio": (1.0,),  # of the steps with guidance
+}
+# Arguments of a denoiser that belong to one timestep.
+_RESIDUALS = (
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
+    "down_intrablock_additional_residuals",
+    "block_controlnet_hidden_states",
+)
+
+
+def spread_over(
+    denoiser: torch.nn.Module, devices: Sequence[torch.device | str | int], shared: Sequence[str] = ()
+) -> Replicated:
+    if hasattr(denoiser, "_hf_hook"):
+        raise ValueError("devices: the denoiser of pipe is moved about by accelerate; it must stay on its device")
+    spread = replicated(denoiser, devices)
+    spread.shared = tuple(shared)
+    return spread
+
+
+def _defined(owner: Any, method: str) -> str | None:
+    """The class of diffusers in which the type of `owner` has its `method`."""
+    function = getattr(type(owner), method, None)
+    if not getattr(function, "__module__", "").startswith("diffusers."):
+        return None
+    return getattr(function, "__qualname__", "").rpartition(".")[0]
+
+
+def loop_name(pipe: Any) -> str | None:
+    return _defined(pipe, "__call__")
+
+
+def rule_name(scheduler: Any) -> str | None:
+    return _defined(scheduler, "step")
+
+
+def loop_of(pipe: Any) -> Loop:
+    name = type(pipe).__name__
+    if not hasattr(pipe, "scheduler"):
+        raise TypeError(f"pipe must be a diffusers pipeline, got {name}")
+    loop = LOOPS.get(loop_name(pipe) or "")
+    if loop is None:
+        for extra in ("controlnet", "adapter"):
+            if getattr(pipe, extra, None) is not None:
+                raise ValueError(
+                    f"pipe: the residuals of its {extra} belong to one timestep, {name} cannot run in parallel; "
+                    "use it outside of parallel()"
+                )
+        raise ValueError(
+            f"pipe: the loop of {name} is not known to work in parallel. Supported are {', '.join(LOOPS)} and "
+            "subclasses that keep their loop; for others call deqkern.sample with their denoiser"
+        )
+    return loop
+
+
+def denoiser_of(pipe: Any) -> Any:
+    name, denoiser = type(pipe).__name__, getattr(pipe, loop_of(pipe).denoiser)
+    if denoiser is None or any(pipe.config.get(option) for option in TWO_STAGES):
+        raise ValueError(
+            f"pipe: {name} with two denoisers, or a timestep of its own for each token ({', '.join(TWO_STAGES)}), "
+            "cannot run in parallel; models of one stage can"
+        )
+    check_no_cache(denoiser)
+    if "Inpaint" in (loop_name(pipe) or "") and denoiser.config.in_channels == denoiser.config.out_channels:
+        raise ValueError(
+            f"pipe: with a UNet of {denoiser.config.in_channels} channels {name} mixes the image into the state at "
+            "every step, which cannot run in parallel; use a UNet made for inpainting, with 9 channels"
+        )
+    return denoiser
+
+
+def check_no_cache(denoiser: Any) -> None:
+    registries = (getattr(module, "_diffusers_hook", None) for module in denoiser.modules())
+    hooks = (hook for registry in registries if registry is not None for hook in registry.hooks.values())
+    if getattr(denoiser, "is_cache_enabled", False) or any(getattr(hook, "_is_stateful", False) for hook in hooks):
+        raise ValueError(
+            "pipe: its denoiser goes on from what it computed at earlier timesteps (a cache), but here it is called at "
+            "all at once; turn the cache off, with disable_cache()"
+        )
+
+
+def check_pipeline_call(given: Mapping[str, Any]) -> None:
+    """Of the arguments of a pipeline."""
+    for name, allowed in _REFUSED.items():
+        if name in given and given[name] not in allowed:
+            raise ValueError(f"{name} is not supported inside parallel(); leave it out")
+
+
+def check_denoiser_call(given: Mapping[str, Any]) -> None:
+    """Of the arguments that a loop gives its denoiser."""
+    for name in _RESIDUALS:
+        if given.get(name) is not None:
+            raise ValueError(
+                f"pipe gives its denoiser {name}, which belong to one timestep (ControlNet, T2I adapters); "
+                "call it outside of parallel()"
+            )
+    if "ip_adapter_image_embeds" in (given.get("joint_attention_kwargs") or {}):
+        raise ValueError(
+            "ip_adapter_image: IP-adapters of transformers, some of which depend on the timestep, are not "
+            "supported; leave it out inside parallel(), or call pipe outside of it"
+        )
+
+
+def draws_noise(scheduler: Any) -> bool:
+    """Whether each step draws noise without being told an eta."""
+    return rule_name(scheduler) == MULTISTEP_SCHEDULER and scheduler.config.algorithm_type == "sde-dpmsolver++"
+
+
+def check_scheduler(scheduler: Any) -> None:
+    rule, config = rule_name(scheduler), scheduler.config
+    if rule not in SCHEDULERS:
+        raise ValueError(unknown_rule(scheduler))
+    if rule == MULTISTEP_SCHEDULER:
+        if config.get("use_flow_sigmas"):
+            raise ValueError(unknown_rule(scheduler))
+        for option, values in MULTISTEP.items():
+            if config[option] not in values:
+                raise ValueError(
+                    f"pipe.scheduler is a {rule} with {option}={config[option]!r}; parallel() solves "
+                    f"{option}={' or '.join(map(repr, values))}"
+                )
+        if config.final_sigmas_type != "zero" and (config.euler_at_final or not config.lower_order_final):
+            raise ValueError(
+                f"pipe.scheduler is a {rule} whose last step parallel() does not know; leave "
+                "euler_at_final and lower_order_final at their defaults"
+            )
+    NoiseSchedule.from_diffusers(scheduler)
+
+
+def check_pair(pipe: Any, scheduler: Any) -> None:
+    loop = loop_name(pipe) or ""
+    if loop == "DDIMPipeline" and rule_name(scheduler) == MULTISTEP_SCHEDULER:
+        raise ValueError(
+            f"pipe.scheduler is a {MULTISTEP_SCHEDULER}, whose step does not take the eta that DDIMPipeline gives it; "
+            "use a DDIMScheduler, or deqkern.sample(..., order=2)"
+        )
+    if draws_noise(scheduler) and not loop_of(pipe).generator:
+        raise ValueError(
+            f"pipe.scheduler is of algorithm_type='sde-dpmsolver++', to which {loop} gives no generator; use "
+            "'dpmsolver++'"
+        )
+
+
+def unknown_rule(scheduler: Any) -> str:
+    config = scheduler.config
+    flow = "FlowMatch" in type(scheduler).__name__ or getattr(scheduler, "alphas_cumprod", None) is None
+    use = f"{FLOW_SCHEDULER if flow else SCHEDULERS[0]}.from_config(pipe.scheduler.config)"
+    if config.get("use_flow_sigmas"):  # its shift has another name
+        use = f"{FLOW_SCHEDULER}(shift={config.get('flow_shift', 1.0)})"
+    return (
+        f"pipe.scheduler is a {type(scheduler).__name__}, whose steps are not the chain that is solved; set "
+        f"pipe.scheduler = {use}"
+    )

@@ -1,0 +1,72 @@
+"""`parallel`: an unmodified pipeline whose sampling loop is solved for all its steps at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ...checks import check_options, check_solver
+from ...solvers import Solver, default
+from .checks import check_pair, check_scheduler, denoiser_of, loop_of, spread_over
+from .run import ParallelRun
+
+
+@contextmanager
+def parallel(
+    pipe: Any,
+    rtol: float = 1e-2,
+    solver: Solver | None = None,
+    max_batch: int | None = None,
+    devices: Sequence[torch.device | str | int] | None = None,
+) -> Iterator[ParallelRun]:
+    """Inside the context `pipe(...)` samples all its steps at once; everything else about it stays as it is.
+
+    The loop of the pipeline runs once per iteration, so its progress bar counts iterations and its callback gets the
+    current estimate of the result in `latents`. Both end when the solve has converged to `rtol`; rtol = 0 gives the
+    sequential result exactly, up to rounding and the effect of the batch size on the network. `pipe._interrupt = True`
+    in a callback stops early. On leaving, also by an exception, the pipe is what it was before.
+
+    pipe: one of those in docs/diffusers.md, or a subclass with the same loop, with a DDIMScheduler, a
+        DPMSolverMultistepScheduler of order 2 (dpmsolver++ or sde-dpmsolver++, midpoint) or, for models of flow
+        matching, a FlowMatchEulerDiscreteScheduler. Inpainting needs a UNet of 9 channels.
+    rtol, solver: as in `deqkern.sample`, but no "auto". max_batch: rows in one call of the denoiser; guidance takes two
+        per state, or a second call.
+    devices: several evaluate the denoiser at the same time, each its share of the rows, as `deqkern.replicated` does;
+        its own alone if None.
+    eta and generator of the call are kept to: step noise is drawn in the order of the sequential loop.
+
+    Yields an object whose `solution` is the `Solution` of the last finished call; `nfe` counts states, guided or not,
+    and latents that the pipeline packs into tokens are images (C, H, W).
+
+    Raises ValueError or TypeError for an argument that does not fit or a pipeline that is not supported, and, from the
+    call, ValueError for what cannot run in parallel: T2I and ControlNet residuals, caches in the denoiser,
+    IP-adapters of transformers, layers or guidance left out at some steps, `use_clipped_model_output`, callbacks that
+    change latents or conditioning.
+    """
+    loop, denoiser = loop_of(pipe), denoiser_of(pipe)
+    scheduler = getattr(pipe.scheduler, "_deqkern_original", pipe.scheduler)  # of a context inside a context
+    check_scheduler(scheduler)
+    check_pair(pipe, scheduler)
+    solver = default() if solver is None else solver
+    check_solver("solver", solver)
+    check_options(rtol, None, max_batch)
+    spread = None if devices is None else spread_over(denoiser, devices, loop.shared)
+    run = ParallelRun(pipe, loop, denoiser, scheduler, rtol, solver, max_batch, spread)
+    before, kind = pipe.scheduler, type(pipe)
+    handles = [
+        denoiser.register_forward_pre_hook(run._before_denoiser, with_kwargs=True),
+        denoiser.register_forward_hook(run._after_denoiser),
+    ]
+    vars(pipe)["scheduler"] = run._scheduler  # past the pipe's __setattr__, which would write it into the config
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    pipe.__class__ = type(kind.__name__, (kind,), names | {"__call__": run._watched(kind.__call__)})
+    try:
+        yield run
+    finally:
+        pipe.__class__ = kind
+        vars(pipe)["scheduler"] = before
+        for handle in handles:
+            handle.remove()

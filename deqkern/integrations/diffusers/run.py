@@ -1,0 +1,335 @@
+"""What happens inside of `parallel`.
+
+The pipeline keeps its loop, its guidance and its decoding. What it calls once per step changes: the denoiser is
+evaluated at the states of all steps in one batch, and `scheduler.step` does one iteration of the solver.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ...network import kwargs_of
+from ...replication import Replicated
+from ...schedule import NoiseSchedule, StepTable
+from ...solve import Solution, Solve
+from ...solvers import Solver
+from ...trajectory import start
+from .checks import (
+    FLOW_SCHEDULER,
+    MULTISTEP_SCHEDULER,
+    check_denoiser_call,
+    check_no_cache,
+    check_pipeline_call,
+    draws_noise,
+    rule_name,
+)
+from .loops import Loop, Packing
+from .timesteps import Timesteps
+
+_CALLS = (
+    "pipe calls its denoiser more often at some steps than at others, which cannot run in parallel: all steps are "
+    "solved at once; a hook, or an option of the call, must be left out"
+)
+
+
+class ParallelRun:
+    """The pipeline calls inside one `parallel` context. solution: of the last call that ended, None before."""
+
+    solution: Solution | None = None
+
+    def __init__(
+        self,
+        pipe: Any,
+        loop: Loop,
+        denoiser: Any,
+        scheduler: Any,
+        rtol: float,
+        solver: Solver,
+        max_batch: int | None,
+        spread: Replicated | None,
+    ) -> None:
+        self._pipe, self._rtol, self._solver, self._max_batch, self._spread = pipe, rtol, solver, max_batch, spread
+        self._loop, self._denoiser = loop, denoiser
+        config = denoiser.config
+        channels = config.get("out_channels") or config.in_channels
+        self._channels = min(int(config.in_channels), int(channels))  # less conditioning, less learned sigma
+        self._names = list(inspect.signature(getattr(denoiser, "_orig_mod", denoiser).__class__.forward).parameters)[1:]
+        self._plain = copy.copy(scheduler)  # set_timesteps assigns: the original keeps its own
+        self._scheduler = copy.copy(scheduler)
+        self._scheduler._deqkern_original = scheduler
+        self._scheduler.set_timesteps = _posing_as(self._plain.set_timesteps, self._set_timesteps)
+        self._scheduler.step = _posing_as(self._plain.step, self._step)
+        self._looping = False  # between a timestep of the loop and the step of the scheduler
+        self._calls = 0  # of the denoiser since the last timestep
+        self._given: list[list[Any]] = []  # what each of them is given, in the first turn
+        self._packing: Packing | None = None
+        self._preview = torch.empty(0)  # (B, channels or tokens, ..), the latents that the loop has
+        self._inside = False  # the denoiser is called by the hook itself
+        self._outputs: list[Tensor] = []  # of all parts of a call but the last
+        self._join: Callable[[Any], Tensor] | None = None  # the last output to those of its rows on other devices
+        self._call: Mapping[str, Any] = {}  # the arguments of the pipeline call
+        self._solve: Solve | None = None
+
+    def __deepcopy__(self, memo: Any) -> ParallelRun:
+        return self  # the hooks of a copied denoiser are those of this run, and do nothing
+
+    def _passes(self, module: torch.nn.Module) -> bool:
+        """Whether this call of a denoiser is not the loop's."""
+        return self._inside or not self._looping or module is not self._denoiser
+
+    # The call, and its loop: timesteps, then for each of them the denoiser and the scheduler's step.
+
+    def _watched(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """`call` of the pipeline, looked at on the way: eta must be known before its loop tells the scheduler."""
+
+        @functools.wraps(call)
+        def watched(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+            given = inspect.signature(call).bind(pipe, *args, **kwargs)
+            given.apply_defaults()
+            check_pipeline_call(given.arguments)
+            self._call = given.arguments
+            return call(pipe, *args, **kwargs)
+
+        return watched
+
+    def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        self._plain.set_timesteps(*args, **kwargs)
+        values = self._plain.timesteps
+        self._schedule = NoiseSchedule.from_diffusers(self._plain)
+        table = self._table()
+        if not torch.equal(table.timesteps, values.cpu()):
+            raise ValueError(
+                f"num_inference_steps={self._plain.num_inference_steps}: the scheduler's timesteps, {values.tolist()}, "
+                "are not those of its chain; take another number of steps, and leave out timesteps= of your own"
+            )
+        vars(self._scheduler).update(vars(self._plain))
+        self._scheduler.timesteps = Timesteps.of(values, self._iterations, range(len(values)))
+        self._looping, self._solve = False, None
+
+    def _table(self, eta: float = 0.0) -> StepTable:
+        count, order = int(self._plain.num_inference_steps), 2 if rule_name(self._plain) == MULTISTEP_SCHEDULER else 1
+        return self._schedule.steps(count, eta=eta, order=order)
+
+    def _iterations(self, values: Tensor, span: range) -> Iterator[Tensor]:
+        """The timesteps `values` of the steps `span`, but no more of them than the solve has iterations."""
+        self._solve, self._span, self._outputs = None, span, []
+        try:
+            for t in values.unbind():
+                if self._converged:
+                    break
+                self._looping, self._calls, self._t = True, 0, t
+                yield t
+        finally:
+            self._looping = False
+        self._finish()
+
+    @property
+    def _converged(self) -> bool:
+        return self._solve is not None and not self._solve.open
+
+    def _finish(self) -> None:
+        if self._solve is not None:
+            self.solution, self._solve = self._solve.solution(self._preview.dtype), None
+
+    def _before_denoiser(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]] | None:
+        """Call the module at the selected states, ordered (copy of guidance, state); the last part is left to it."""
+        if self._passes(module):
+            return None
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        x = given.pop(self._names[0])
+        t = given.pop("timestep")
+        check_denoiser_call(given)
+        if self._solve is None:
+            self._begin(x, given)
+        self._check_conditioning(x, given)
+        self._check_latents(x)
+        self._check_timestep(t, x.dtype)
+        assert self._solve is not None
+        if not self._calls:
+            self._solve.select()
+        self._calls += 1
+        calls = self._rows(x, given)
+        self._inside = True
+        try:
+            if self._spread is None:
+                self._outputs = [module(**call)[0] for call in calls[:-1]]
+                return (), calls[-1]
+            self._outputs = [self._spread(**call) for call in calls[:-1]]
+            _, call, self._join = self._spread.begin(**calls[-1])
+            return (), call
+        finally:
+            self._inside = False
+
+    def _rows(self, x: Tensor, given: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The denoiser's arguments at the selected rows, cut by `max_batch`; x first."""
+        assert self._solve is not None
+        trajectory, batch, copies = self._solve.trajectory, self._batch, self._copies
+        rows = trajectory.rows.repeat(copies)  # (N,) of all copies
+        index = torch.arange(copies, device=x.device).repeat_interleave(trajectory.selected) * batch + rows % batch
+        states = self._packed(trajectory.images(trajectory.rows).to(x.dtype))
+        states = states.repeat(copies, *[1] * (states.ndim - 1))
+        if x.shape[1] > self._own:
+            states = torch.cat([states, x[index, self._own :]], dim=1)
+        timesteps = trajectory.table.timesteps.to(x.device)[rows // batch]
+        timesteps = self._loop.timestep(timesteps, x.dtype, self._denoiser.config)
+        shared = {name: given[name] for name in self._loop.shared if name in given}
+        shared = {name: value[:1] if isinstance(value, list) else value for name, value in shared.items()}
+        return [
+            {self._names[0]: states[part], "timestep": timesteps[part]} | kwargs_of(given, index[part], len(x)) | shared
+            for part in torch.arange(len(rows), device=x.device).split(self._max_batch or len(rows))
+        ]
+
+    def _after_denoiser(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
+        if self._passes(module) or not (self._outputs or self._join):
+            return None
+        joined = torch.cat([*self._outputs, output[0] if self._join is None else self._join(output)])
+        self._outputs, self._join = [], None
+        return (joined,) if isinstance(output, tuple) else type(output)(sample=joined)
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        """One iteration. The state that the pipeline goes on with is the present estimate of the chain's end."""
+        if not self._looping or self._solve is None or not self._calls:
+            raise ValueError("pipe: its loop calls scheduler.step without the denoiser; it cannot run in parallel")
+        if self._calls != len(self._given):
+            raise ValueError(_CALLS)
+        call = inspect.signature(self._plain.step).bind(*args, **kwargs)
+        call.apply_defaults()
+        output, sample = call.arguments["model_output"], call.arguments["sample"]
+        solve, trajectory = self._solve, self._solve.trajectory
+        rows, outputs = trajectory.rows, solve.iteration.outputs(solve.count)
+        if not solve.count and sample.dtype != self._preview.dtype:  # the denoiser was given them rounded
+            first = self._unpacked(sample[: self._batch])
+            trajectory.basis.forward(first, trajectory.x[0], solve.iteration.samples)
+        dtype = self._dtype_of(output, sample)
+        output = self._unpacked(output[: len(rows)])  # DiT gives the guided output twice
+        if trajectory.table.converts:
+            output = trajectory.table.effective_output(trajectory.images(rows), output, rows // self._batch)
+        trajectory.basis.forward(output.to(outputs.dtype).contiguous(), outputs.flatten(0, 1), rows)
+        solve.iteration.update(solve.count)
+        solve.settle()
+        self._preview = self._packed(solve.value(dtype))
+        self._looping = False
+        value = torch.cat([self._preview] * (len(sample) // self._batch))
+        if not call.arguments["return_dict"]:
+            return value, value
+        from diffusers.schedulers.scheduling_utils import SchedulerOutput
+
+        return SchedulerOutput(prev_sample=value)
+
+    def _dtype_of(self, output: Tensor, sample: Tensor) -> torch.dtype:
+        """Of the state that the scheduler's own step gives."""
+        if rule_name(self._plain) == FLOW_SCHEDULER:
+            return output.dtype
+        return torch.promote_types(output.dtype, sample.dtype)
+
+    def _packed(self, images: Tensor) -> Tensor:
+        return images if self._packing is None else self._packing.pack(images)
+
+    def _unpacked(self, latents: Tensor) -> Tensor:
+        return latents if self._packing is None else self._packing.unpack(latents)
+
+    # The solve behind it.
+
+    def _begin(self, x: Tensor, given: Mapping[str, Any]) -> None:
+        """Start at the denoiser's first input x (N, channels or tokens, ..) and its other arguments.
+
+        All step noise is drawn here: the loop draws nothing between this and its own first step.
+        """
+        from diffusers.utils.torch_utils import randn_tensor
+
+        check_no_cache(self._denoiser)
+        self._copies, self._given = 2 if self._loop.doubled and self._guided else 1, []
+        self._batch, self._packing = len(x) // self._copies, self._loop.packing(given)
+        if self._packing is not None:
+            self._own = self._packing.h * self._packing.w
+        else:
+            self._own = x.shape[1] if x.ndim == 3 else self._channels
+        self._preview, noise = x[: self._batch, : self._own].clone(), None
+        first = self._unpacked(self._preview)
+        eta, dtype = 0.0, x.dtype
+        if "eta" in inspect.signature(self._plain.step).parameters:
+            eta = float(self._call.get("eta") or 0.0)
+        elif draws_noise(self._plain):
+            eta, dtype = 1.0, torch.float32  # in which that scheduler draws
+        if eta:
+            generator = self._call.get("generator")
+            noise = torch.stack([randn_tensor(first.shape, generator, x.device, dtype) for _ in self._span])
+        table = self._table(eta).part(self._span)
+        trajectory = start(_Denoiser(), first, table, self._solver, step_noise=noise)
+        self._solve = Solve(trajectory, self._solver, rtol=self._rtol)
+
+    @property
+    def _guided(self) -> bool:
+        known = getattr(self._pipe, "do_classifier_free_guidance", None)  # for others it is a variable of the loop
+        return bool(self._call.get("guidance_scale", 1.0) > 1 if known is None else known)
+
+    def _check_timestep(self, t: Tensor, dtype: torch.dtype) -> None:
+        seen = t.float()
+        expected = self._loop.timestep(self._t, dtype, self._denoiser.config).float()
+        if not bool(torch.isclose(seen, expected, rtol=1e-2).all()):  # it may be rounded otherwise
+            raise ValueError(
+                f"pipe gives its denoiser the timestep {float(seen.flatten()[0]):g}, not {float(expected):g}: its "
+                "loop is not the one that parallel() knows"
+            )
+
+    def _check_latents(self, x: Tensor) -> None:
+        if _same(x[:, : self._own], torch.cat([self._preview.to(x.dtype)] * self._copies)):
+            return
+        if self._calls:
+            raise ValueError(
+                "pipe calls its denoiser at other latents than those of the step, which cannot run in parallel; a "
+                "hook, or an option of the call, must be left out"
+            )
+        raise ValueError(
+            "callback_on_step_end, or the pipe's own loop, changed latents between two steps; inside parallel() "
+            "they are previews, to look at only"
+        )
+
+    def _check_conditioning(self, x: Tensor, given: Mapping[str, Any]) -> None:
+        """What one call is given beside the state and the timestep must be the same in every turn of the loop."""
+        leaves = [x[:, self._own :], *tree_leaves(dict(given))]
+        assert self._solve is not None
+        if not self._solve.count:
+            self._given.append(leaves)
+            return
+        if self._calls >= len(self._given):
+            raise ValueError(_CALLS)
+        before = self._given[self._calls]
+        if len(leaves) != len(before) or not all(map(_same, leaves, before)):
+            raise ValueError(
+                "callback_on_step_end changed the conditioning or the guidance: inside parallel() every step is solved "
+                "at once, and all need the same"
+            )
+
+
+class _Denoiser:
+    """In the place of the map, which the pipeline evaluates itself."""
+
+    what = "pipe's denoiser returned"
+
+    def __call__(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def _posing_as(method: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with the signature of `method`: pipelines look at it to see what a scheduler takes."""
+    return functools.update_wrapper(functools.partial(function), method)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two arguments are equal, NaN or not; of what is no tensor and not plain, whether they are of one type."""
+    if a is b:
+        return True
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+    return type(a) is type(b) and (not isinstance(a, bool | int | float | str) or a == b)
