@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .guidance import Guided
+from .nested import rebuilt, tensors_in
+from .replication import Replicated, autocast_of
 from .schedule import StepTable
 
 Model = Callable[..., Any]
@@ -21,17 +23,6 @@ def model_dtype(model: Model, default: torch.dtype) -> torch.dtype:
             if parameter.is_floating_point():
                 return parameter.dtype
     return default
-
-
-def autocast_of(device: torch.device) -> dict[str, Any]:
-    """The arguments of `torch.autocast` with which it is now as it is in this thread."""
-    kind = device.type
-    return {
-        "device_type": kind,
-        "dtype": torch.get_autocast_dtype(kind),
-        "enabled": torch.is_autocast_enabled(kind),
-        "cache_enabled": torch.is_autocast_cache_enabled(),
-    }
 
 
 def arguments_of(model: Model, model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -52,28 +43,6 @@ def kwargs_of(model_kwargs: Mapping[str, Any], samples: Tensor, batch: int) -> d
         return rebuilt(value, rows)
 
     return {name: rows(value) for name, value in model_kwargs.items()}
-
-
-def rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
-    """A dict, list or tuple with `change` applied to what it holds; anything else as it is."""
-    if isinstance(value, Mapping):
-        return {key: change(entry) for key, entry in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_make"):  # a namedtuple
-        return value._make(map(change, value))
-    if type(value) in (list, tuple):
-        return type(value)(map(change, value))
-    return value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for entry in value.values():
-            yield from _tensors(entry)
-    elif isinstance(value, list | tuple):
-        for entry in value:
-            yield from _tensors(entry)
 
 
 def leaves(output: Tensor) -> list[Tensor]:
@@ -139,7 +108,7 @@ class Network:
         self._inputs: Tensor | None = None  # (rows, *shape), the states in the model's dtype
         self._autocast = autocast_of(example.device)
         # what the caller differentiates by, cut off from the graph that made it
-        self._leaves = {id(v): v.detach().requires_grad_() for v in _tensors(model_kwargs) if v.requires_grad}
+        self._leaves = {id(v): v.detach().requires_grad_() for v in tensors_in(model_kwargs) if v.requires_grad}
 
     def __call__(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
         return self._evaluate(states, steps, samples, self.model_kwargs)
@@ -185,7 +154,7 @@ class Network:
         Those of `model_kwargs`, and the model's parameters. If the model is a plain function, they are found by calling
         it once, for one row of `example` (B, *shape), under autograd.
         """
-        given = [value for value in _tensors(self.model_kwargs) if value.requires_grad]
+        given = [value for value in tensors_in(self.model_kwargs) if value.requires_grad]
         held: list[Tensor]
         guided = isinstance(self.model, Guided) and not isinstance(self.model.model, torch.nn.Module)
         if isinstance(self.model, torch.nn.Module) and not guided:
@@ -209,7 +178,13 @@ class Network:
         return self._inputs[: len(states)].copy_(states)
 
     def _call(self, states: Tensor, timesteps: Tensor, samples: Tensor, model_kwargs: Mapping[str, Any]) -> Tensor:
-        output = self.model(states, timesteps, **kwargs_of(model_kwargs, samples, self.batch))
+        if isinstance(self.model, Replicated):
+            shares = self.model.shares(len(states))
+            arguments = [kwargs_of(model_kwargs, samples[share], self.batch) for share in shares]
+            calls = [((states[share], timesteps[share]), own) for share, own in zip(shares, arguments, strict=True)]
+            output = self.model.evaluate(calls)
+        else:
+            output = self.model(states, timesteps, **kwargs_of(model_kwargs, samples, self.batch))
         output = getattr(output, "sample", output)
         if not isinstance(output, Tensor):
             raise TypeError(f"model must return a tensor or an object with .sample, got {type(output).__name__}")

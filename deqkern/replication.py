@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from .guidance import Guided
-from .network import rebuilt
+from .nested import rebuilt
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # its arguments
 
@@ -22,50 +22,53 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # its arguments
 class Replicated(torch.nn.Module):
     """What `replicated` makes: `model(x, t, ..)` is the model's output as one tensor, where x is.
 
-    shared: names of keyword arguments that are no rows, however many entries they have.
+    Called as a module it shares out the tensors that have as many rows as the first; `sample` and others know better.
     """
-
-    shared: tuple[str, ...] = ()
 
     def __init__(self, model: torch.nn.Module, devices: Sequence[torch.device]) -> None:
         super().__init__()
         self.model = model  # it serves the first device itself
         self.devices = tuple(devices)
-        self._follow()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Copy the model as it is now. Needed only after a change that leaves no trace, through `.data`."""
+        self._copies = [_copied(self.model, device) for device in self.devices[1:]]
+        self._state = _state_of(self.model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Tensors with as many rows as the first one are shared out, others go to every device."""
-        args, kwargs, join = self.begin(*args, **kwargs)
-        return join(self.model(*args, **kwargs))
-
-    def begin(self, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Callable[[Any], Tensor]]:
-        """Start the copies on their shares: the arguments that are left to the model, and what joins its output."""
+        """The output for all rows."""
         count = len(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+        return self.evaluate([_share((args, kwargs), count, share) for share in self.shares(count)])
+
+    def shares(self, count: int) -> list[slice]:
+        """Which of `count` rows each device takes; as many devices as there are rows for, but one at least."""
         number = min(len(self.devices), count) or 1
         ends = [count * j // number for j in range(number + 1)]
-        shares = [slice(*pair) for pair in itertools.pairwise(ends)]
-        calls = [
-            (_share(args, count, share, device), self._named(kwargs, count, share, device))
-            for share, device in zip(shares, self.devices, strict=False)
-        ]
-        outputs = self._start(calls[1:])
+        return [slice(*pair) for pair in itertools.pairwise(ends)]
+
+    def evaluate(self, calls: Sequence[Call]) -> Tensor:
+        """The output of all `calls`, the arguments of one share each."""
+        (args, kwargs), join = self.begin(calls)
+        return join(self.model(*args, **kwargs))
+
+    def begin(self, calls: Sequence[Call]) -> tuple[Call, Callable[[Any], Tensor]]:
+        """Start the copies on their `calls`: the one that is left to the model, and what joins its output to theirs."""
+        own, *others = [_moved(call, device) for call, device in zip(calls, self.devices, strict=False)]
+        outputs = self._start(others)
 
         def join(first: Any) -> Tensor:
-            own = _tensor_of(first)
-            return torch.cat([own, *(output().to(own.device) for output in outputs)]) if outputs else own
+            found = _tensor_of(first)
+            return torch.cat([found, *(output().to(found.device) for output in outputs)]) if outputs else found
 
-        return *calls[0], join
-
-    def _named(self, kwargs: dict[str, Any], count: int, rows: slice, device: torch.device) -> dict[str, Any]:
-        counts = {name: -1 if name in self.shared else count for name in kwargs}  # nothing has -1 rows
-        return {name: _share(value, counts[name], rows, device) for name, value in kwargs.items()}
+        return own, join
 
     def _start(self, calls: list[Call]) -> list[Callable[[], Tensor]]:
         """Call the copies, each in a thread of its own, in the setting of this one; what waits for each output."""
         if not calls:
             return []
         if _state_of(self.model) != self._state:
-            self._follow()
+            self.refresh()
         named: dict[str, Tensor] = {}
         if torch.is_grad_enabled() and any(value.requires_grad for value in self.model.parameters()):
             named = dict(self.model.named_parameters())  # those of the copies get no gradient
@@ -77,11 +80,6 @@ class Replicated(torch.nn.Module):
             outputs.append(pool.submit(_as_here(evaluate, device)))
         pool.shutdown(wait=False)  # its threads end with their work
         return [output.result for output in outputs]
-
-    def _follow(self) -> None:
-        """Copy the model as it is now."""
-        self._copies = [_copied(self.model, device) for device in self.devices[1:]]
-        self._state = _state_of(self.model)
 
     def extra_repr(self) -> str:
         return f"devices={', '.join(map(str, self.devices))}"
@@ -95,9 +93,10 @@ def replicated(model: torch.nn.Module, devices: Sequence[torch.device | str | in
     `deqkern.plan` measures all of them.
 
     model: a module, all on one device. It stays what it is, and serves its device; the others hold copies, which are
-        made again when its parameters, its buffers or its mode have changed. Inside `guided`, not around it. Gradients
-        reach its parameters, at the price of copying them in each call. Of a model that was compiled in place
-        (`model.compile()`) the copies are not: give `torch.compile(model)`.
+        made again when its parameters, its buffers or its mode have changed, except through `.data`: then call
+        `refresh()`. Inside `guided`, not around it. Gradients reach its parameters, at the price of copying them in
+        each call. Of a model that was compiled in place (`model.compile()`) the copies are not: give
+        `torch.compile(model)`.
     devices: the model's own among them; all GPUs if None. CUDA graphs cannot span them: `cuda_graph` is refused.
 
     Raises TypeError or ValueError for an argument that does not fit.
@@ -128,17 +127,27 @@ def is_replicated(model: Any) -> bool:
     return any(isinstance(module, Replicated) and len(module.devices) > 1 for module in modules)
 
 
+def autocast_of(device: torch.device) -> dict[str, Any]:
+    """The arguments of `torch.autocast` with which it is now as it is in this thread."""
+    kind = device.type
+    return {
+        "device_type": kind,
+        "dtype": torch.get_autocast_dtype(kind),
+        "enabled": torch.is_autocast_enabled(kind),
+        "cache_enabled": torch.is_autocast_cache_enabled(),
+    }
+
+
 def _as_here(function: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
     """`function` for another thread, with what torch keeps per thread as it is in this one."""
-    grad, inference, kind = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), device.type
-    cast: dict[str, Any] = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
-    stream = torch.cuda.current_stream(device) if kind == "cuda" else None
+    grad, inference, cast = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast_of(device)
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     def there() -> Tensor:
         with (
             torch.inference_mode(inference),
             torch.set_grad_enabled(grad),
-            torch.autocast(kind, **cast),
+            torch.autocast(**cast),
             torch.cuda.stream(stream),  # and its device; nothing if None
         ):
             return function()
@@ -155,11 +164,15 @@ def _tensor_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _share(value: Any, count: int, rows: slice, device: torch.device) -> Any:
-    """The `rows` of all tensors in `value` that have `count` of them; all tensors, on the device."""
+def _share(value: Any, count: int, rows: slice) -> Any:
+    """The `rows` of all tensors in `value` that have `count` of them."""
     if isinstance(value, Tensor):
-        return (value[rows] if value.ndim and len(value) == count else value).to(device)
-    return rebuilt(value, lambda entry: _share(entry, count, rows, device))
+        return value[rows] if value.ndim and len(value) == count else value
+    return rebuilt(value, lambda entry: _share(entry, count, rows))
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else rebuilt(value, lambda entry: _moved(entry, device))
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[Tensor]:

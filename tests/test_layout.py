@@ -13,13 +13,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module may import what stands in a lower layer, never its own or a higher one.
 LAYERS = [
     ["deqkern._C", "deqkern.kernels"],
-    ["deqkern.ops", "deqkern.guidance", "deqkern.version", "deqkern.timesteps", "deqkern.scheduler"],
+    ["deqkern.ops", "deqkern.guidance", "deqkern.version", "deqkern.timesteps", "deqkern.scheduler", "deqkern.nested"],
     ["deqkern.step_table"],
-    ["deqkern.schedule", "deqkern.walks"],
+    ["deqkern.schedule", "deqkern.walks", "deqkern.replication"],
     ["deqkern.spectral"],
     ["deqkern.slopes"],
     ["deqkern.solvers", "deqkern.network"],
-    ["deqkern.replication"],
     ["deqkern.trajectory", "deqkern.checks"],
     ["deqkern.capture", "deqkern.planning"],
     ["deqkern.solve"],

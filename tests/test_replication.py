@@ -97,6 +97,37 @@ def test_a_trained_model() -> None:
     assert found.converged.all() and relative_error(found.value, expected.value).max() <= 3e-3
 
 
+def test_what_all_samples_share_stays_whole_whatever_the_rows() -> None:
+    class Looked(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = torch.nn.Parameter(torch.tensor(0.3))
+
+        def forward(self, x: Tensor, t: Tensor, table: Tensor, label: Tensor) -> Tensor:
+            assert len(label) == len(x) == len(t)
+            lengths.append((len(x), len(table)))
+            return self.gain * torch.sin(x) + table[label].view(-1, 1, 1, 1)
+
+    lengths: list[tuple[int, int]] = []
+    given = {"table": torch.tensor([0.0, 0.1, 0.2, 0.3]), "label": torch.tensor([3, 1])}
+    expected, found = (
+        deqkern.sample(inner, noise(), SCHEDULE, 6, rtol=0.0, max_batch=4, model_kwargs=given).value
+        for inner in (Looked(), replicated(Looked(), ["cpu", "cpu"]))
+    )
+    assert (2, 4) in lengths and {table for _, table in lengths} == {4}
+    assert relative_error(found, expected).max() <= 1e-6
+
+
+def test_a_change_through_data_needs_a_refresh(model: Denoiser) -> None:
+    spread, x, t = replicated(model, THREE), noise(6), torch.arange(6)
+    with torch.no_grad():
+        model.last.weight.data.mul_(2)
+        expected = model(x, t).sample
+        assert relative_error(spread(x, t), expected).max() > 0.05
+        spread.refresh()
+        torch.testing.assert_close(spread(x, t), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_guidance_goes_around_it(model: Denoiser) -> None:
     cond, uncond = conditions(), conditions()
     expected, found = (

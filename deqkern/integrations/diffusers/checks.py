@@ -34,14 +34,10 @@ _RESIDUALS = (
 )
 
 
-def spread_over(
-    denoiser: torch.nn.Module, devices: Sequence[torch.device | str | int], shared: Sequence[str] = ()
-) -> Replicated:
+def spread_over(denoiser: torch.nn.Module, devices: Sequence[torch.device | str | int]) -> Replicated:
     if hasattr(denoiser, "_hf_hook"):
         raise ValueError("devices: the denoiser of pipe is moved about by accelerate; it must stay on its device")
-    spread = replicated(denoiser, devices)
-    spread.shared = tuple(shared)
-    return spread
+    return replicated(denoiser, devices)
 
 
 def _defined(owner: Any, method: str) -> str | None:

@@ -53,7 +53,7 @@ def parallel(
     solver = default() if solver is None else solver
     check_solver("solver", solver)
     check_options(rtol, None, max_batch)
-    spread = None if devices is None else spread_over(denoiser, devices, loop.shared)
+    spread = None if devices is None else spread_over(denoiser, devices)
     run = ParallelRun(pipe, loop, denoiser, scheduler, rtol, solver, max_batch, spread)
     before, kind = pipe.scheduler, type(pipe)
     handles = [

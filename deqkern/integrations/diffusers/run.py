@@ -158,20 +158,23 @@ class ParallelRun:
         if not self._calls:
             self._solve.select()
         self._calls += 1
-        calls = self._rows(x, given)
+        at, rows = self._rows(x, given)
+        *parts, last = rows.split(self._max_batch or len(rows))
         self._inside = True
         try:
             if self._spread is None:
-                self._outputs = [module(**call)[0] for call in calls[:-1]]
-                return (), calls[-1]
-            self._outputs = [self._spread(**call) for call in calls[:-1]]
-            _, call, self._join = self._spread.begin(**calls[-1])
+                self._outputs = [module(**at(part))[0] for part in parts]
+                return (), at(last)
+            spread = self._spread
+            *calls, own = [[((), at(part[share])) for share in spread.shares(len(part))] for part in (*parts, last)]
+            self._outputs = [spread.evaluate(call) for call in calls]
+            (_, call), self._join = spread.begin(own)
             return (), call
         finally:
             self._inside = False
 
-    def _rows(self, x: Tensor, given: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The denoiser's arguments at the selected rows, cut by `max_batch`; x first."""
+    def _rows(self, x: Tensor, given: Mapping[str, Any]) -> tuple[Callable[[Tensor], dict[str, Any]], Tensor]:
+        """The denoiser's arguments at some of the selected rows, x first; and all of those (N,)."""
         assert self._solve is not None
         trajectory, batch, copies = self._solve.trajectory, self._batch, self._copies
         rows = trajectory.rows.repeat(copies)  # (N,) of all copies
@@ -184,10 +187,13 @@ class ParallelRun:
         timesteps = self._loop.timestep(timesteps, x.dtype, self._denoiser.config)
         shared = {name: given[name] for name in self._loop.shared if name in given}
         shared = {name: value[:1] if isinstance(value, list) else value for name, value in shared.items()}
-        return [
-            {self._names[0]: states[part], "timestep": timesteps[part]} | kwargs_of(given, index[part], len(x)) | shared
-            for part in torch.arange(len(rows), device=x.device).split(self._max_batch or len(rows))
-        ]
+        names = (self._names[0], "timestep")
+
+        def at(part: Tensor) -> dict[str, Any]:
+            own = dict(zip(names, (states[part], timesteps[part]), strict=True))
+            return own | kwargs_of(given, index[part], len(x)) | shared
+
+        return at, torch.arange(len(rows), device=x.device)
 
     def _after_denoiser(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
         if self._passes(module) or not (self._outputs or self._join):
