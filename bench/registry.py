@@ -170,6 +170,7 @@ def _dct2(size: Size, inverse: bool) -> Callable[[torch.device], Arguments]:
             "dct_w": basis.dct_w,
             "colour": basis.colour,
             "order": basis.order,
+            "place": basis.place,
             "inverse": inverse,
         }
 

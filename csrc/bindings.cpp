@@ -55,7 +55,7 @@ void dct2(Address image, Address spectrum, Address rows, Address dct_h, Address 
           pointer<const int64_t>(rows, true, "rows"),
           pointer<const float>(dct_h, true, "dct_h"),
           pointer<const float>(dct_w, true, "dct_w"),
-          pointer<const float>(colour, true, "colour"),
+          pointer<const float>(colour, false, "colour"),
           pointer<const int64_t>(order, true, "order"),
           N, C, H, W, R, inverse, threads};
   check_indices(op.rows, N, R, "rows must be within 0 .. R-1");

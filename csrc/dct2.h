@@ -17,7 +17,7 @@ struct Dct2 {
   const int64_t* rows;    // (N,), the row of `spectrum` that belongs to each image
   const float* dct_h;     // (H, H) orthonormal
   const float* dct_w;     // (W, W) orthonormal
-  const float* colour;    // (C, C) orthonormal
+  const float* colour;    // (C, C) orthonormal; null: no rotation
   const int64_t* order;   // (C*H*W,), a permutation
   int64_t N, C, H, W, R;
   bool inverse;

@@ -62,8 +62,9 @@ class Basis:
     bands: Tensor  # (K+1,) int64: band k holds coefficients bands[k] .. bands[k+1]-1
     dct_h: Tensor | None = None  # (H, H); None for the identity
     dct_w: Tensor | None = None  # (W, W)
-    colour: Tensor | None = None  # (C, C)
+    colour: Tensor | None = None  # (C, C); None: no rotation
     order: Tensor | None = None  # (D,) int64
+    place: Tensor | None = None  # (D,) int64, its inverse
 
     @classmethod
     def identity(cls, shape: tuple[int, ...], device: torch.device | None = None) -> Basis:
@@ -79,19 +80,17 @@ class Basis:
         band = radial_bands(height, width).flatten()
         count = int(band.max()) + 1
         keys = (torch.arange(channels, device="cpu")[:, None] * count + band).flatten()
-        colour = (
-            torch.tensor(_COLOUR_ROTATION, dtype=torch.float64, device="cpu")
-            if channels == 3
-            else torch.eye(channels, device="cpu")
-        )
+        colour = torch.tensor(_COLOUR_ROTATION, dtype=dtype, device=device) if channels == 3 else None
+        order = keys.argsort(stable=True)
         sizes = torch.bincount(keys, minlength=channels * count)
         return cls(
             shape,
             torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).to(device),
             dct_matrix(height, dtype).to(device),
             dct_matrix(width, dtype).to(device),
-            colour.to(device, dtype),
-            keys.argsort(stable=True).to(device),
+            colour,
+            order.to(device),
+            order.argsort().to(device),
         )
 
     @property
@@ -104,14 +103,14 @@ class Basis:
         if self.dct_h is None:
             spectrum.index_copy_(0, rows, image.reshape(len(rows), -1).to(spectrum.dtype))
         else:
-            assert self.dct_w is not None and self.colour is not None and self.order is not None
+            assert self.dct_w is not None and self.order is not None and self.place is not None
             image = image.to(spectrum.dtype).contiguous()
-            ops.dct2(image, spectrum, rows, self.dct_h, self.dct_w, self.colour, self.order, False)
+            ops.dct2(image, spectrum, rows, self.dct_h, self.dct_w, self.colour, self.order, self.place, False)
 
     def inverse(self, spectrum: Tensor, image: Tensor, rows: Tensor) -> None:
         """Image = V^T spectrum[rows]; shapes as in `forward`, image is written."""
         if self.dct_h is None:
             torch.index_select(spectrum, 0, rows, out=image.view(len(rows), -1))
         else:
-            assert self.dct_w is not None and self.colour is not None and self.order is not None
-            ops.dct2(image, spectrum, rows, self.dct_h, self.dct_w, self.colour, self.order, True)
+            assert self.dct_w is not None and self.order is not None and self.place is not None
+            ops.dct2(image, spectrum, rows, self.dct_h, self.dct_w, self.colour, self.order, self.place, True)

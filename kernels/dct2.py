@@ -3,8 +3,8 @@
 Colours are rotated first: they commute with the transforms of the channels, and a channel then is independent work.
 Images of at most 64 x 64 take one kernel that writes nothing but the result; its programs write ROWS rows of a channel
 each and read the whole image for that, after the first time from the second-level cache. Larger ones take two tiled
-products, along W and along H, with one array between them. Both directions find a coefficient by `place`, the inverse
-of `order` (one more small launch), so the band order costs no pass of its own. No setting of the device or of torch
+products, along W and along H, with one array between them. Both directions find a coefficient by its `place`, so the
+band order costs no pass of its own. No setting of the device or of torch
 changes the products: those of two large matrices by cuBLAS would follow the TF32 switches, and need passes around them.
 """
 
@@ -24,24 +24,23 @@ PRECISION = "ieee"  # or "tf32x3": three tensor-core products, with errors near 
 
 
 @triton.jit
-def dct2_place_kernel(order, place, size, BLOCK: tl.constexpr):
-    """place[order[k]] = k: where the coefficients of the natural order are stored. Grid (cdiv(size, BLOCK),)."""
-    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(place + tl.load(order + k, mask=k < size, other=0), k, mask=k < size)
-
-
-@triton.jit
 def dct2_mixed(source, colour, place, pixel, mask, channel, channels, plane, INVERSE: tl.constexpr):
     """sum_d colour[c, d] source[d, pixel], or of the transposed colour and of the coefficients at their places."""
-    mixed = tl.zeros(pixel.shape, tl.float32)
-    for d in range(channels):
+    if colour is None:
+        spot = channel * plane + pixel
         if INVERSE:
-            weight = tl.load(colour + d * channels + channel)
-            spot = tl.load(place + d * plane + pixel, mask=mask, other=0)
-        else:
-            weight = tl.load(colour + channel * channels + d)
+            spot = tl.load(place + spot, mask=mask, other=0)
+        mixed = tl.load(source + spot, mask=mask, other=0.0).to(tl.float32)
+    else:
+        mixed = tl.zeros(pixel.shape, tl.float32)
+        for d in range(channels):
             spot = d * plane + pixel
-        mixed += weight * tl.load(source + spot, mask=mask, other=0.0).to(tl.float32)
+            if INVERSE:
+                weight = tl.load(colour + d * channels + channel)
+                spot = tl.load(place + spot, mask=mask, other=0)
+            else:
+                weight = tl.load(colour + channel * channels + d)
+            mixed += weight * tl.load(source + spot, mask=mask, other=0.0).to(tl.float32)
     return mixed
 
 
@@ -52,7 +51,7 @@ def dct2_kernel(
     rows,
     dct_h,
     dct_w,
-    colour,
+    colour,  # None: no rotation
     place,
     channels,
     height,
@@ -169,16 +168,15 @@ def dct2(
     rows: torch.Tensor,  # (N,) int64
     dct_h: torch.Tensor,  # (H, H)
     dct_w: torch.Tensor,  # (W, W)
-    colour: torch.Tensor,  # (C, C)
+    colour: torch.Tensor | None,  # (C, C)
     order: torch.Tensor,  # (C*H*W,) int64
+    place: torch.Tensor,  # (C*H*W,) int64, its inverse
     inverse: bool,
 ) -> None:
     count, channels, height, width = image.shape
     if count == 0:
         return
     plane = height * width
-    place = torch.empty(channels * plane, dtype=torch.int32, device=image.device)
-    dct2_place_kernel[(cdiv(channels * plane, 1024),)](order, place, channels * plane, 1024)
     source, target = (spectrum, image) if inverse else (image, spectrum)
     if height <= WHOLE and width <= WHOLE:
         dct2_kernel[(count * channels * cdiv(height, ROWS),)](

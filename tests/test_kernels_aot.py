@@ -27,8 +27,7 @@ TYPES = {
     **dict.fromkeys(("dx", "e_prev", "g_ring", "source", "target"), "*fp32"),
     **dict.fromkeys(("matrix", "dct_h", "dct_w", "colour", "partial"), "*fp32"),
     **dict.fromkeys(("norms", "moments", "gram", "rhs", "low", "high", "scale", "errors"), "*fp64"),
-    **dict.fromkeys(("window", "bands", "rows", "order", "diverged"), "*i64"),
-    "place": "*i32",
+    **dict.fromkeys(("window", "bands", "rows", "place", "diverged"), "*i64"),
     **dict.fromkeys(("beta", "pull", "rtol", "tolerance", "contraction", "growth"), "fp32"),
 }
 ALIGNED = {"size", "plane", "height", "width", "length", "other"}  # integers divisible by 16 where a sample's sides are
@@ -96,9 +95,10 @@ CASES = [
     Case("anderson_gram_kernel", {"LENGTH": 17, "COUNT": 16, "BLOCK": 256}, 1, 34),
     Case("anderson_gram_finish_kernel", {"M": 5, "COUNT": 1, "SIDE": 8, "SUMS": 2, "PARTIALS": 32}, 4),
     Case("anderson_gram_finish_kernel", {"M": 16, "COUNT": 16, "SIDE": 16, "SUMS": 32, "PARTIALS": 32}, 4),
-    Case("dct2_place_kernel", {"BLOCK": 1024}, 4, 4),
     Case("dct2_kernel", transform(False, 64), 4),
     Case("dct2_kernel", transform(True, 64), 4),
+    Case("dct2_kernel", transform(False, 64) | {"colour": None}, 4, 16),  # the image and dct_w
+    Case("dct2_kernel", transform(True, 64) | {"colour": None}, 4, 24),  # the places and dct_w
     Case("dct2_kernel", transform(False, 32), 2, types={"source": "*bf16"}),
     Case("dct2_kernel", transform(True, 32), 2, types={"target": "*fp16"}),
     Case("dct2_kernel", transform(False, 16), 1, aligned=False),

@@ -131,7 +131,7 @@ struct Plan {
   bool pairs;        // whether the right matrix is split
   float* left;       // (H, H), its blocks on the diagonal
   float* right;      // (W, W) or (W / 2, W) in panels
-  float* colour;     // (C, C), transposed for the inverse; null when it is the identity
+  float* colour;     // (C, C), transposed for the inverse; null: no rotation
   Run* runs;         // (run_count,) in the order of the spectrum
   int64_t run_count;
 };
@@ -164,13 +164,9 @@ void fill_plan(const Dct2& op, int64_t panel, Plan& plan) {
   for (int64_t w = 0; w < plan.padded; w += panel)
     for (int64_t p = 0; p < (plan.pairs ? W / 2 : W); ++p)
       for (int64_t q = w; q < w + panel; ++q) *place++ = q < W ? right_at(p, q) : 0.0f;
-  bool identity = true;
-  for (int64_t p = 0; p < C; ++p)
-    for (int64_t q = 0; q < C; ++q) {
-      plan.colour[p * C + q] = op.inverse ? op.colour[q * C + p] : op.colour[p * C + q];
-      identity = identity && op.colour[p * C + q] == (p == q ? 1.0f : 0.0f);
-    }
-  if (identity) plan.colour = nullptr;
+  if (op.colour == nullptr) plan.colour = nullptr;
+  for (int64_t p = 0; p < C && plan.colour != nullptr; ++p)
+    for (int64_t q = 0; q < C; ++q) plan.colour[p * C + q] = op.inverse ? op.colour[q * C + p] : op.colour[p * C + q];
   plan.run_count = 0;
   for (int64_t begin = 0, end; begin < size; begin = end) {
     const int64_t from = op.order[begin], last = smaller(begin + kLanes, size);

@@ -51,8 +51,9 @@ def dct2(
     rows: Tensor,
     dct_h: Tensor,
     dct_w: Tensor,
-    colour: Tensor,
+    colour: Tensor | None,
     order: Tensor,
+    place: Tensor,
     inverse: bool,
 ) -> None:
     check.floating("image", image)
@@ -66,10 +67,12 @@ def dct2(
     check.array("rows", rows, (count,), torch.int64, device)
     check.array("dct_h", dct_h, (height, height), dtype, device)
     check.array("dct_w", dct_w, (width, width), dtype, device)
-    check.array("colour", colour, (channels, channels), dtype, device)
+    if colour is not None:
+        check.array("colour", colour, (channels, channels), dtype, device)
     check.array("order", order, (size,), torch.int64, device)
+    check.array("place", place, (size,), torch.int64, device)
     run = _dct2_inverse if inverse else _dct2_forward
-    run(image, spectrum, rows, dct_h, dct_w, colour, order, inverse)
+    run(image, spectrum, rows, dct_h, dct_w, colour, order, place, inverse)
 
 
 @_documented

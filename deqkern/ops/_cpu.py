@@ -28,8 +28,9 @@ def dct2(
     rows: Tensor,
     dct_h: Tensor,
     dct_w: Tensor,
-    colour: Tensor,
+    colour: Tensor | None,
     order: Tensor,
+    place: Tensor,
     inverse: bool,
 ) -> None:
     plain = image if image.dtype is torch.float32 else image.float()
@@ -39,7 +40,7 @@ def dct2(
         rows.data_ptr(),
         dct_h.data_ptr(),
         dct_w.data_ptr(),
-        colour.data_ptr(),
+        0 if colour is None else colour.data_ptr(),
         order.data_ptr(),
         *image.shape,
         spectrum.shape[0],

@@ -27,8 +27,9 @@ def dct2(
     rows: Tensor,  # (N,) int64, the row of `spectrum` that belongs to each image
     dct_h: Tensor,  # (H, H) orthonormal
     dct_w: Tensor,  # (W, W) orthonormal
-    colour: Tensor,  # (C, C) orthonormal
+    colour: Tensor | None,  # (C, C) orthonormal; None: no rotation
     order: Tensor,  # (C*H*W,) int64, a permutation: coefficient order[k] is stored at place k
+    place: Tensor,  # (C*H*W,) int64, its inverse: for those who write where they compute
     inverse: bool,
 ) -> None:
     """Orthonormal 2-D DCT-II of every channel, colour rotation, and band order; or the inverse of all three.
@@ -40,9 +41,10 @@ def dct2(
     if inverse:
         y = torch.empty_like(image, dtype=spectrum.dtype)
         y.flatten(1)[:, order] = spectrum[rows]
-        image.copy_(dct_h.mT @ torch.einsum("cd,nchw->ndhw", colour, y) @ dct_w)
+        image.copy_(dct_h.mT @ (y if colour is None else torch.einsum("cd,nchw->ndhw", colour, y)) @ dct_w)
     else:
-        y = torch.einsum("cd,ndhw->nchw", colour, dct_h @ image.to(spectrum.dtype) @ dct_w.mT)
+        y = dct_h @ image.to(spectrum.dtype) @ dct_w.mT
+        y = y if colour is None else torch.einsum("cd,ndhw->nchw", colour, y)
         spectrum[rows] = y.flatten(1)[:, order]
 
 

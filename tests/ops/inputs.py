@@ -360,6 +360,7 @@ def dct2(
     size = channels * height * width
     image, spectrum = torch.randn(count, channels, height, width), torch.randn(total, size)
     (image if inverse else spectrum).fill_(NAN)
+    order = torch.randperm(size)
     return {
         "image": image,
         "spectrum": spectrum,
@@ -367,7 +368,8 @@ def dct2(
         "dct_h": matrix(height),
         "dct_w": matrix(width),
         "colour": rotation(channels),
-        "order": torch.randperm(size),
+        "order": order,
+        "place": order.argsort(),
         "inverse": inverse,
     }
 

@@ -72,7 +72,8 @@ for shape in ((1, 1, 1, 1), (5, 3, 31, 17), (2, 3, 16, 32), (2, 4, 9, 33)):
     for inverse in (True, False):
         inputs.check("dct2", inputs.dct2(*shape, inverse=inverse), "cpu")
 for inverse in (True, False):
-    split = dict(dct_h=inputs.mirrored(48, 2), dct_w=inputs.mirrored(22, 1), order=torch.arange(3 * 48 * 22))
+    split = dict(dct_h=inputs.mirrored(48, 2), dct_w=inputs.mirrored(22, 1), colour=None)
+    split |= dict(order=torch.arange(3 * 48 * 22))
     inputs.check("dct2", inputs.dct2(2, 3, 48, 22, inverse=inverse) | split, "cpu")
 """
     in_new_python(code, DEQKERN_ISA=isa)

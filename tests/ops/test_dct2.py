@@ -83,3 +83,17 @@ def test_no_images(backend: str) -> None:
     inputs.run("dct2", backend, arguments)
     inputs.run("dct2", backend, arguments | {"inverse": True})
     assert arguments["spectrum"].isnan().all()
+
+
+@BACKENDS
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("shape", [(3, 1, 5, 7), (2, 4, 16, 16), (2, 5, 70, 33)], ids=str)
+def test_no_rotation_of_colours(backend: str, shape: tuple[int, int, int, int], inverse: bool) -> None:
+    arguments = inputs.dct2(*shape, inverse=inverse) | {"colour": None}
+    rotated = inputs.clone(arguments) | {"colour": torch.eye(shape[1])}
+    inputs.check("dct2", arguments, backend)
+    inputs.run("dct2", "reference", rotated)
+    written = "image" if inverse else "spectrum"
+    inputs.run("dct2", backend, arguments)
+    rows = slice(None) if inverse else arguments["rows"]
+    assert_close(arguments[written][rows], rotated[written][rows])
