@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import functools
 import itertools
@@ -16,6 +17,7 @@ from torch.func import functional_call
 from .guidance import Guided
 from .nested import rebuilt
 
+_OF_MODULES = frozenset(vars(torch.nn.Module())) - {"training"}
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # its arguments
 
 
@@ -77,7 +79,7 @@ class Replicated(torch.nn.Module):
         for module, call, device in zip(self._copies, calls, self.devices[1:], strict=False):
             parameters = {name: value.to(device) for name, value in named.items()}
             evaluate = functools.partial(_evaluate, module, parameters, call)
-            outputs.append(pool.submit(_as_here(evaluate, device)))
+            outputs.append(pool.submit(contextvars.copy_context().run, _as_here(evaluate, device)))
         pool.shutdown(wait=False)  # its threads end with their work
         return [output.result for output in outputs]
 
@@ -93,10 +95,10 @@ def replicated(model: torch.nn.Module, devices: Sequence[torch.device | str | in
     `deqkern.plan` measures all of them.
 
     model: a module, all on one device. It stays what it is, and serves its device; the others hold copies, which are
-        made again when its parameters, its buffers or its mode have changed, except through `.data`: then call
-        `refresh()`. Inside `guided`, not around it. Gradients reach its parameters, at the price of copying them in
-        each call. Of a model that was compiled in place (`model.compile()`) the copies are not: give
-        `torch.compile(model)`.
+        made again when its parameters, its buffers or plain attributes of its modules, such as the mode, have changed;
+        after a change through `.data` call `refresh()`. Inside `guided`, not around it. Gradients reach its
+        parameters, at the price of copying them in each call. Of a model that was compiled in place
+        (`model.compile()`) the copies are not: give `torch.compile(model)`.
     devices: the model's own among them; all GPUs if None. CUDA graphs cannot span them: `cuda_graph` is refused.
 
     Raises TypeError or ValueError for an argument that does not fit.
@@ -105,6 +107,13 @@ def replicated(model: torch.nn.Module, devices: Sequence[torch.device | str | in
         raise TypeError(f"model must be a torch.nn.Module, which can be copied, got {type(model).__name__}")
     if isinstance(model, Guided | Replicated):
         raise ValueError(f"model must be the network itself, got {type(model).__name__}: guided(replicated(model), ..)")
+    for module in model.modules():
+        forward = vars(module).get("forward") if not hasattr(module, "_orig_mod") else None  # torch.compile may
+        if hasattr(module, "_hf_hook") or (forward is not None and getattr(forward, "__self__", None) is not module):
+            raise ValueError(
+                f"model has a {type(module).__name__} whose forward was replaced (a hook of accelerate or diffusers, "
+                "which moves or casts it): a copy would call the original"
+            )
     held = {value.device for value in _tensors(model)}
     if len(held) != 1:
         raise ValueError(f"model must have its parameters on one device, got {len(held)}")
@@ -180,9 +189,20 @@ def _tensors(model: torch.nn.Module) -> Iterator[Tensor]:
 
 
 def _state_of(model: torch.nn.Module) -> list[Any]:
-    """What changes when a parameter or buffer is replaced, or written in place, and with `train` and `eval`."""
-    state: list[Any] = [module.training for module in model.modules()]
-    return state + [(value.data_ptr(), 0 if value.is_inference() else value._version) for value in _tensors(model)]
+    """What changes when a parameter or buffer is replaced, or written in place, and what modules hold as plain values.
+
+    Such as the mode, or the scale of an adapter.
+    """
+    plain = [_plain({k: v for k, v in vars(module).items() if k not in _OF_MODULES}) for module in model.modules()]
+    return [*plain, *((v.data_ptr(), 0 if v.is_inference() else v._version) for v in _tensors(model))]
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    return tuple((key, _plain(entry)) for key, entry in value.items()) if isinstance(value, dict) else type(value)
 
 
 def _copied(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:

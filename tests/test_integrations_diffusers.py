@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -592,3 +593,93 @@ def test_invert_refuses_what_it_cannot_undo() -> None:
     pipe.scheduler = diffusers.PNDMScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(ValueError, match=r"DDIMScheduler\.from_config"):
         invert(pipe, noise())
+
+
+@pytest.mark.parametrize("look", [list, max, lambda t: [float(v) for v in t[2:]]])
+def test_a_callback_may_go_through_the_timesteps(look: Callable[[Any], Any]) -> None:
+    pipe, call = pieces("sd", True)
+    expected, seen = result(pipe, call), list[Any]()
+
+    def callback(pipe: Any, i: int, t: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+        seen.append(look(pipe.scheduler.timesteps))
+        return given
+
+    with parallel(pipe, rtol=0.0) as run:
+        actual = result(pipe, call, callback_on_step_end=callback)
+    assert float(relative_error(actual, expected).max()) <= 1e-5
+    assert run.solution is not None and len(seen) == run.solution.iterations
+    assert all(str(found) == str(seen[0]) for found in seen)
+
+
+def test_settings_that_a_callback_changes_are_refused() -> None:
+    pipe, call = pieces("sd", True)
+
+    def guidance(pipe: Any, i: int, t: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+        pipe._guidance_scale = 2.0
+        return given
+
+    def in_place(pipe: Any, i: int, t: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+        given["prompt_embeds"].mul_(0.5)
+        return given
+
+    refused(pipe, "changed the conditioning or the guidance", call | {"callback_on_step_end": guidance})
+    more = {"callback_on_step_end": in_place, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    refused(pipe, "changed the conditioning or the guidance", call | more)
+    cutoff = diffusers.callbacks.SDCFGCutoffCallback(cutoff_step_ratio=0.4)
+    refused(pipe, "callback_on_step_end changes the pipeline at a step", call | {"callback_on_step_end": cutoff})
+
+
+def test_schedulers_with_rules_of_their_own_are_refused() -> None:
+    class Mine(diffusers.DDIMScheduler):
+        def _get_variance(self, timestep: Any, prev_timestep: Any) -> Any:
+            return 0.5 * super()._get_variance(timestep, prev_timestep)
+
+    class Documented(diffusers.DDIMScheduler):
+        """With nothing changed."""
+
+    pipe, call = pieces("sd", False)
+    pipe.scheduler = Mine.from_config(pipe.scheduler.config)
+    refused(pipe, "DDIMScheduler with _get_variance of its own")
+    pipe.scheduler = Documented.from_config(pipe.scheduler.config)
+    check_exact(pipe, call)
+    pipe.scheduler.step = functools.partial(pipe.scheduler.step, eta=1.0)
+    refused(pipe, "DDIMScheduler with step of its own")
+
+
+def test_a_scheduler_set_inside_is_refused_and_not_left_in_the_config() -> None:
+    pipe, call = pieces("sd", False)
+    before, config = pipe.scheduler, dict(pipe.config)
+    with parallel(pipe):
+        pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+        with pytest.raises(ValueError, match=r"pipe\.scheduler was set inside"):
+            result(pipe, call)
+    assert pipe.scheduler is before and dict(pipe.config) == config
+
+
+def test_another_pipe_of_the_same_parts_is_refused() -> None:
+    pipe, call = pieces("sd", False)
+    with parallel(pipe) as run:
+        other = quiet(diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False))
+        with pytest.raises(ValueError, match="belongs to the pipe inside"):
+            other(**call | {"image": picture(), "strength": 1.0, "num_inference_steps": 4})
+        result(pipe, call)
+    assert run.solution is not None
+
+
+def test_the_copies_follow_what_a_pipeline_is_set_to() -> None:
+    pipe, call = pieces("sd", True)
+    with parallel(pipe, rtol=0.0, devices=["cpu", "cpu"]) as run:
+        before = result(pipe, call)
+        pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+        after = result(pipe, call)
+    expected = result(pipe, call)
+    assert float(relative_error(before, expected).max()) > 0.05
+    assert float(relative_error(after, expected).max()) <= 1e-5
+    assert run._spread is None and run.solution is not None  # the copies are gone
+
+
+def test_hooks_that_replace_forward_cannot_be_copied() -> None:
+    pipe, call = pieces("sd", False)
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    check_exact(pipe, call)
+    refused(pipe, "forward was replaced", devices=["cpu", "cpu"])

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from ...replication import Replicated, replicated
 from ...schedule import NoiseSchedule
 from .loops import LOOPS, Loop
 
@@ -25,6 +22,7 @@ _REFUSED = {
     "skip_guidance_layers": (None, []),
     "cfg_trunc_ratio": (1.0,),  # of the steps with guidance
 }
+_GUIDANCE = ("_guidance_scale", "_guidance_scale_2", "_guidance_rescale", "_true_cfg_scale", "_cfg_normalization")
 # Arguments of a denoiser that belong to one timestep.
 _RESIDUALS = (
     "down_block_additional_residuals",
@@ -32,12 +30,6 @@ _RESIDUALS = (
     "down_intrablock_additional_residuals",
     "block_controlnet_hidden_states",
 )
-
-
-def spread_over(denoiser: torch.nn.Module, devices: Sequence[torch.device | str | int]) -> Replicated:
-    if hasattr(denoiser, "_hf_hook"):
-        raise ValueError("devices: the denoiser of pipe is moved about by accelerate; it must stay on its device")
-    return replicated(denoiser, devices)
 
 
 def _defined(owner: Any, method: str) -> str | None:
@@ -83,6 +75,8 @@ def denoiser_of(pipe: Any) -> Any:
             "cannot run in parallel; models of one stage can"
         )
     check_no_cache(denoiser)
+    if denoiser.config.get("pos_embed_seq_len"):
+        raise ValueError(f"pipe: {name} for a first and a last frame cannot run in parallel; models of the first can")
     if "Inpaint" in (loop_name(pipe) or "") and denoiser.config.in_channels == denoiser.config.out_channels:
         raise ValueError(
             f"pipe: with a UNet of {denoiser.config.in_channels} channels {name} mixes the image into the state at "
@@ -103,9 +97,29 @@ def check_no_cache(denoiser: Any) -> None:
 
 def check_pipeline_call(given: Mapping[str, Any]) -> None:
     """Of the arguments of a pipeline."""
+    from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+
+    if isinstance(given.get("callback_on_step_end"), MultiPipelineCallbacks | PipelineCallback):
+        raise ValueError(
+            "callback_on_step_end changes the pipeline at a step, but inside parallel() every step is solved at once"
+        )
     for name, allowed in _REFUSED.items():
         if name in given and given[name] not in allowed:
             raise ValueError(f"{name} is not supported inside parallel(); leave it out")
+
+
+def check_steps(pipe: Any, count: int) -> None:
+    if count == 1 and loop_name(pipe) == "PixArtAlphaPipeline":
+        raise ValueError(
+            "num_inference_steps=1: PixArtAlphaPipeline takes another output then; there is one step to do"
+        )
+
+
+def settings_of(pipe: Any, denoiser: Any) -> list[Any]:
+    """What a callback could change beside the arguments of the denoiser: guidance, and the scales of IP-adapters."""
+    processors = getattr(denoiser, "attn_processors", {}).values()
+    scales = [str(processor.scale) for processor in processors if hasattr(processor, "scale")]
+    return [getattr(pipe, name, None) for name in _GUIDANCE] + scales
 
 
 def check_denoiser_call(given: Mapping[str, Any]) -> None:
@@ -132,6 +146,11 @@ def check_scheduler(scheduler: Any) -> None:
     rule, config = rule_name(scheduler), scheduler.config
     if rule not in SCHEDULERS:
         raise ValueError(unknown_rule(scheduler))
+    changed = _changed(scheduler, rule)
+    if changed:
+        raise ValueError(
+            f"pipe.scheduler is a {rule} with {', '.join(changed)} of its own; parallel() solves diffusers'"
+        )
     if rule == MULTISTEP_SCHEDULER:
         if config.get("use_flow_sigmas"):
             raise ValueError(unknown_rule(scheduler))
@@ -147,6 +166,14 @@ def check_scheduler(scheduler: Any) -> None:
                 "euler_at_final and lower_order_final at their defaults"
             )
     NoiseSchedule.from_diffusers(scheduler)
+
+
+def _changed(scheduler: Any, rule: str) -> list[str]:
+    """The methods of diffusers' class `rule` that a subclass, or the object itself, replaces."""
+    kinds = type(scheduler).__mro__
+    at = next(i for i, kind in enumerate(kinds) if kind.__name__ == rule)
+    names = {name for owner in (*kinds[:at], scheduler) for name in vars(owner) if not name.startswith("__")}
+    return sorted(names & {name for name in dir(kinds[at]) if callable(getattr(kinds[at], name))})
 
 
 def check_pair(pipe: Any, scheduler: Any) -> None:

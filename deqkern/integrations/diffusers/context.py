@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from ...checks import check_options, check_solver
+from ...replication import replicated
 from ...solvers import Solver, default
-from .checks import check_pair, check_scheduler, denoiser_of, loop_of, spread_over
+from .checks import check_pair, check_scheduler, denoiser_of, loop_of
 from .run import ParallelRun
 
 
@@ -53,9 +54,9 @@ def parallel(
     solver = default() if solver is None else solver
     check_solver("solver", solver)
     check_options(rtol, None, max_batch)
-    spread = None if devices is None else spread_over(denoiser, devices)
+    spread = None if devices is None else replicated(denoiser, devices)
     run = ParallelRun(pipe, loop, denoiser, scheduler, rtol, solver, max_batch, spread)
-    before, kind = pipe.scheduler, type(pipe)
+    before, config, kind = pipe.scheduler, vars(pipe)["_internal_dict"], type(pipe)
     handles = [
         denoiser.register_forward_pre_hook(run._before_denoiser, with_kwargs=True),
         denoiser.register_forward_hook(run._after_denoiser),
@@ -67,6 +68,7 @@ def parallel(
         yield run
     finally:
         pipe.__class__ = kind
-        vars(pipe)["scheduler"] = before
+        vars(pipe)["scheduler"], vars(pipe)["_internal_dict"] = before, config
         for handle in handles:
             handle.remove()
+        run._leave()

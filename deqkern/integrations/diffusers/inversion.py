@@ -11,9 +11,10 @@ from torch import Tensor
 from ... import inversion
 from ...checks import check_options
 from ...guidance import guided
+from ...replication import replicated
 from ...schedule import NoiseSchedule
 from ...solve import Solution
-from .checks import loop_name, rule_name, spread_over, unknown_rule
+from .checks import loop_name, rule_name, unknown_rule
 
 INVERTIBLE = ("DDIMPipeline", "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 
@@ -33,7 +34,7 @@ def invert(
 ) -> Solution:
     """Find the noise from which `pipe` makes `image` (eta = 0): see `deqkern.invert`.
 
-    For Stable Diffusion `value` are latents: `pipe(prompt, latents=solution.value, num_inference_steps=...,
+    For Stable Diffusion `value` are latents: `pipe(prompt, latents=solution.value.to(pipe.dtype), num_inference_steps=...,
     guidance_scale=...)` makes the image again. `DDIMPipeline` takes no noise; `deqkern.sample(pipe.unet, ...)` does.
 
     pipe: one of `INVERTIBLE`, or a subclass with the same loop, with a DDIMScheduler that does not clip.
@@ -63,7 +64,7 @@ def invert(
             "clip_sample=False, thresholding=False)"
         )
 
-    unet = pipe.unet if devices is None else spread_over(pipe.unet, devices)
+    unet = pipe.unet if devices is None else replicated(pipe.unet, devices)
 
     def found(model: Any, sample: Tensor, rows: int, model_kwargs: dict[str, Any]) -> Solution:
         return inversion.invert(

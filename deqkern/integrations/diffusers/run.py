@@ -28,8 +28,10 @@ from .checks import (
     check_denoiser_call,
     check_no_cache,
     check_pipeline_call,
+    check_steps,
     draws_noise,
     rule_name,
+    settings_of,
 )
 from .loops import Loop, Packing
 from .timesteps import Timesteps
@@ -67,6 +69,7 @@ class ParallelRun:
         self._scheduler._deqkern_original = scheduler
         self._scheduler.set_timesteps = _posing_as(self._plain.set_timesteps, self._set_timesteps)
         self._scheduler.step = _posing_as(self._plain.step, self._step)
+        self._running = False  # in the loop
         self._looping = False  # between a timestep of the loop and the step of the scheduler
         self._calls = 0  # of the denoiser since the last timestep
         self._given: list[list[Any]] = []  # what each of them is given, in the first turn
@@ -75,11 +78,16 @@ class ParallelRun:
         self._inside = False  # the denoiser is called by the hook itself
         self._outputs: list[Tensor] = []  # of all parts of a call but the last
         self._join: Callable[[Any], Tensor] | None = None  # the last output to those of its rows on other devices
-        self._call: Mapping[str, Any] = {}  # the arguments of the pipeline call
+        self._call: Mapping[str, Any] | None = None  # the arguments of the pipeline call that goes on
         self._solve: Solve | None = None
 
     def __deepcopy__(self, memo: Any) -> ParallelRun:
         return self  # the hooks of a copied denoiser are those of this run, and do nothing
+
+    def _leave(self) -> None:
+        """Let go of all but the solution."""
+        self._pipe = self._denoiser = self._spread = self._call = self._solve = self._join = None
+        self._given, self._outputs, self._preview = [], [], torch.empty(0)
 
     def _passes(self, module: torch.nn.Module) -> bool:
         """Whether this call of a denoiser is not the loop's."""
@@ -95,14 +103,24 @@ class ParallelRun:
             given = inspect.signature(call).bind(pipe, *args, **kwargs)
             given.apply_defaults()
             check_pipeline_call(given.arguments)
-            self._call = given.arguments
-            return call(pipe, *args, **kwargs)
+            scheduler = vars(pipe)["scheduler"]
+            if not hasattr(scheduler, "_deqkern_original"):
+                raise ValueError("pipe.scheduler was set inside parallel(); set it before")
+            if scheduler is self._scheduler:  # and not that of a context inside this one
+                self._call, self.solution = given.arguments, None
+            try:
+                return call(pipe, *args, **kwargs)
+            finally:
+                self._call = None
 
         return watched
 
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        if self._call is None:
+            raise ValueError("pipe.scheduler belongs to the pipe inside parallel(): no other can use it meanwhile")
         self._plain.set_timesteps(*args, **kwargs)
         values = self._plain.timesteps
+        check_steps(self._pipe, len(values))
         self._schedule = NoiseSchedule.from_diffusers(self._plain)
         table = self._table()
         if not torch.equal(table.timesteps, values.cpu()):
@@ -119,8 +137,14 @@ class ParallelRun:
         return self._schedule.steps(count, eta=eta, order=order)
 
     def _iterations(self, values: Tensor, span: range) -> Iterator[Tensor]:
-        """The timesteps `values` of the steps `span`, but no more of them than the solve has iterations."""
-        self._solve, self._span, self._outputs = None, span, []
+        """The timesteps `values` of the steps `span`, but no more of them than the solve has iterations.
+
+        While the loop goes through them, whoever else does gets all of them.
+        """
+        if self._running:
+            yield from values.unbind()
+            return
+        self._running, self._solve, self._span, self._outputs = True, None, span, []
         try:
             for t in values.unbind():
                 if self._converged:
@@ -128,7 +152,7 @@ class ParallelRun:
                 self._looping, self._calls, self._t = True, 0, t
                 yield t
         finally:
-            self._looping = False
+            self._running = self._looping = False
         self._finish()
 
     @property
@@ -264,11 +288,11 @@ class ParallelRun:
         first = self._unpacked(self._preview)
         eta, dtype = 0.0, x.dtype
         if "eta" in inspect.signature(self._plain.step).parameters:
-            eta = float(self._call.get("eta") or 0.0)
+            eta = float(self._arguments.get("eta") or 0.0)
         elif draws_noise(self._plain):
             eta, dtype = 1.0, torch.float32  # in which that scheduler draws
         if eta:
-            generator = self._call.get("generator")
+            generator = self._arguments.get("generator")
             noise = torch.stack([randn_tensor(first.shape, generator, x.device, dtype) for _ in self._span])
         table = self._table(eta).part(self._span)
         trajectory = start(_Denoiser(), first, table, self._solver, step_noise=noise)
@@ -277,7 +301,11 @@ class ParallelRun:
     @property
     def _guided(self) -> bool:
         known = getattr(self._pipe, "do_classifier_free_guidance", None)  # for others it is a variable of the loop
-        return bool(self._call.get("guidance_scale", 1.0) > 1 if known is None else known)
+        return bool(self._arguments.get("guidance_scale", 1.0) > 1 if known is None else known)
+
+    @property
+    def _arguments(self) -> Mapping[str, Any]:
+        return self._call or {}
 
     def _check_timestep(self, t: Tensor, dtype: torch.dtype) -> None:
         seen = t.float()
@@ -303,7 +331,8 @@ class ParallelRun:
 
     def _check_conditioning(self, x: Tensor, given: Mapping[str, Any]) -> None:
         """What one call is given beside the state and the timestep must be the same in every turn of the loop."""
-        leaves = [x[:, self._own :], *tree_leaves(dict(given))]
+        leaves = [x[:, self._own :], *tree_leaves(dict(given)), *settings_of(self._pipe, self._denoiser)]
+        leaves += [leaf._version for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()][1:]
         assert self._solve is not None
         if not self._solve.count:
             self._given.append(leaves)
