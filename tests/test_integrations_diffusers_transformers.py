@@ -36,7 +36,7 @@ from pipelines import (
 from torch import Tensor
 
 import deqkern
-from deqkern.integrations.diffusers import loops, parallel
+from deqkern.integrations.diffusers import loops, parallel, run
 
 # (B, 3, H, W), not square: 24 tokens where latents are packed, as many as an unguided call has rows
 PICTURE = random(2, 3, 8, 12, seed=4).clamp(-1, 1) / 2 + 0.5
@@ -484,13 +484,16 @@ def test_previews_are_packed_as_the_loop_has_its_latents() -> None:
     assert errors[0] > 1e-2 and errors[-2] < errors[0] / 3 and errors[-1] == 0
 
 
-def test_the_number_of_calls_must_be_that_of_the_first_turn() -> None:
+def test_the_number_of_calls_must_be_that_of_the_first_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it changes by another way than the guidance scale, which is refused for itself."""
     pipe, call = pieces("wan", True)
 
     def without_guidance(pipe: Any, i: int, t: Tensor, given: dict[str, Any]) -> dict[str, Any]:
         pipe._guidance_scale = 1.0
         return {}
 
+    refused(pipe, "changed the conditioning or the guidance", call | {"callback_on_step_end": without_guidance})
+    monkeypatch.setattr(run, "settings_of", lambda pipe, denoiser: [])
     refused(pipe, "more often at some steps than at others", call | {"callback_on_step_end": without_guidance})
 
     def with_guidance(pipe: Any, i: int, t: Tensor, given: dict[str, Any]) -> dict[str, Any]:

@@ -34,8 +34,9 @@ def invert(
 ) -> Solution:
     """Find the noise from which `pipe` makes `image` (eta = 0): see `deqkern.invert`.
 
-    For Stable Diffusion `value` are latents: `pipe(prompt, latents=solution.value.to(pipe.dtype), num_inference_steps=...,
-    guidance_scale=...)` makes the image again. `DDIMPipeline` takes no noise; `deqkern.sample(pipe.unet, ...)` does.
+    For Stable Diffusion `value` are latents: `pipe(prompt, latents=solution.value.to(pipe.dtype),
+    num_inference_steps=..., guidance_scale=...)` makes the image again. `DDIMPipeline` takes no noise;
+    `deqkern.sample(pipe.unet, ...)` does.
 
     pipe: one of `INVERTIBLE`, or a subclass with the same loop, with a DDIMScheduler that does not clip.
     image: as the pipelines take it: PIL, NumPy or a tensor (B, C, H, W) in 0 .. 1, or a list of them. A tensor with as
