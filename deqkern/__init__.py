@@ -24,6 +24,9 @@ from .schedule import NoiseSchedule as NoiseSchedule
 from .slopes import SlopeProfile as SlopeProfile
 from .solve import ConvergenceWarning as ConvergenceWarning
 from .solve import Solution as Solution
+from .version import version as _version
+
+__version__ = _version()
 
 _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "csrc").is_dir():  # not installed: then deqkern.kernels is the folder kernels/ beside this one

@@ -75,6 +75,7 @@ def test_the_installed_version_is_the_one_in_pyproject() -> None:
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("not installed")
     assert version == tomllib.loads((SOURCE / "pyproject.toml").read_text())["project"]["version"]
+    assert deqkern.__version__ == version
 
 
 def one_iteration(threads: int) -> list[Tensor]:

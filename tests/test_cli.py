@@ -201,6 +201,12 @@ def test_without_the_extra_the_message_names_it(model: Path, monkeypatch: pytest
     assert "pip install 'deqkern[demo]'" in run("sample", "--model", model, code=1).stderr
 
 
+def test_demo_needs_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    error = plain(run("demo", "--out", tmp_path / "file", code=2).stderr)
+    assert "--out" in error and "file" in error
+
+
 def test_demo_compares_the_solvers_and_draws_them(model: Path, model_with_profile: Path, tmp_path: Path) -> None:
     presets = set(Preset) - {Preset.auto}
     options = ("--model", model, "--model", model_with_profile, "--steps", 8, "--batch", 2)

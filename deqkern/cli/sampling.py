@@ -287,7 +287,8 @@ def demo(
     seed: SeedOption = 0,
 ) -> None:
     """Sample the shipped models with every solver, beside the sequential chain: pictures, curves and a table."""
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(out, "--out"):
+        out.mkdir(parents=True, exist_ok=True)
     rows: list[tuple[tuple[str, ...], Run]] = []
     records, written = [], []
     with errors_name_options(), progress(rtol) as follow:
