@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .network import Model
+from .numeric import check_number, is_int
 from .replication import is_replicated
 from .schedule import NoiseSchedule
 from .solvers import Solver
@@ -75,17 +76,11 @@ def check_rtol(rtol: float) -> None:
         raise ValueError(f"rtol must be finite and >= 0, got {rtol}")
 
 
-def check_number(name: str, value: Any) -> None:
-    """An int or a float."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-
-
 def check_count(name: str, value: int | None, *, optional: bool = False) -> None:
     """An int >= 1, or None where that is an option."""
     if optional and value is None:
         return
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not is_int(value) or value < 1:
         raise ValueError(f"{name} must be {'None or ' if optional else ''}an int >= 1, got {value!r}")
 
 

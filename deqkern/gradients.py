@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_callback, check_count, check_number, check_rtol, check_solver
+from .checks import check_callback, check_count, check_rtol, check_solver
 from .network import Network
+from .numeric import check_number
 from .solve import Solution, solve, warn_unless_converged
 from .solvers import Solver, default
 from .trajectory import start

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .numeric import check_number
+
 
 class Guided(torch.nn.Module):
     """What `guided` makes: `model(x, t)` is the guided output (N, *shape). A Module also around a plain function."""
@@ -85,8 +87,7 @@ def guided(
     if not callable(model):
         raise TypeError(f"model must be callable, got {type(model).__name__}")
     for name, value in (("scale", scale), ("rescale", rescale)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        check_number(name, value)
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
     if not 0 <= rescale <= 1:

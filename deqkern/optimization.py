@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_callable, check_finite, check_generator, check_number
+from .checks import check_callable, check_finite, check_generator
 from .gradients import Gradient, Pullback, named
 from .network import Model, Network
+from .numeric import check_number
 from .schedule import NoiseSchedule
 from .solve import Callback, ConvergenceWarning, Solution, solve
 from .solvers import Solver

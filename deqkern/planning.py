@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_arguments, check_count, check_not_empty, check_number
+from .checks import check_arguments, check_count, check_not_empty
 from .network import Model, Network, arguments_of
+from .numeric import check_number, is_int
 from .schedule import NoiseSchedule
 from .solvers import Solver, default, sequential
 
@@ -174,7 +175,7 @@ def _effort(
         usual = (more, usual[1] * more / usual[0])
     if iterations is None:
         count = min(usual[0], steps)
-    elif isinstance(iterations, int) and not isinstance(iterations, bool) and 1 <= iterations <= steps:
+    elif is_int(iterations) and 1 <= iterations <= steps:
         count = iterations
     else:
         raise ValueError(f"iterations must be None or an int in 1 .. {steps}, got {iterations!r}")

@@ -293,7 +293,6 @@ class Solve:
         self.iteration = _Iteration(trajectory, solver, rtol)
         self.mailbox = _Mailbox(self.iteration.work.status)
         self.captured = CapturedIterations(self.iteration, trajectory.x.device) if cuda_graph else None
-        self.run: _Iteration | CapturedIterations = self.captured or self.iteration
         self.history: list[Tensor] = []
         self.nfe: list[Tensor] = []
         self.norms: list[Tensor] = []
@@ -316,7 +315,7 @@ class Solve:
     def iterate(self) -> None:
         """One iteration."""
         self.select()
-        self.run.run(self.count)
+        (self.captured or self.iteration).run(self.count)
         self.settle()
 
     def select(self) -> None:
@@ -354,7 +353,7 @@ class Solve:
         estimate, residual = errors[:, 0].clone(), errors[:, 4].clone()
         norms = _stacked(self.norms, self.iteration.work.norms)
         fallen_back = int(self.iteration.fallen_back.sum())
-        del self.iteration, self.captured, self.run, self.mailbox, errors  # their memory makes room for the states
+        del self.iteration, self.captured, self.mailbox, errors  # their memory makes room for the states
         states = trajectory.x.new_empty(steps + 1, batch, *trajectory.basis.shape)
         rows = torch.arange((steps + 1) * batch, device=states.device)
         trajectory.basis.inverse(trajectory.x.flatten(0, 1), states.flatten(0, 1), rows)

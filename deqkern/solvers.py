@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .numeric import check_number, is_int
 from .ops import MAX_HISTORY, SCOPES
 from .slopes import Frozen, Secant, Slope, SlopeProfile
 
@@ -37,12 +38,10 @@ class Solver:
     def __post_init__(self) -> None:
         if not isinstance(self.slope, Slope):
             raise TypeError(f"slope must be one of deqkern.slopes, got {type(self.slope).__name__}")
-        if not _is_int(self.history_size) or not 0 <= self.history_size <= MAX_HISTORY:
+        if not is_int(self.history_size) or not 0 <= self.history_size <= MAX_HISTORY:
             raise ValueError(f"history_size must be an int in 0 .. {MAX_HISTORY}, got {self.history_size!r}")
         for name in ("ridge", "ridge_absolute", "beta"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+            check_number(name, getattr(self, name))
         if self.scope not in SCOPES:
             raise ValueError(f"scope must be one of {SCOPES}, got {self.scope!r}")
         if not 0 <= self.ridge < float("inf"):
@@ -51,7 +50,7 @@ class Solver:
             raise ValueError(f"ridge_absolute must be finite and >= 0, got {self.ridge_absolute}")
         if not 0 < self.beta <= 1:
             raise ValueError(f"beta must lie in (0, 1], got {self.beta}")
-        if self.window is not None and (not _is_int(self.window) or self.window < 1):
+        if self.window is not None and (not is_int(self.window) or self.window < 1):
             raise ValueError(f"window must be None or an int >= 1, got {self.window!r}")
         if self.start not in ("chain", "constant"):
             raise ValueError(f"start must be 'chain' or 'constant', got {self.start!r}")
@@ -63,10 +62,6 @@ class Solver:
             raise ValueError("beta < 1 needs a slope that does not adapt: slopes are measured along whole corrections")
         if self.history_size and self.window is not None:
             raise ValueError("window needs history_size = 0: the history of a step that enters later is not defined")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def default(profile: SlopeProfile | None = None) -> Solver:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -77,6 +78,12 @@ def noise(channels: int = 4) -> Tensor:
 
 def picture() -> Tensor:
     return random(2, 3, 8, 8, seed=4).clamp(-1, 1) / 2 + 0.5
+
+
+def seeded(make: Callable[[bool], Any], guided: bool) -> tuple[Any, dict[str, Any]]:
+    """A pipeline and the arguments of a call, whose weights are the same each time."""
+    torch.manual_seed(0)
+    return make(guided)
 
 
 def result(pipe: Any, call: dict[str, Any], **more: Any) -> Tensor:

@@ -27,6 +27,7 @@ from pipelines import (
     refused,
     result,
     second_order,
+    seeded,
     sharpened,
     transformers,
     unet,
@@ -138,8 +139,7 @@ PIPELINES: dict[str, Callable[[bool], Any]] = {
 
 
 def pieces(name: str, guided: bool) -> tuple[Any, dict[str, Any]]:
-    torch.manual_seed(0)
-    return PIPELINES[name](guided)
+    return seeded(PIPELINES[name], guided)
 
 
 @pytest.mark.parametrize("guided", [False, True])

@@ -29,6 +29,7 @@ from pipelines import (
     refused,
     result,
     second_order,
+    seeded,
     sharpened,
     unet,
     vae,
@@ -308,8 +309,7 @@ PIPELINES: dict[str, Callable[[bool], Any]] = {
 
 
 def pieces(name: str, guided: bool) -> tuple[Any, dict[str, Any]]:
-    torch.manual_seed(0)
-    return PIPELINES[name](guided)
+    return seeded(PIPELINES[name], guided)
 
 
 @pytest.mark.parametrize("guided", [False, True])

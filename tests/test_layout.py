@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module may import what stands in a lower layer, never its own or a higher one.
 LAYERS = [
     ["deqkern._C", "deqkern.kernels"],
-    ["deqkern.ops", "deqkern.guidance", "deqkern.version", "deqkern.timesteps", "deqkern.scheduler", "deqkern.nested"],
+    ["deqkern.numeric", "deqkern.nested"],
+    ["deqkern.ops", "deqkern.guidance", "deqkern.version", "deqkern.timesteps", "deqkern.scheduler"],
     ["deqkern.step_table"],
     ["deqkern.schedule", "deqkern.walks", "deqkern.replication"],
     ["deqkern.spectral"],

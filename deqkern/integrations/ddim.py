@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_number
+from ..numeric import check_number
 from ..solve import warn_unless_converged
 from ..solvers import Solver
 from ..step_table import StepTable

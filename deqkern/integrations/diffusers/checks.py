@@ -22,6 +22,7 @@ _REFUSED = {
     "skip_guidance_layers": (None, []),
     "cfg_trunc_ratio": (1.0,),  # of the steps with guidance
 }
+# What a pipeline holds of its call, and its loop reads at every step.
 _GUIDANCE = ("_guidance_scale", "_guidance_scale_2", "_guidance_rescale", "_true_cfg_scale", "_cfg_normalization")
 # Arguments of a denoiser that belong to one timestep.
 _RESIDUALS = (

@@ -332,7 +332,7 @@ class ParallelRun:
     def _check_conditioning(self, x: Tensor, given: Mapping[str, Any]) -> None:
         """What one call is given beside the state and the timestep must be the same in every turn of the loop."""
         leaves = [x[:, self._own :], *tree_leaves(dict(given)), *settings_of(self._pipe, self._denoiser)]
-        leaves += [leaf._version for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()][1:]
+        leaves += [leaf._version for leaf in leaves[1:] if isinstance(leaf, Tensor) and not leaf.is_inference()]
         assert self._solve is not None
         if not self._solve.count:
             self._given.append(leaves)
