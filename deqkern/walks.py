@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .step_table import StepTable
 
 _NO_NOISE = 1e-9  # an end of a step with less has no log-SNR to speak of
+_LONGEST = math.log(1.5)  # dP/dl = kappa P with kappa <= 1: held over a longer step, V overshoots
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ def adjoint_walk(table: StepTable, order: int) -> Walk:
 
     alpha_s lam_s = alpha_t lam_t + c (E1 V_t + E2 (V_t - V_r) / (l_t - l_r)),     V_t = alpha_t^2 J_eps(x_t)^T lam_t,
     E1 = int e^-l dl = e^-l_t - e^-l_s,               E2 = int e^-l (l - l_t) dl = e^-l_t (1 - (1 + h) e^-h).
+
+    A step with h < -log 1.5 is the exact one.
     """
     walk = exact_walk(table)
     det = table.alpha * table.w - table.sigma * table.u
@@ -55,10 +58,13 @@ def adjoint_walk(table: StepTable, order: int) -> Walk:
         if alpha[i] == 0 or alpha_next[i] == 0 or sigma_next[i] <= _NO_NOISE:
             last = None
             continue
-        ddpm = (sigma_next[i] / sigma[i]) ** 2 * (1 - (alpha[i] / alpha_next[i]) ** 2)
-        drift = 1 + (n[i] ** 2 / ddpm if ddpm > 0 else 0.0)
         level, level_s = math.log(alpha_next[i] / sigma_next[i]), math.log(alpha[i] / sigma[i])
         h = level_s - level
+        if h < -_LONGEST:
+            last = None
+            continue
+        ddpm = (sigma_next[i] / sigma[i]) ** 2 * (1 - (alpha[i] / alpha_next[i]) ** 2)
+        drift = 1 + (n[i] ** 2 / ddpm if ddpm > 0 else 0.0)
         first = drift * (math.exp(-level) - math.exp(-level_s))
         second = 0.0
         theta = alpha_next[i] * of_out[i + 1]
