@@ -19,6 +19,7 @@ from .network import Network
 from .numeric import check_number
 from .solve import Solution, solve, warn_unless_converged
 from .solvers import Solver, default
+from .step_table import StepTable
 from .trajectory import start
 from .walks import Walk, adjoint_walk, exact_walk
 
@@ -79,7 +80,8 @@ class Adjoint:
     With P = alpha lam, half the log-SNR l = log(alpha/sigma) and the integrand V = alpha J_eps^T P,
     dP/dl = (1 + eta^2) e^-l V. order 1 holds V at the cleaner end of a step; order 2 extrapolates it linearly from
     the last two (2M). It approximates the gradient of the continuous process, not of the S-step chain. The first step
-    taken, and one with an end without noise or without signal, is the exact one. S VJPs of B rows.
+    taken, one with an end without noise or without signal, and one over which sigma / alpha grows by more than half,
+    is the exact one. S VJPs of B rows. Raises ValueError for a schedule that clips.
     """
 
     order: int = 2
@@ -118,6 +120,12 @@ def named(gradient: str | Gradient | None, names: Sequence[str] = tuple(NAMED)) 
         f"gradient must be None, one of {', '.join(map(repr, names))} or a deqkern.gradients object ({classes}), "
         f"got {gradient!r}"
     )
+
+
+def check_clipping(gradient: Gradient | None, table: StepTable) -> None:
+    """Refuse an `Adjoint` of a table that clips: it knows the model's own output, and not the clipped x0."""
+    if isinstance(gradient, Adjoint) and table.clips:
+        raise ValueError("schedule clips or thresholds x0: gradient='adjoint' needs one that does not")
 
 
 def attach(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_callable, check_finite, check_generator
-from .gradients import Gradient, Pullback, named
+from .gradients import Gradient, Pullback, check_clipping, named
 from .network import Model, Network
 from .numeric import check_number
 from .schedule import NoiseSchedule
@@ -107,6 +107,7 @@ class _Search:
     ) -> None:
         gradient = named(options.gradient)
         assert gradient is not None
+        check_clipping(gradient, network.table)
         self.network, self.sample, self.solver, self.options = network, sample, solver, options
         self.rtol, self.max_batch = rtol, max_batch
         self.pullback = Pullback(network, gradient, rtol, max_batch)
@@ -171,6 +172,7 @@ class _Search:
         return self.options.stop is not None and bool((self.best.loss <= self.options.stop).all())
 
 
+@torch.inference_mode(False)  # where no loss would have a gradient
 def optimize(
     model: Model,
     sample: Tensor,  # (B, *shape)
@@ -186,6 +188,7 @@ def optimize(
     callback: Callback | None,
 ) -> Solution:
     """See `invert`; the arguments are checked. Every solve starts from the states of the one before."""
+    sample = sample.clone()  # made in inference mode, it could not be differentiated with
     network = Network(model, schedule.steps(num_inference_steps, sigma_min=sigma_min), model_kwargs, sample)
     search = _Search(network, sample, solver, options, rtol, max_batch)
     optimizer = options.optimizer([search.noise])

@@ -91,8 +91,7 @@ def sample(
     table = schedule.steps(num_inference_steps, eta=eta, sigma_min=sigma_min, order=order)
     if order == 2 and not isinstance(method, gradients.Exact | None):
         raise ValueError(f"gradient must be None or 'exact' with order=2, got {gradient!r}")
-    if isinstance(method, gradients.Adjoint) and table.clips:
-        raise ValueError("schedule clips or thresholds x0: gradient='adjoint' needs one that does not")
+    gradients.check_clipping(method, table)
     check_step_noise(step_noise, generator, noise, len(table.a), eta)
     check_guess(guess, noise, len(table.a))
     arguments, found = arguments_of(model, model_kwargs), None

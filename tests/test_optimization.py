@@ -108,6 +108,27 @@ def test_it_works_where_the_schedule_clips_and_leaves_parameters_alone() -> None
     assert all(parameter.grad is None for parameter in loaded.model.parameters())
 
 
+def test_the_adjoint_needs_a_schedule_that_does_not_clip() -> None:
+    model, sample, _ = problem(1)
+    with pytest.raises(ValueError, match="schedule clips or thresholds"):
+        deqkern.invert(
+            model, sample, NoiseSchedule.linear(clip_sample=True), STEPS, method=Optimize(gradient="adjoint")
+        )
+
+
+@pytest.mark.parametrize("gradient", ["residual", "exact"])
+def test_the_search_in_inference_mode_is_the_same(gradient: str) -> None:
+    model, sample, start = problem(2)
+
+    def search(sample: Tensor, noise: Tensor) -> Tensor:
+        method = Optimize(gradient=gradient, noise=noise)
+        return deqkern.invert(model, sample, SCHEDULE, STEPS, method=method, sigma_min=0.3, max_iterations=3).history
+
+    expected = search(sample, start)
+    with torch.inference_mode():
+        assert torch.equal(search(sample.clone(), start.clone()), expected)
+
+
 def test_an_unreached_stop_is_said() -> None:
     model, sample, start = problem(2)
     with pytest.warns(deqkern.ConvergenceWarning, match="0 of 2 samples converged") as caught:
