@@ -107,6 +107,8 @@ class Network:
         self.timesteps = table.timesteps.to(example.device)
         self._inputs: Tensor | None = None  # (rows, *shape), the states in the model's dtype
         self._autocast = autocast_of(example.device)
+        inner = model.model if isinstance(model, Guided) else model
+        self._holds = not isinstance(inner, torch.nn.Module)  # a plain function: what it depends on is not known
         # what the caller differentiates by, cut off from the graph that made it
         self._leaves = {id(v): v.detach().requires_grad_() for v in tensors_in(model_kwargs) if v.requires_grad}
 
@@ -138,7 +140,9 @@ class Network:
             output = self._evaluate(states, steps, samples, rebuilt(self.model_kwargs, self._leaf))
         inputs = [self._leaves.get(id(value), value) for value in inputs]
         if inputs or self.dtype is not torch.float16:
-            by_states, *others = pull(output, [states, *inputs], cotangents)
+            # what a function holds may have a graph of its own, which every other call needs as well
+            again = self._holds and bool(inputs)
+            by_states, *others = pull(output, [states, *inputs], cotangents, retain_graph=again)
             return by_states, others
         # where rows are not summed, each has a scale of its own: of one for all the small rows would be lost
         scale = cotangents.abs().flatten(1).amax(1).clamp_min(torch.finfo(cotangents.dtype).tiny)
@@ -156,8 +160,7 @@ class Network:
         """
         given = [value for value in tensors_in(self.model_kwargs) if value.requires_grad]
         held: list[Tensor]
-        guided = isinstance(self.model, Guided) and not isinstance(self.model.model, torch.nn.Module)
-        if isinstance(self.model, torch.nn.Module) and not guided:
+        if isinstance(self.model, torch.nn.Module) and not self._holds:
             held = [value for value in self.model.parameters() if value.requires_grad]
         else:
             held = self._closure(example)
@@ -170,9 +173,14 @@ class Network:
             return leaves(self._call(self._input(example[:1].detach()), self.timesteps[one], one, cut))
 
     def _input(self, states: Tensor) -> Tensor:
-        """The states (N, *shape) in the model's dtype; without autograd in memory that the next call reuses."""
-        if states.dtype == self.dtype or torch.is_grad_enabled():
-            return states.to(self.dtype)
+        """The states (N, *shape) in the model's dtype; without autograd in memory that the next call reuses.
+
+        Under autograd in memory of their own: the model may write into it, which a leaf does not allow.
+        """
+        if torch.is_grad_enabled():
+            return states.to(self.dtype, copy=True)
+        if states.dtype == self.dtype:
+            return states
         if self._inputs is None or len(self._inputs) < len(states):
             self._inputs = torch.empty_like(states, dtype=self.dtype)
         return self._inputs[: len(states)].copy_(states)

@@ -272,6 +272,39 @@ def test_the_order_of_the_adjoint(order: int, eta: float) -> None:
     assert abs(slopes[-1] - order) <= 0.2, (errors, slopes)
 
 
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        NoiseSchedule.cosine(timestep_spacing="trailing"),
+        NoiseSchedule.linear(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"),
+        NoiseSchedule.flow(),
+    ],
+    ids=["cosine", "zero snr", "flow"],
+)
+def test_the_adjoint_keeps_its_direction_where_steps_are_long_in_log_snr(schedule: NoiseSchedule, order: int) -> None:
+    """At the noisy end of these, alpha doubles from step to step however many there are. Gaussian data."""
+    variance, steps = torch.linspace(0.1, 2, 5, dtype=torch.float64), 50
+    table = schedule.steps(steps)
+    levels = {float(t): (a, s) for t, a, s in zip(table.timesteps, table.alpha, table.sigma, strict=True)}
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = torch.tensor([levels[float(value)] for value in t], dtype=torch.float64)[:, :, None].unbind(1)
+        total = alpha**2 * variance + sigma**2
+        x0, eps = alpha * variance / total * x, sigma / total * x
+        u, w = {"epsilon": (0, 1), "v_prediction": (-sigma, alpha), "flow": (-1, 1)}[schedule.prediction_type]
+        return u * x0 + w * eps
+
+    found = []
+    for gradient in (Exact(), Adjoint(order)):
+        noise = torch.zeros(1, 5, dtype=torch.float64, requires_grad=True)
+        value = deqkern.sample(model, noise, schedule, steps, gradient=gradient, **SEQUENTIAL).value
+        found += torch.autograd.grad(value.sum(), noise)
+    exact, adjoint = found
+    assert relative_error(adjoint, exact).max() <= 0.7
+    assert torch.nn.functional.cosine_similarity(adjoint, exact).min() >= 0.98
+
+
 def test_the_adjoint_of_order_2_is_near_the_exact_gradient() -> None:
     """By the noise, the condition and the parameters, for a chain of many steps through a smooth model."""
     model, condition = Tiny(), leaf(1, 6)
@@ -325,6 +358,38 @@ def test_bad_gradients(gradient: Any, words: str) -> None:
     make: Callable[[], Any] = gradient if callable(gradient) else lambda: gradient
     with pytest.raises(ValueError, match=words):
         deqkern.sample(model, torch.zeros(1, *SHAPE), NoiseSchedule.linear(), STEPS, gradient=make())
+
+
+@pytest.mark.parametrize("gradient", ["exact", "implicit"])
+def test_a_model_may_write_into_what_it_is_given(gradient: str) -> None:
+    """And the noise stays what it was, also where a function is called once to see what it holds."""
+    weight, noise = leaf(1), leaf(BATCH, *SHAPE)
+    before, schedule = noise.detach().clone(), NoiseSchedule.linear()
+
+    def careless(x: Tensor, t: Tensor) -> Tensor:
+        return x.mul_(0.5).sin_() * weight
+
+    found = deqkern.sample(careless, noise, schedule, STEPS, rtol=1e-12, gradient=gradient).value
+    assert torch.equal(noise, before)
+    expected = chain(lambda x, t: (0.5 * x).sin() * weight, noise, schedule, STEPS)
+    wanted = torch.autograd.grad(expected.sum(), [noise, weight])
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), [noise, weight]), wanted, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "implicit"])
+def test_what_a_function_holds_may_have_been_computed(gradient: str) -> None:
+    """Every product goes back through the graph that made it."""
+    encoder, noise, schedule = torch.nn.Linear(4, 1, dtype=torch.float64), leaf(BATCH, *SHAPE), NoiseSchedule.linear()
+    gain = encoder(torch.randn(4, dtype=torch.float64)).exp()
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return gain * x.tanh()
+
+    inputs = [noise, *encoder.parameters()]
+    found = deqkern.sample(model, noise, schedule, STEPS, rtol=1e-12, gradient=gradient).value
+    pulled = torch.autograd.grad(found.sum(), inputs)
+    wanted = torch.autograd.grad(chain(model, noise, schedule, STEPS).sum(), inputs)
+    torch.testing.assert_close(pulled, wanted, rtol=1e-8, atol=1e-8)
 
 
 def test_the_adjoint_needs_a_schedule_that_does_not_clip() -> None:
