@@ -191,8 +191,8 @@ class Linearized:
 
     def __init__(self, f: Function, layout: Layout, rows: Tensor) -> None:
         self.layout = layout
-        with torch.enable_grad():
-            self.z = rows.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():  # in inference mode the output would depend on nothing
+            self.z = rows.detach().clone().requires_grad_()
             self.out = layout.output(f(layout.state(self.z)))  # (B, D)
 
     def depends(self) -> bool:

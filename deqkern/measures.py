@@ -13,6 +13,7 @@ from torch import Tensor
 from .checks import check_callable, check_count, check_generator
 from .fixed_point import Function, Linearized, check_options, solved
 from .layout import Layout, State
+from .numeric import check_number
 from .solve import ConvergenceWarning, Solution
 from .solvers import Solver, anderson
 from .trajectory import normal
@@ -97,7 +98,8 @@ def path_independence(
     solver = anderson() if solver is None else solver
     check_options(f, solver, rtol, max_iterations)
     check_generator(generator)
-    if not isinstance(tolerance, (int, float)) or not 0 < tolerance < math.inf:
+    check_number("tolerance", tolerance)
+    if not 0 < tolerance < math.inf:
         raise ValueError(f"tolerance must be finite and > 0, got {tolerance!r}")
     listed = isinstance(starts, list)
     if listed and len(starts) < 2:

@@ -374,6 +374,16 @@ def test_spectral_radius_is_that_of_the_eigenvalues() -> None:
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
 
 
+def test_the_measures_in_inference_mode_are_the_same() -> None:
+    cell, x, z = Cell(), torch.randn(BATCH, 3, dtype=WIDE), torch.randn(BATCH, SIZE, dtype=WIDE)
+    for measure in (deqkern.jacobian_regularization, deqkern.spectral_radius):
+        seed = torch.Generator().manual_seed(0)
+        expected = measure(lambda z: cell(z, x), z, 5, seed).detach()
+        with torch.inference_mode():
+            found = measure(lambda z: cell(z, x), z.clone(), 5, seed.manual_seed(0))
+            assert torch.equal(found, expected) and (found > 0).all()
+
+
 def test_a_contraction_is_path_independent_and_a_bistable_map_is_not() -> None:
     x = torch.randn(BATCH, 3, dtype=WIDE)
     cell, example = Cell().requires_grad_(False), torch.zeros(BATCH, SIZE, dtype=WIDE)
@@ -472,10 +482,11 @@ def test_a_map_that_returns_no_state(f: Any, z0: Any, kind: type[Exception], wor
         (lambda: deqkern.path_independence(cell, torch.zeros(2, 0)), "starts must have shape"),
         (lambda: deqkern.path_independence(cell, [torch.zeros(2, 3), torch.zeros(2, 4)]), "starts must have the same"),
         (lambda: deqkern.path_independence(cell, torch.zeros(2, 3), tolerance=0.0), "tolerance must be finite"),
+        (lambda: deqkern.path_independence(cell, torch.zeros(2, 3), tolerance=True), "tolerance must be a number"),
     ],
 )
 def test_bad_arguments_of_the_measures(call: Any, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         call()
 
 
