@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .nested import rebuilt
 from .numeric import check_number
 
 
@@ -104,9 +105,10 @@ def _joined(name: str, cond: Any, uncond: Any, rows: int, once: bool = False) ->
         if cond.keys() != uncond.keys():
             raise ValueError(f"{name} has the names {sorted(cond)}, uncond {sorted(uncond)}; they must be the same")
         return {key: _joined(f"{name}[{key!r}]", cond[key], uncond[key], rows, once) for key in cond}
-    if type(cond) in (list, tuple) and type(cond) is type(uncond) and len(cond) == len(uncond):
+    if isinstance(cond, list | tuple) and type(cond) is type(uncond) and len(cond) == len(uncond):
         pairs = enumerate(zip(cond, uncond, strict=True))
-        return type(cond)(_joined(f"{name}[{i}]", *pair, rows, once) for i, pair in pairs)
+        joined = iter([_joined(f"{name}[{i}]", *pair, rows, once) for i, pair in pairs])
+        return rebuilt(cond, lambda _: next(joined))
     if isinstance(cond, Tensor) and isinstance(uncond, Tensor):
         if cond.ndim == uncond.ndim == 0:
             if once or bool(cond == uncond):

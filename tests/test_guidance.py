@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,6 +16,11 @@ import deqkern
 from deqkern import NoiseSchedule, models, solvers
 
 SHAPE, STEPS, SCHEDULE = (2, 6, 5), 10, NoiseSchedule.linear()
+
+
+class Held(NamedTuple):
+    gain: Tensor
+    shift: float
 
 
 class Conditional(torch.nn.Module):
@@ -152,6 +157,18 @@ def test_is_a_model_by_itself() -> None:
     model, x, t, (cond, uncond) = Conditional(), torch.randn(3, *SHAPE), torch.tensor([5, 6, 7]), conditions(3)
     found = deqkern.guided(model, 2.0, cond, uncond)(x, t)
     expected = 2 * model(x, t, **cond).sample - model(x, t, **(uncond | {"text": uncond["text"].expand(3, -1)})).sample
+    assert relative_error(found, expected).max() <= 1e-5
+
+
+@torch.no_grad()
+def test_conditions_in_a_namedtuple() -> None:
+    def model(x: Tensor, t: Tensor, held: Held) -> Tensor:
+        return x.tanh() * held.gain[:, None, None, None] + held.shift
+
+    noise, (gain, other) = torch.randn(3, *SHAPE), torch.rand(2, 3).unbind()
+    guided = deqkern.guided(model, 2.0, {"held": Held(gain, 0.1)}, {"held": Held(other, 0.1)})
+    found = deqkern.sample(guided, noise, SCHEDULE, STEPS, rtol=0).value
+    expected = chain(lambda x, t: x.tanh() * (2 * gain - other)[:, None, None, None] + 0.1, noise, SCHEDULE, STEPS)
     assert relative_error(found, expected).max() <= 1e-5
 
 
