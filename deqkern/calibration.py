@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_count
+from .checks import check_count, check_generator
 from .network import Model
 from .sampling import sample
 from .schedule import NoiseSchedule
@@ -46,11 +46,12 @@ def calibrate(
 ) -> SlopeProfile:
     """Measure the slopes of `model` over `samples` solves for each eta, for `solvers.default(profile=...)`.
 
-    shape: of one sample, without the batch. dtype: of the noise, for a plain function that does not take fp32. Costs
-    about 8 * num_inference_steps model evaluations per sample and eta. Other arguments as in `sample`. Raises
-    ValueError for samples < 1 and whatever `sample` raises.
+    shape: of one sample, without the batch. etas: (0.0,) for flow matching, whose steps draw no noise. dtype: of the
+    noise, for a plain function that does not take fp32. Costs about 8 * num_inference_steps model evaluations per
+    sample and eta. Other arguments as in `sample`. Raises ValueError for samples < 1 and whatever `sample` raises.
     """
     check_count("samples", samples)
+    check_generator(generator)
     if not etas:
         raise ValueError("etas must name at least one eta")
     recorder = _Recorder()

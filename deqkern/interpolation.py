@@ -17,6 +17,8 @@ def slerp(first: Tensor, second: Tensor, t: Tensor) -> Tensor:
     """
     if first.shape != second.shape:
         raise ValueError(f"second must have the shape of first, {tuple(first.shape)}, got {tuple(second.shape)}")
+    if not isinstance(t, Tensor) or t.ndim != 1:
+        raise ValueError(f"t must be a tensor (F,), got {tuple(t.shape) if isinstance(t, Tensor) else t!r}")
     a, b = first.double().flatten(1), second.double().flatten(1)
     cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))  # (B,)
     theta, t = torch.arccos(cosine.clamp(-1, 1)), t.to(a)[:, None]  # (B,), (F, 1)

@@ -96,7 +96,7 @@ def plan(
 
     example: (B, *shape), the noise one would sample, on its device. Other arguments as in `sample`.
     iterations, evaluations: what a solve with all steps at once needs, such as `solution.iterations` and
-        `solution.nfe.double().mean()` of one of yours. By default what the shipped models needed at rtol 1e-2:
+        `float(solution.nfe.double().mean())` of one of yours. By default what the shipped models needed at rtol 1e-2:
         9 iterations and 5 S evaluations per sample, 12 and 6.5 S with eta > 0; for a smaller `rtol` 1.5 and 0.8 S more
         per decade; with order = 2 one iteration more.
     repeats: calls per size, of which the fastest counts: whatever else runs here only adds time. Another one before

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import ops
+from .numeric import check_number
 from .schedule import StepTable
 from .spectral import Basis
 
@@ -35,6 +36,7 @@ class Frozen:
     adapts = False
 
     def __post_init__(self) -> None:
+        check_number("shrinkage", self.shrinkage)
         if not math.isfinite(self.shrinkage):
             raise ValueError(f"shrinkage must be finite, got {self.shrinkage}")
 
@@ -52,6 +54,7 @@ class Gaussian:
     adapts = False
 
     def __post_init__(self) -> None:
+        check_number("variance", self.variance)
         if not 0 < self.variance < math.inf:
             raise ValueError(f"variance must be finite and > 0, got {self.variance}")
 
@@ -103,7 +106,7 @@ class SlopeProfile:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a safetensors file."""
-        tensors = {"log_snr": self.log_snr, "shrinkage": self.shrinkage.contiguous()}
+        tensors = {"log_snr": self.log_snr.contiguous(), "shrinkage": self.shrinkage.contiguous()}
         save_file(tensors, path, {"shape": ",".join(map(str, self.shape)), "format": "deqkern.SlopeProfile.1"})
 
     @classmethod
@@ -137,6 +140,7 @@ class Secant:
     def __post_init__(self) -> None:
         if self.start is not None and not isinstance(self.start, Frozen | Gaussian | SlopeProfile):
             raise TypeError(f"start must be None, Gaussian, Frozen or a SlopeProfile, got {type(self.start).__name__}")
+        check_number("pull", self.pull)
         if not self.pull >= 0 or math.isinf(self.pull):
             raise ValueError(f"pull must be finite and >= 0, got {self.pull}")
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -38,3 +39,9 @@ def test_without_an_arc_it_is_a_straight_line(factor: float) -> None:
 def test_shapes_must_agree() -> None:
     with pytest.raises(ValueError, match="second must have the shape of first"):
         slerp(torch.zeros(1, 4), torch.zeros(2, 4), torch.tensor([0.5]))
+
+
+@pytest.mark.parametrize("t", [0.5, [0.5], torch.tensor(0.5)])
+def test_t_must_be_a_row(t: Any) -> None:
+    with pytest.raises(ValueError, match=r"t must be a tensor \(F,\)"):
+        slerp(torch.zeros(1, 4), torch.zeros(1, 4), t)

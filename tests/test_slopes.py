@@ -60,6 +60,8 @@ def profile_of(variance: float, steps: int = 30) -> SlopeProfile:
 
 def test_profile_round_trip_and_interpolation(tmp_path: Path) -> None:
     profile = profile_of(0.3)
+    strided = torch.cat([profile.log_snr[:, None], profile.shrinkage], 1)  # which a file does not take as they are
+    profile = SlopeProfile(strided[:, 0], strided[:, 1:], SHAPE)
     profile.save(tmp_path / "profile.safetensors")
     loaded = SlopeProfile.load(tmp_path / "profile.safetensors")
     assert loaded.shape == SHAPE
@@ -95,10 +97,12 @@ def test_calibrate_finds_the_slopes_of_a_gaussian_and_saves_iterations() -> None
     assert relative_error(after.value, problems.chain(model, noise, SCHEDULE, 50)).max() <= 3e-4
 
 
-def test_calibrate_refuses_bad_counts() -> None:
+def test_calibrate_refuses_bad_arguments() -> None:
     model = problems.digits_density(SCHEDULE)
     with pytest.raises(ValueError, match="samples"):
         deqkern.calibrate(model, SHAPE, SCHEDULE, samples=0)
+    with pytest.raises(TypeError, match="generator must be"):
+        deqkern.calibrate(model, SHAPE, SCHEDULE, generator=0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="etas"):
         deqkern.calibrate(model, SHAPE, SCHEDULE, etas=())
 
@@ -141,6 +145,9 @@ def test_bad_solver_options_are_named(options: dict[str, Any]) -> None:
         (lambda: slopes.Secant(pull=-1.0), "pull must be finite"),
         (lambda: slopes.Gaussian(0.0), "variance must be finite and > 0"),
         (lambda: slopes.Frozen(float("nan")), "shrinkage must be finite"),
+        (lambda: slopes.Secant(pull="1"), "pull must be a number"),  # type: ignore[arg-type]
+        (lambda: slopes.Gaussian(None), "variance must be a number"),  # type: ignore[arg-type]
+        (lambda: slopes.Frozen(True), "shrinkage must be a number"),
         (lambda: solvers.picard(window=True), "window must be None or an int"),
     ],
 )
