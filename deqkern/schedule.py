@@ -124,7 +124,8 @@ class NoiseSchedule:
         sample_max_value: float = 1.0,
     ) -> NoiseSchedule:  # fmt: skip
         """Betas evenly spaced from `beta_start` to `beta_end` (DDPM, arXiv 2006.11239)."""
-        betas = torch.linspace(beta_start, beta_end, _total(num_train_timesteps), dtype=torch.float32, device="cpu")
+        ends = (_real("beta_start", beta_start), _real("beta_end", beta_end))
+        betas = torch.linspace(*ends, _total(num_train_timesteps), dtype=torch.float32, device="cpu")
         return cls.from_betas(
             betas, rescale_betas_zero_snr=rescale_betas_zero_snr, prediction_type=prediction_type,
             timestep_spacing=timestep_spacing, steps_offset=steps_offset, set_alpha_to_one=set_alpha_to_one,
@@ -144,9 +145,10 @@ class NoiseSchedule:
 
         Stable Diffusion 1.x and 2.x also have `steps_offset=1` and `set_alpha_to_one=False`.
         """
-        if beta_start < 0 or beta_end < 0:
+        first, last = _real("beta_start", beta_start), _real("beta_end", beta_end)
+        if first < 0 or last < 0:
             raise ValueError(f"beta_start and beta_end must be >= 0, got {beta_start} and {beta_end}")
-        ends = (beta_start**0.5, beta_end**0.5)
+        ends = (first**0.5, last**0.5)
         betas = torch.linspace(*ends, _total(num_train_timesteps), dtype=torch.float32, device="cpu") ** 2
         return cls.from_betas(
             betas, rescale_betas_zero_snr=rescale_betas_zero_snr, prediction_type=prediction_type,

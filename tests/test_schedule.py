@@ -599,6 +599,9 @@ def test_bad_constructors() -> None:
         NoiseSchedule.from_betas([0.1], rescale_betas_zero_snr=True)
     with pytest.raises(ValueError, match="beta_start"):
         NoiseSchedule.scaled_linear(-0.1)
+    for make in (NoiseSchedule.linear, NoiseSchedule.scaled_linear):
+        with pytest.raises(TypeError, match="beta_start must be a number"):
+            make("0.1")
     with pytest.raises(ValueError, match="num_train_timesteps"):
         NoiseSchedule.cosine(0)
     for shift in (0.0, -1.0, math.nan):
