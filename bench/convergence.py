@@ -95,11 +95,11 @@ def measure(
     return case
 
 
-_CHAINS: dict[tuple[str, int, bool], Tensor] = {}  # of one order
+_CHAINS: dict[tuple[torch.nn.Module, int, object], Tensor] = {}  # of one order
 
 
 def chain(loaded: models.Pretrained, noise: Tensor, steps: int, options: dict[str, object]) -> Tensor:
-    key = (loaded.name, steps, "eta" in options)
+    key = (loaded.model, steps, options.get("eta"))
     if key not in _CHAINS:
         _CHAINS[key] = deqkern.sample(
             loaded.model, noise, loaded.schedule, steps, solver=solvers.sequential(), rtol=0, **options

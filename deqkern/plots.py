@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _DPI = 100
 _MARGIN = 16  # pixels
-_TITLE = 28
+_TITLE, _TITLE_LINE, _TITLE_CHARACTER = 28, 18, 12  # the heights of one line and of another, the width of a letter
 _SMALLEST_SAMPLE = 96  # a sample is enlarged by a whole number to at least so many pixels
 _SMALLEST_PANEL = 220  # has room for its name
 _CURVES = 300  # the height of curves under a picture
@@ -101,10 +101,11 @@ def save_inversion(
     curves: Mapping[str, Sequence[float]],
     *,
     label: str,
+    along: str = "iterations",
     rtol: float | None = None,
     title: str = "",
 ) -> None:
-    """The grids of `save_comparison`, and under them a curve per image over the iterations; `label` says of what.
+    """The grids of `save_comparison`, and under them a curve per image; `label` and `along` say of what over what.
 
     There is no axis if no curve has a finite value.
     """
@@ -130,8 +131,8 @@ def save_inversion(
         )
     if rtol:
         axis.axhline(rtol, color="0.4", linestyle=":", linewidth=1.2, label=f"rtol {rtol:g}")
-    axis.set(xlabel="iterations", ylabel=label, xlim=(1 - 0.02 * longest, 1.02 * longest + 0.2))
-    axis.locator_params(axis="x", integer=True)
+    axis.set(xlabel=along, ylabel=label, xlim=(1 - 0.02 * longest, 1.02 * longest + 0.2))
+    axis.locator_params(axis="x", integer=True, min_n_ticks=1)
     axis.grid(alpha=0.25)
     if rtol or not many:
         axis.legend(fontsize=8, frameon=False)
@@ -143,10 +144,11 @@ def _panelled(
 ) -> Figure:
     """A figure of named grids, with so many pixels of room under them."""
     sheets = {name: grid(images, columns=columns) for name, images in panels.items()}
-    heading = _TITLE if title else 0
     tallest = max(sheet.shape[0] for sheet in sheets.values())
     widths = [max(sheet.shape[1], smallest) for sheet in sheets.values()]
     width = sum(widths) + _MARGIN * (len(widths) + 1)
+    title = _wrapped(_shortened(title, 300), (width - 2 * _MARGIN) // _TITLE_CHARACTER)
+    heading = _TITLE + _TITLE_LINE * title.count("\n") if title else 0
     height = tallest + _TITLE + heading + 2 * _MARGIN + room
     figure = _figure(width / _DPI, height / _DPI)
     left, bottom = _MARGIN, _MARGIN + room
@@ -181,7 +183,7 @@ def convergence(
             axis.axhline(rtol, color="0.4", linestyle=":", linewidth=1.2, label=f"rtol {rtol:g}")
         axis.plot([], [], "--", color="0.4", label=_ESTIMATE)
         axis.set(title=_plain(name), xlabel="iterations (one batched model call each)")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("relative error, largest of the samples")
     axes[-1].legend(fontsize=8, frameon=False)

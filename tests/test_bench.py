@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 from conftest import ROOT
+from test_models import save_tiny_model
 
 from deqkern import models, solvers
 
@@ -68,6 +69,15 @@ def test_the_worst_figure_decides_about_a_bar(monkeypatch: pytest.MonkeyPatch) -
     result["iteration"][0]["ratio to plain torch"] = 3.0
     verdicts = [row["verdict"] for row in importlib.import_module("gpu").bars(result)]
     assert verdicts == ["MISSED", "met", "met", "MISSED", "met", "MISSED", "not measured"]
+
+
+def test_each_eta_is_compared_with_its_own_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny_model(tmp_path)
+    monkeypatch.syspath_prepend(str(Path(ROOT) / "bench"))
+    convergence, loaded = importlib.import_module("convergence"), models.load(tmp_path)
+    for eta in (0.0, 0.5, 1.0):
+        case = convergence.measure(loaded, 4, eta, 1, solvers.sequential(), 2, 4)
+        assert max(case.stop_error["0.001"]) == 0
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from typer.testing import CliRunner
 import deqkern
 from deqkern import models, plots, runs
 from deqkern.cli import app
-from deqkern.cli.sampling import Chains, Preset, Spacing
+from deqkern.cli.sampling import Chains, Preset, Spacing, median, spread
 from deqkern.schedule import TIMESTEP_SPACINGS
 from deqkern.solve import relative_error
 
@@ -175,6 +177,8 @@ def test_the_seed_chooses_the_noise(model: Path, tmp_path: Path) -> None:
         (["--max-batch", "many"], "--max-batch", "Invalid value"),
         (["--out", "grid.txt"], "--out", "must end in one of .png"),
         (["--out", "nowhere/grid.png"], "--out", "no folder nowhere"),
+        (["--model", "long" * 80], "--model", "or a folder, got"),
+        (["--noise", "nowhere.safetensors", "--steps", "4"], "--noise", "no file nowhere.safetensors"),
         (["--colour"], "--colour", "No such option"),
     ],
 )
@@ -205,6 +209,57 @@ def test_demo_needs_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     error = plain(run("demo", "--out", tmp_path / "file", code=2).stderr)
     assert "--out" in error and "file" in error
+
+
+def test_demo_overwrites_nothing_of_its_own_and_fails_before_the_work(model: Path, tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "tiny")
+    options = ("--steps", 2, "--batch", 1, "--out", tmp_path / "out")
+    shown = run("demo", "--model", model, "--model", tmp_path / "tiny", *options, code=2).stderr
+    assert "--model" in plain(shown) and "tiny, tiny" in plain(shown)
+    for name in ("tiny.png", "tiny_convergence.png", "demo.json"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        shown = run("demo", "--model", model, *options, code=2).stderr
+        assert "--out" in plain(shown) and "is a folder" in plain(shown)
+        (tmp_path / "out" / name).rmdir()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written_is_refused_before_the_work(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    options = ("--model", model, "--steps", 2, "--batch", 1, "--out", tmp_path / "a.png")
+    shown = run("sample", *options, "--save-run", tmp_path / "locked" / "run.safetensors", code=2).stderr
+    assert "--save-run" in plain(shown) and "permission denied" in plain(shown)
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_the_median_of_an_even_number_is_the_mean_of_the_two_in_the_middle() -> None:
+    assert spread(torch.tensor([4.0, 1.0, 3.0, 8.0]))["median"] == 3.5
+    assert median(torch.full((2,), torch.inf)) == math.inf
+    assert math.isnan(median(torch.tensor([1.0, torch.nan, 2.0])))
+
+
+@pytest.mark.parametrize("panels", [1, 3])
+def test_no_title_is_cut_off(panels: int) -> None:
+    pytest.importorskip("matplotlib")
+    sheets = {str(i): torch.zeros(1, 1, 8, 8) for i in range(panels)}
+    for title in ("digits, 50 steps, eta 0, DPM-Solver++ 2M, log_snr", "WIDE" * 40, "short"):
+        figure = plots._panelled(sheets, title, 112)
+        figure.canvas.draw()
+        box = figure.texts[-1].get_window_extent()
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+        assert not any(box.overlaps(name.get_window_extent()) for name in figure.texts[:-1])
+
+
+def test_one_iteration_has_one_tick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    drawn: list[Any] = []
+    monkeypatch.setattr(figure, "savefig", lambda self, path, dpi: drawn.append(self))
+    plots.convergence("a.png", {"eta 0": [plots.Curve("default", [1e-3], [1e-2])]}, rtol=1e-2)
+    plots.save_inversion("a.png", {"source": torch.zeros(1, 1, 8, 8)}, {"a": [1e-3]}, label="error")
+    for picture in drawn:
+        picture.canvas.draw()
+        low, high = picture.axes[0].get_xlim()
+        assert [tick for tick in picture.axes[0].get_xticks() if low <= tick <= high] == [1]
 
 
 def test_demo_compares_the_solvers_and_draws_them(model: Path, model_with_profile: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from asserts import assert_close
 from safetensors import safe_open
+from safetensors.torch import save_file
 from test_cli import plain, run
 from test_models import save_tiny_model
 from torch import Tensor
@@ -171,6 +172,7 @@ def test_the_other_methods(
     files = ("--out", tmp_path / "noise.safetensors", "--report", tmp_path / "report.png")
     report = strict(run("invert", *pictures, *options, *files, "--json").stdout)
     assert report["method"] == method
+    assert report["rtol"] == {"stepwise": 1e-4, "naive": None, "optimize": 1e-2}[method]
     assert [entry["image"] for entry in report["images"]] == [str(path) for path in pictures]
     for entry in report["images"]:
         assert entry["round_trip"] < error
@@ -178,6 +180,49 @@ def test_the_other_methods(
         assert 0 < entry["iterations"] <= report["iterations"]
     assert (tmp_path / "report.png").is_file()
     run("sample", "--noise", tmp_path / "noise.safetensors", "--out", tmp_path / "grid.png")
+
+
+@pytest.mark.parametrize("method", ["joint", "stepwise"])
+def test_what_never_converges_is_counted_to_the_end(
+    method: str, model: Path, pictures: list[Path], tmp_path: Path
+) -> None:
+    """Its estimate may be infinite all along, and so the same."""
+    options = ("--model", model, "--method", method, "--steps", 3, "--rtol", 0, "--out", tmp_path / "n.safetensors")
+    report = strict(run("invert", *pictures, *options, "--json").stdout)
+    assert max(entry["iterations"] for entry in report["images"]) == report["iterations"]
+
+
+def test_a_long_name_leaves_room_for_the_figures(pictures: list[Path], tmp_path: Path) -> None:
+    name = "a long name of a picture, " * 4 + "three.png"
+    (tmp_path / name).write_bytes(pictures[0].read_bytes())
+    found = run("invert", tmp_path / name, "--steps", 4, "--out", tmp_path / "noise.safetensors").stdout
+    for head in ("converged", "iterations", "nfe", "error estimate", "round trip"):
+        assert head in found
+
+
+def test_the_report_of_a_search_is_over_evaluations(
+    pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(plots, "save_inversion", lambda *_, **options: drawn.update(options))
+    files = ("--out", tmp_path / "noise.safetensors", "--report", tmp_path / "report.png")
+    run("invert", pictures[0], "--steps", 3, "--method", "optimize", "--max-iterations", 2, *files)
+    assert (drawn["label"], drawn["along"]) == ("squared distance", "evaluations of the loss")
+
+
+def test_noise_that_is_read_is_not_overwritten(inverted: tuple[Any, Path], tmp_path: Path) -> None:
+    noise = tmp_path / "noise.safetensors"
+    noise.write_bytes((inverted[1] / "noise.safetensors").read_bytes())
+    error = run("sample", "--noise", noise, "--save-run", noise, "--out", tmp_path / "a.png", code=2).stderr
+    assert "--save-run" in plain(error)
+    assert noise.read_bytes() == (inverted[1] / "noise.safetensors").read_bytes()
+
+
+def test_a_file_without_noise_is_refused(inverted: tuple[Any, Path], tmp_path: Path) -> None:
+    tensors, metadata = load(inverted[1] / "noise.safetensors")
+    save_file({"noise": tensors["noise"][:0]}, tmp_path / "empty.safetensors", metadata)
+    error = run("sample", "--noise", tmp_path / "empty.safetensors", "--out", tmp_path / "a.png", code=2).stderr
+    assert "--noise" in plain(error) and "it is empty" in plain(error)
 
 
 def test_what_did_not_converge_is_flagged_and_no_error(pictures: list[Path], tmp_path: Path) -> None:
@@ -240,6 +285,12 @@ def test_pictures_become_samples_of_the_model(model: Path, tmp_path: Path, capsy
         (["three.png", "--out", "nowhere/noise.safetensors"], "--out", "no folder nowhere"),
         (["three.png", "--out", "folder.safetensors"], "--out", "is a folder"),
         (["three.png", "--out", f"{'long' * 80}.safetensors"], "--out", "cannot be written"),
+        (["lab.tif"], "IMAGES", "LAB"),
+        (["float.tif"], "IMAGES", "pixels of mode F"),
+        (["three.png", "--method", "naive", "--max-iterations", "3"], "--max-iterations", "does not iterate"),
+        (["three.png", "--method", "naive", "--rtol", "1e-3"], "--rtol", "does not iterate"),
+        (["three.png", "--report", "./three.png"], "--report", "read or written"),
+        (["three.png", "--save-run", "../{here}/noise.safetensors"], "--save-run", "read or written"),
         (["three.png", "--report", "report.txt"], "--report", "must end in one of .png"),
         (["three.png", "--report", "dangling.png"], "--report", "cannot be written"),
         ([], "IMAGES", "Missing argument"),
@@ -258,6 +309,9 @@ def test_a_bad_option_of_invert_is_named(
     Path("three.png").write_bytes(pictures[0].read_bytes())
     Path("torn.png").write_bytes(pictures[0].read_bytes()[:60])
     Path("text.png").write_text("no picture")
+    Image.new("LAB", (4, 4)).save("lab.tif")
+    Image.new("F", (4, 4)).save("float.tif")
+    arguments = [argument.format(here=tmp_path.name) for argument in arguments]
     Path("folder.safetensors").mkdir()
     Path("dangling.png").symlink_to("nowhere/report.png")
     if "four" in arguments:
@@ -271,6 +325,7 @@ def test_a_bad_option_of_invert_is_named(
     assert option in plain(result.stderr)
     assert reason in plain(result.stderr)
     assert not result.stdout
+    assert Path("three.png").read_bytes() == pictures[0].read_bytes()
     assert Path("noise.safetensors").exists() == ("dangling.png" in arguments)  # noise that was found is kept
 
 
@@ -322,6 +377,7 @@ def test_interpolate_prints_a_table(model: Path, pictures: list[Path], tmp_path:
     [
         (["three.png", "nowhere.png"], "B", "there is no such file"),
         (["three.png"], "B", "Missing argument"),
+        (["three.png", "three.png", "--out", "three.png"], "--out", "read or written"),
         (["three.png", "three.png", "--frames", "1"], "--frames", "Invalid value"),
         (["three.png", "three.png", "--out", "strip.gif"], "--out", "must end in one of"),
         (["three.png", "three.png", "--out", "dangling.png"], "--out", "cannot be written"),

@@ -86,8 +86,9 @@ def test_loading_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     models.load(tmp_path)
-    with pytest.raises(ValueError, match=r"name_or_path must be one of digits, photos or a folder, got 'google/ddpm'"):
-        models.load("google/ddpm")
+    for name in ("google/ddpm", "long" * 80, "zero\0"):
+        with pytest.raises(ValueError, match=r"name_or_path must be one of digits, photos or a folder, got '"):
+            models.load(name)
 
 
 def _change_config(name: str, **changes: object) -> Callable[[Path], None]:
@@ -118,6 +119,23 @@ def _spoil_weights(folder: Path) -> None:
         (lambda folder: (folder / "config.json").write_text("[]"), r"does not hold a JSON object"),
         (_change_config("config.json", _class_name="UNet2DConditionModel"), r"must hold a UNet2DModel.*Condition"),
         (_change_config("config.json", sample_size=None), r"has no sample_size"),
+        (_change_config("config.json", sample_size="16"), r"has no sample_size .*'16'"),
+        (_change_config("config.json", sample_size=[8, 8, 8]), r"has no sample_size .*\[8, 8, 8\]"),
+        (_change_config("config.json", sample_size=-8), r"has no sample_size .*-8"),
+        (_change_config("config.json", in_channels=None), r"has in_channels None"),
+        (_change_config("config.json", down_block_types=["UnknownBlock"]), r"UnknownBlock does not exist"),
+        (_change_config("scheduler_config.json", _class_name="__version__"), r"scheduler_config\.json cannot be used"),
+        (
+            _change_config("scheduler_config.json", _class_name="VQDiffusionScheduler"),
+            r"json cannot be used: .*num_vec",
+        ),
+        (_change_config("scheduler_config.json", beta_schedule="new"), r"json cannot be used: new is not implemented"),
+        (_change_config("scheduler_config.json", timestep_spacing="new"), r"json cannot be used: timestep_spacing"),
+        (_change_config("scheduler_config.json", beta_end=5.0), r"json cannot be used: alphas_cumprod"),
+        (
+            lambda folder: ((folder / "config.json").unlink(), (folder / "config.json").mkdir()),
+            r"cannot be read.*direct",
+        ),
         (_change_config("scheduler_config.json", _class_name="Nothing"), r"no scheduler 'Nothing'"),
         (_change_config("scheduler_config.json", _class_name=None), r"no scheduler None"),
         (lambda folder: shutil.copy(folder / "config.json", folder / "profile.safetensors"), r"profile\.safetensors"),

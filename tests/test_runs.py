@@ -275,6 +275,15 @@ def test_sample_stores_its_run_and_plot_draws_it(model: Path, tmp_path: Path) ->
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_model_in_the_folder_of_the_command_has_a_name(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model)
+    file = tmp_path / "run.safetensors"
+    run("sample", "--model", ".", "--steps", 3, "--batch", 1, "--out", tmp_path / "grid.png", "--save-run", file)
+    assert runs.load(file).metadata["model"] == str(model)
+
+
 def test_invert_stores_its_run(model: Path, tmp_path: Path) -> None:
     Image = pytest.importorskip("PIL.Image")
     Image.new("L", (8, 8), 200).save(tmp_path / "a.png")

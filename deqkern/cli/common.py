@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +19,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..models import SHIPPED
 from ..planning import Plan
 from ..solve import Callback
 
@@ -86,18 +87,30 @@ def errors_name_options() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-def check_out(path: Path, option: str, suffixes: tuple[str, ...]) -> None:
-    """Refuse a file that cannot be written, before the work whose result it is to hold."""
+def check_out(path: Path, option: str, suffixes: tuple[str, ...], others: Collection[Path] = ()) -> None:
+    """Refuse a file that cannot be written, before the work whose result it is to hold.
+
+    others: the files that the command reads, or writes for another option.
+    """
     if path.suffix.lower() not in suffixes:
         raise typer.BadParameter(f"{path} must end in {_one_of(suffixes)}", param_hint=option)
     if not os.path.isdir(path.parent):  # False, and no error, for what the system does not take for a path
         raise typer.BadParameter(f"there is no folder {path.parent}", param_hint=option)
     if os.path.isdir(path):
         raise typer.BadParameter(f"{path} is a folder", param_hint=option)
+    if os.path.realpath(path) in map(os.path.realpath, others):
+        raise typer.BadParameter(f"{path} is read or written by this command already", param_hint=option)
+    if not os.access(path if os.path.exists(path) else path.parent, os.W_OK):
+        raise typer.BadParameter(f"{path} cannot be written: permission denied", param_hint=option)
 
 
 def _one_of(suffixes: tuple[str, ...]) -> str:
     return suffixes[0] if len(suffixes) == 1 else f"one of {', '.join(suffixes)}"
+
+
+def stored_model(model: str) -> str:
+    """`--model` as it is written into files: a folder so that it is found from elsewhere."""
+    return model if model in SHIPPED else str(Path(model).resolve())
 
 
 @contextmanager
@@ -141,10 +154,10 @@ def progress(rtol: float | None) -> Iterator[Follow]:
 
 
 def new_table(title: str, names: tuple[str, ...], figures: tuple[str, ...]) -> Table:
-    """An empty table: columns of names, then columns of figures."""
+    """An empty table: columns of names, on several lines where they are too long, then columns of figures."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for head in names:
-        table.add_column(head, no_wrap=True)
+        table.add_column(head, overflow="fold")
     for head in figures:
         table.add_column(head, justify="right", no_wrap=True)
     return table

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,8 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..models import SHIPPED, Pretrained
+from ..models import Pretrained
 from ..solve import Solution
+from .common import stored_model
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 _FORMAT = "deqkern.Noise.1"
 _MODES = {1: "L", 3: "RGB"}
@@ -41,24 +46,29 @@ def _read(path: Path, mode: str, size: tuple[int, int], option: str) -> Tensor: 
         raise ImportError("reading pictures needs pillow: pip install 'deqkern[demo]'") from error
     try:
         with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened)
+            picture = _converted(ImageOps.exif_transpose(opened), mode)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
         raise typer.BadParameter(f"{path} cannot be read: {reason}", param_hint=option) from error
-    if picture.mode.startswith("I;16"):  # pillow would clip at 255
-        picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
-    if picture.mode in ("I", "F"):
-        raise typer.BadParameter(f"{path} cannot be read: pixels of mode {picture.mode}", param_hint=option)
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    picture = picture.convert(mode)
     height, width = size
     if picture.size != (width, height):
         typer.echo(f"{path}: resized from {picture.width}x{picture.height} to {width}x{height} pixels", err=True)
         picture = picture.resize((width, height), Image.Resampling.BILINEAR)
     pixels = torch.from_numpy(np.array(picture, dtype=np.float32)).view(height, width, -1)
     return pixels.permute(2, 0, 1).contiguous() / 127.5 - 1
+
+
+def _converted(picture: PIL.Image.Image, mode: str) -> PIL.Image.Image:
+    from PIL import Image
+
+    if picture.mode.startswith("I;16"):  # pillow would clip at 255
+        picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {picture.mode}")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert(mode)
 
 
 @dataclass(frozen=True)
@@ -79,10 +89,13 @@ class Noise:
             "residual": solution.residual,
             "round_trip": round_trip,
         }
-        # A folder is written down so that it is found from elsewhere.
-        model = self.model if self.model in SHIPPED else str(Path(self.model).resolve())
-        metadata = {"format": _FORMAT, "model": model, "steps": str(self.steps), "images": json.dumps(list(images))}
-        metadata["sigma_min"] = str(self.sigma_min or 0)
+        metadata = {
+            "format": _FORMAT,
+            "model": stored_model(self.model),
+            "steps": str(self.steps),
+            "sigma_min": str(self.sigma_min or 0),
+            "images": json.dumps(list(images)),
+        }
         save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, path, metadata)
 
     @classmethod
@@ -95,8 +108,10 @@ class Noise:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     raise ValueError("it was not written by deqkern invert")
-                sigma_min = float(metadata["sigma_min"]) or None
-                return cls(file.get_tensor("noise"), metadata["model"], int(metadata["steps"]), sigma_min)
+                noise, sigma_min = file.get_tensor("noise"), float(metadata["sigma_min"]) or None
+                if noise.numel() == 0:
+                    raise ValueError("it is empty")
+                return cls(noise, metadata["model"], int(metadata["steps"]), sigma_min)
         except FileNotFoundError as error:
             raise typer.BadParameter(f"there is no file {path}", param_hint=option) from error
         except (OSError, SafetensorError, ValueError, KeyError) as error:

@@ -31,11 +31,12 @@ from .common import (
     errors_name_options,
     new_table,
     progress,
+    stored_model,
     to_json,
     writing,
 )
 from .files import Noise, read_pictures
-from .sampling import Run, run_table
+from .sampling import Run, median, run_table
 
 _FRAME = 112  # pixels
 
@@ -129,15 +130,17 @@ def invert(
     as_json: JsonOption = False,
 ) -> None:
     """Find the noise that a model turns into given pictures, and say how well it does."""
-    check_out(out, "--out", (".safetensors",))
+    check_out(out, "--out", (".safetensors",), images)
     if report is not None:
-        check_out(report, "--report", PICTURES)
+        check_out(report, "--report", PICTURES, images)
     if save_run is not None:
-        check_out(save_run, "--save-run", (".safetensors",))
-        if save_run == out:
-            raise typer.BadParameter(f"{out} is to hold the noise", param_hint="--save-run")
+        check_out(save_run, "--save-run", (".safetensors",), [*images, out])
         if method in (Method.naive, Method.optimize):
             raise typer.BadParameter(f"--method {method} does not solve a chain", param_hint="--save-run")
+    if method == Method.naive:
+        for option, value in (("--rtol", rtol), ("--max-iterations", max_iterations)):
+            if value is not None:
+                raise typer.BadParameter("--method naive does not iterate", param_hint=option)
     tolerance = rtol if rtol is not None else 1e-2 if method == Method.optimize else 1e-4
     names = [str(image) for image in images]
     with errors_name_options():
@@ -156,19 +159,20 @@ def invert(
             with writing(report, "--report"):
                 _draw(report, names, pictures, again, run, chain, tolerance)
         options: dict[str, Any] = {"model": model, "steps": steps, "sigma_min": chain.sigma_min, "method": str(method)}
-        options |= {"rtol": tolerance}
+        options |= {"rtol": None if method == Method.naive else tolerance}
         if save_run is not None:
             with writing(save_run, "--save-run"):
-                facts = {"solver": f"{method} inversion", "eta": 0, "images": names}
+                facts = {"model": stored_model(model), "solver": f"{method} inversion", "eta": 0, "images": names}
                 runs.save(save_run, found, options | facts)
     if as_json:
         options |= {"out": str(out), "report": str(report) if report else None}
         totals = {"iterations": found.iterations, "seconds": round(run.seconds, 3), "message": found.message}
         typer.echo(to_json({**options, **totals, "images": _entries(names, run, round_trip)}))
         return
-    title = f"{pretrained.name}: {_count(names)}, {steps} steps, {method}, rtol {tolerance:g}, {_end(chain)}"
+    title = f"{pretrained.name}: {_count(names)}, {steps} steps, {method}, "
+    title += ("" if method == Method.naive else f"rtol {tolerance:g}, ") + _end(chain)
     Console().print(_image_table(_entries([image.name for image in images], run, round_trip), title, method))
-    trips = f"round trip {float(round_trip.median()):.0e} (median), {float(round_trip.max()):.0e} (largest)"
+    trips = f"round trip {median(round_trip):.0e} (median), {float(round_trip.max()):.0e} (largest)"
     written = f"written: {' '.join(str(path) for path in (out, report, save_run) if path)}"
     typer.echo(f"{found.message}; {trips}; {run.seconds:.1f} seconds\n{written}")
 
@@ -200,13 +204,12 @@ def _image_table(entries: list[dict[str, Any]], title: str, method: Method) -> T
 
 
 def _iterations(run: Run) -> list[int]:
-    """Per image, up to the last one that changed its estimate; the search keeps no such count, but one for all."""
+    """Per image, up to the last one that evaluated it; the search keeps no such count, but one for all."""
     found = run.solution
-    if run.solver == Method.optimize or len(found.history) < 2:
+    if run.solver == Method.optimize:
         return [found.iterations] * len(found.value)
-    changed = found.history[1:] != found.history[:-1]  # (iterations - 1, B)
-    index = torch.arange(2, len(found.history) + 1, device=changed.device)[:, None]
-    return torch.where(changed, index, 1).amax(0).tolist()
+    evaluated = found.nfe_history.diff(dim=0, prepend=torch.zeros_like(found.nfe_history[:1])) > 0  # (iterations, B)
+    return (evaluated * torch.arange(1, len(evaluated) + 1)[:, None]).amax(0).tolist()
 
 
 def _draw(path: Path, names: list[str], pictures: Tensor, again: Tensor, run: Run, chain: Chain, rtol: float) -> None:
@@ -216,8 +219,12 @@ def _draw(path: Path, names: list[str], pictures: Tensor, again: Tensor, run: Ru
     history, ends = run.solution.history, _iterations(run)
     curves = {f"{i + 1}: {Path(name).name}": history[: ends[i], i].tolist() for i, name in enumerate(names)}
     title = f"{chain.pretrained.name}, {chain.steps} steps, {run.solver}: {run.solution.iterations} iterations"
-    label = "squared distance (per evaluation)" if searched else "error estimate"
-    plots.save_inversion(path, panels, curves, label=label, rtol=None if searched else rtol, title=title)
+    if searched:
+        plots.save_inversion(
+            path, panels, curves, label="squared distance", along="evaluations of the loss", title=title
+        )
+    else:
+        plots.save_inversion(path, panels, curves, label="error estimate", rtol=rtol, title=title)
 
 
 def interpolate(
@@ -236,7 +243,7 @@ def interpolate(
     as_json: JsonOption = False,
 ) -> None:
     """Go from one picture to another through their noise: invert both, interpolate spherically, sample all frames."""
-    check_out(out, "--out", PICTURES)
+    check_out(out, "--out", PICTURES, [first, second])
     with errors_name_options():
         pretrained = models.load(model)
         pictures = read_pictures([first], pretrained, "A"), read_pictures([second], pretrained, "B")

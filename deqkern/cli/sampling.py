@@ -10,6 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 import typer
 from rich.console import Console
@@ -39,6 +40,7 @@ from .common import (
     new_table,
     plan_summary,
     progress,
+    stored_model,
     to_json,
     writing,
 )
@@ -164,9 +166,14 @@ class Trace:
         return torch.stack(self.errors)
 
 
+def median(values: Tensor) -> float:
+    """Of all values; of an even number, the mean of the two in the middle, which `Tensor.median` does not take."""
+    return float(np.median(values))
+
+
 def spread(values: Tensor) -> dict[str, Any]:
     """Median, largest and all values (B,)."""
-    return {"median": float(values.median()), "max": float(values.max()), "per_sample": values.tolist()}
+    return {"median": median(values), "max": float(values.max()), "per_sample": values.tolist()}
 
 
 def _solver(preset: Preset, pretrained: models.Pretrained) -> Solver | Literal["auto"]:
@@ -202,9 +209,10 @@ def sample(
     as_json: JsonOption = False,
 ) -> None:
     """Sample a batch from a model, write a picture of it, and say what it took."""
-    check_out(out, "--out", PICTURES)
+    read = [] if noise is None else [noise]
+    check_out(out, "--out", PICTURES, read)
     if save_run is not None:
-        check_out(save_run, "--save-run", (".safetensors",))
+        check_out(save_run, "--save-run", (".safetensors",), read)
     with errors_name_options(), progress(rtol) as follow:
         if noise is None:
             chains = Chains(_spaced(models.load(model), spacing), steps, batch, eta, seed, order)
@@ -239,7 +247,7 @@ def sample(
             plots.save_comparison(out, _panels(runs), f"{chains.pretrained.name}, {chain}")
         if save_run is not None:
             with writing(save_run, "--save-run"):
-                described = options | {"solver": run.solver}
+                described = options | {"model": stored_model(model), "solver": run.solver}
                 stored_runs.save(
                     save_run, run.solution, described, true_error=None if trace is None else trace.true_error
                 )
@@ -263,12 +271,12 @@ def _spaced(pretrained: models.Pretrained, spacing: Spacing | None) -> models.Pr
 
 def _stored_chains(path: Path, context: typer.Context) -> Chains:
     """The chains of `--noise`. Only `--model` may say otherwise, for a folder that was moved."""
+    stored = Noise.load(path, "--noise")
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
     for name in ("steps", "batch", "eta", "order", "spacing", "seed"):
         if name in given:
             raise typer.BadParameter(f"{path} says it already", param_hint=f"--{name}")
-    stored = Noise.load(path, "--noise")
     if "model" not in given:
         context.params["model"] = stored.model
     pretrained = models.load(context.params["model"])
@@ -287,12 +295,21 @@ def demo(
     seed: SeedOption = 0,
 ) -> None:
     """Sample the shipped models with every solver, beside the sequential chain: pictures, curves and a table."""
+    with errors_name_options():
+        loaded = [models.load(name) for name in model or models.SHIPPED]
+    names = [pretrained.name for pretrained in loaded]
+    if len(set(names)) < len(names):
+        raise typer.BadParameter(f"{', '.join(names)}: pictures are named after models", param_hint="--model")
     with writing(out, "--out"):
         out.mkdir(parents=True, exist_ok=True)
+    figures = {name: (out / f"{name}.png", out / f"{name}_convergence.png") for name in names}
+    written = [*(path for pair in figures.values() for path in pair), out / "demo.json"]
+    for path in written:
+        check_out(path, "--out", (path.suffix,))
     rows: list[tuple[tuple[str, ...], Run]] = []
-    records, written = [], []
+    records = []
     with errors_name_options(), progress(rtol) as follow:
-        for pretrained in [models.load(name) for name in model or models.SHIPPED]:
+        for pretrained in loaded:
             sheets: dict[str, Tensor] = {}
             curves: dict[str, list[plots.Curve]] = {}
             for eta in (0.0, 1.0):
@@ -302,13 +319,15 @@ def demo(
                 records += [{"model": pretrained.name, "eta": eta} | run.summary() for run in runs]
                 sheets |= _panels([runs[0], runs[-1]], f"eta {eta:g}, ")
             title = f"{pretrained.name}, {steps} steps"
-            written += [out / f"{pretrained.name}.png", out / f"{pretrained.name}_convergence.png"]
-            plots.save_comparison(written[-2], sheets, f"{title}: parallel beside sequential")
-            plots.convergence(written[-1], curves, rtol=rtol, title=title)
+            comparison, convergence = figures[pretrained.name]
+            with writing(comparison, "--out"):
+                plots.save_comparison(comparison, sheets, f"{title}: parallel beside sequential")
+            with writing(convergence, "--out"):
+                plots.convergence(convergence, curves, rtol=rtol, title=title)
     report = {"deqkern": version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
     report |= {"steps": steps, "batch": batch, "rtol": rtol, "seed": seed, "runs": records}
-    written.append(out / "demo.json")
-    written[-1].write_text(to_json(report) + "\n", encoding="utf-8")
+    with writing(written[-1], "--out"):
+        written[-1].write_text(to_json(report) + "\n", encoding="utf-8")
     title = f"{batch} samples, {steps} steps, rtol {rtol:g}, {torch.get_num_threads()} CPU threads"
     Console().print(run_table(rows, ("model", "eta", "solver"), title))
     typer.echo(f"{_ABOUT_THE_TABLE}\nwritten: {' '.join(map(str, written))}")
@@ -346,7 +365,7 @@ def run_table(rows: list[tuple[tuple[str, ...], Run]], heads: tuple[str, ...], t
             str(solution.iterations),
             f"{float(solution.nfe.double().mean()):.0f}",
             f"{int(solution.converged.sum())}/{len(solution.converged)}",
-            f"{float(error.median()):.0e} .. {float(error.max()):.0e}",
+            f"{median(error):.0e} .. {float(error.max()):.0e}",
             f"{run.seconds:.2f}",
         )
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from ..numeric import is_int
 from ..schedule import NoiseSchedule
 from ..slopes import SlopeProfile
 
@@ -57,15 +59,19 @@ def load(name_or_path: str | PathLike[str]) -> Pretrained:
     scheduler_class = getattr(diffusers, str(scheduler_config.get("_class_name")), None)
     if scheduler_class is None:
         raise ValueError(f"name_or_path: diffusers has no scheduler {scheduler_config.get('_class_name')!r}")
-    schedule = NoiseSchedule.from_diffusers(scheduler_class.from_config(scheduler_config))
+    try:
+        schedule = NoiseSchedule.from_diffusers(scheduler_class.from_config(scheduler_config))
+    except (AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"name_or_path: {scheduler / 'scheduler_config.json'} cannot be used: {error}") from error
+    shape = _sample_shape(unet_config, unet)
     try:
         model = diffusers.UNet2DModel.from_pretrained(unet, local_files_only=True, low_cpu_mem_usage=False)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(f"name_or_path: the weights in {unet} cannot be read: {error}") from error
     return Pretrained(
         model=model.eval().requires_grad_(False),
         schedule=schedule,
-        shape=_sample_shape(unet_config, unet),
+        shape=shape,
         profile=_read_profile(unet / "profile.safetensors"),
         name=str(name_or_path) if name_or_path in SHIPPED else folder.resolve().name,
     )
@@ -78,7 +84,7 @@ def _find(name_or_path: str | PathLike[str]) -> Path:
             raise ValueError(f"name_or_path: this installation lacks the model {name_or_path!r}, no folder {folder}")
         return folder
     folder = Path(name_or_path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # False, and no error, for what the system does not take for a path
         raise ValueError(f"name_or_path must be one of {', '.join(SHIPPED)} or a folder, got {str(name_or_path)!r}")
     return folder
 
@@ -88,6 +94,8 @@ def _read(path: Path, name_or_path: str | PathLike[str]) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"name_or_path: {str(name_or_path)!r} has no {path}") from None
+    except OSError as error:
+        raise ValueError(f"name_or_path: {path} cannot be read: {error}") from error
     except ValueError as error:
         raise ValueError(f"name_or_path: {path} is not JSON: {error}") from error
     if not isinstance(config, dict):
@@ -106,7 +114,10 @@ def _read_profile(path: Path) -> SlopeProfile | None:
 
 def _sample_shape(config: dict[str, Any], unet: Path) -> tuple[int, int, int]:
     size = config.get("sample_size")
-    height, width = (size, size) if isinstance(size, int) else size or (None, None)
-    if not isinstance(height, int) or not isinstance(width, int):
-        raise ValueError(f"name_or_path: {unet / 'config.json'} has no sample_size")
-    return int(config.get("in_channels", 3)), height, width
+    height, width = size if isinstance(size, list) and len(size) == 2 else (size, size)
+    if not is_int(height) or not is_int(width) or min(height, width) < 1:
+        raise ValueError(f"name_or_path: {unet / 'config.json'} has no sample_size of one or two ints, but {size!r}")
+    channels = config.get("in_channels", 3)
+    if not is_int(channels) or channels < 1:
+        raise ValueError(f"name_or_path: {unet / 'config.json'} has in_channels {channels!r}")
+    return channels, height, width
