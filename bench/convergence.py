@@ -3,6 +3,7 @@
     python bench/convergence.py                      # all of it, about half an hour on two cores
     python bench/convergence.py --models digits --steps 50 --etas 0 --seeds 4
     python bench/convergence.py --order 2 --steps 20 --steps 50      # chains of DPM-Solver++ 2M
+    python bench/convergence.py --steps 50 --limit 50 --windows 25 --windows 12 --windows 6    # default, in windows
 
 Each case is one batch of `seeds` samples against its own sequential chain. `to 1e-2` counts the iterations until the
 true relative error is below, as the callback sees it; `stop` is what a user gets: the iterations, evaluations
@@ -17,7 +18,7 @@ import platform
 import statistics
 import subprocess
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -133,6 +134,7 @@ def main(
     etas: Annotated[list[float] | None, typer.Option(help="eta")] = None,
     order: Annotated[int, typer.Option(help="1 is DDIM, 2 DPM-Solver++ 2M")] = 1,
     only: Annotated[list[str] | None, typer.Option("--solvers", help="names of presets")] = None,
+    windows: Annotated[list[int] | None, typer.Option(help="only the default solver, with these windows")] = None,
     seeds: Annotated[int, typer.Option(help="samples per case")] = 6,
     limit: Annotated[int, typer.Option(help="iterations at most")] = 34,
     out: Annotated[Path | None, typer.Option(help="JSON to write")] = None,
@@ -148,6 +150,11 @@ def main(
             else {"default": solvers.default()}
         )
         presets |= {"deq_ddim": solvers.deq_ddim(), "parataa": solvers.parataa(), "picard": solvers.picard()}
+        if windows:
+            presets = {
+                solver.name: solver
+                for solver in (replace(solvers.default(), window=w, name=f"window {w}") for w in windows)
+            }
         for count in steps or [50, 100]:
             for eta in etas or [0.0, 1.0]:
                 for preset in only or list(presets):

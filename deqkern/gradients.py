@@ -249,7 +249,7 @@ class Pullback:
     def _implicit(self, gradient: Implicit, sums: _Sums, cotangent: Tensor, with_noise: bool) -> Pulled:
         solver = gradient.solver or default()
         table = self.network.table.transposed()
-        trajectory = start(_Transposed(sums), cotangent, table, solver, max_batch=self.max_batch)
+        trajectory = start(_Transposed(sums), cotangent, table, solver, max_batch=self.max_batch, noisy=False)
         trajectory.scale.fill_(torch.inf)  # a gradient may grow along the chain
         found = solve(
             trajectory,

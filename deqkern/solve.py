@@ -150,6 +150,8 @@ class _Iteration:
         x, window, m = trajectory.x, work.window, solver.history_size
         op = ops.unchecked if k > m else ops  # by then all of them have been called with these tensors
         e, e_prev = self.outputs(k), self.outputs(k + 1)
+        if self.size < trajectory.steps:
+            trajectory.look(e, window)
         if isinstance(solver.slope, Secant) and (k or solver.slope.start is None):
             dx = self.moved if k else self.arguments  # with the first e_prev: from zero to the first states
             op.band_moments(dx, e, e_prev, bands, window, work.moments)
@@ -333,6 +335,8 @@ class Solve:
         before, (self.window, diverged) = self.window, self.mailbox.read()
         if bool(diverged.any()):
             self.iteration.fall_back(diverged, before, self.count)
+        for b in ((self.window[:, 1] > before[:, 1]) & (diverged == 0)).nonzero().flatten().tolist():
+            self.trajectory.extend(b, range(int(before[b, 1]), int(self.window[b, 1])))
         self.history.append(self.iteration.work.errors[:, 0].clone())
         self.nfe.append(self.trajectory.nfe.clone())
         self.norms.append(self.iteration.work.norms.clone())

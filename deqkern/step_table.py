@@ -154,6 +154,21 @@ class StepTable:
             flipped["a"] = torch.cat([torch.ones_like(self.a[:1]), flipped["a"][:-1]])
         return replace(self, **flipped)
 
+    def held_x0(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """How a chain goes on while x0 stays what it is: keep, pull, of_x, of_out (S,) with
+
+        x[i+1] = keep[i] x[i] + pull[i] x0 + n[i] z[i],      x0 = of_x[j] x + of_out[j] out
+
+        for the output out of step j at the state x that it is called with; both as they enter the chain.
+        """
+        chain = "sample" if self.order == 2 else "v_prediction"
+        u, w = _output_mix(chain, self.alpha, self.sigma) if self.converts else (self.u, self.w)
+        det = self.alpha * w - self.sigma * u
+        noisy, clean = (self.alpha, self.sigma), (self.alpha_next, self.direction.clamp_min(_SMALLEST_SIGMA))
+        begin, end = (clean, noisy) if self.implicit else (noisy, clean)
+        keep = end[1] / begin[1]
+        return keep, end[0] - keep * begin[0], w / det, -self.sigma / det
+
     def part(self, span: range) -> StepTable:
         """The chain of the steps `span` alone: its first one is of first order, as it has none before it."""
         part = {name: getattr(self, name)[span.start : span.stop].clone() for name in _PER_STEP}

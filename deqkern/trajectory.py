@@ -40,6 +40,7 @@ class Trajectory:
     x: Tensor  # (S+1, B, D), in the basis
     z: Tensor | None  # (S, B, D), in the basis
     max_batch: int | None = None
+    guess: str = "none"  # of states that a window comes to, unless they have one: "chain", "constant" or "none"
     nfe: Tensor = field(init=False)  # (B,) int64, on the CPU
     rows: Tensor = field(init=False)  # (N,) int64, the selected ones, on the device
     scale: Tensor = field(init=False)  # (B,) float64, what corrections are relative to where a state is larger: |x[0]|
@@ -50,6 +51,10 @@ class Trajectory:
         self.scale = self.x[0].double().norm(dim=-1)
         self._images: Tensor | None = None  # (rows, *shape), in the dtype of x
         self._counts = torch.zeros_like(self.nfe)
+        keep, pull, *of_output = self.table.held_x0()
+        self._held = keep.tolist(), pull.tolist(), self.table.n.tolist()
+        self._of_output = [values.to(self.x.device, self.x.dtype) for values in of_output]
+        self._x0: Tensor | None = None  # (B, D)
 
     @property
     def steps(self) -> int:
@@ -103,6 +108,29 @@ class Trajectory:
                 output = image.copy_(output)  # the images are not needed any more
             self.basis.forward(output, out.flatten(0, 1), part)
 
+    def look(self, e: Tensor, window: Tensor) -> None:
+        """Note the x0 that the last active step of each sample sees; e (S, B, D), window (B, 2), before x moves."""
+        if self.guess != "chain":
+            return
+        last, samples = (window[:, 1] - 1).clamp_min(0), torch.arange(self.batch, device=self.x.device)
+        of_x, of_out = (values[last, None] for values in self._of_output)
+        self._x0 = of_x * self.x[last + int(self.table.implicit), samples] + of_out * e[last, samples]
+
+    def extend(self, sample: int, steps: range) -> None:
+        """Guess where `steps`, which come into the window of a sample, lead to: along the chain, with x0 held.
+
+        "constant": to the state where they begin (ParaDiGMS).
+        """
+        x = self.x[:, sample]
+        if self.guess == "constant":
+            x[steps.start + 1 : steps.stop + 1] = x[steps.start]
+        elif self.guess == "chain" and self._x0 is not None:
+            for i in steps:
+                keep, pull, n = (values[i] for values in self._held)
+                x[i + 1] = keep * x[i] + pull * self._x0[sample]
+                if self.z is not None:
+                    x[i + 1] += n * self.z[i, sample]
+
 
 def start(
     map: Map,
@@ -114,11 +142,13 @@ def start(
     step_noise: Tensor | None = None,  # (S, B, *shape)
     generator: torch.Generator | None = None,
     max_batch: int | None = None,
+    noisy: bool = True,
 ) -> Trajectory:
     """The chain of `table` from its first state, in the solver's basis, with a first guess of the others.
 
     The guess is the solver's own if none is given; the first state of a given one is not looked at. Step noise that is
-    not given is drawn from `generator`, in the order of the sequential chain.
+    not given is drawn from `generator`, in the order of the sequential chain. noisy: states are alpha x0 + sigma eps,
+    unlike those of a gradient.
     """
     shape, device, steps, batch = tuple(first.shape[1:]), first.device, len(table.a), len(first)
     spectral = solver.basis == "spectral" and len(shape) == 3
@@ -151,7 +181,8 @@ def start(
                 x[i + 1] += torch.repeat_interleave(lagged[i], widths) * x[i - 1]
             if z is not None:
                 x[i + 1] += float(table.n[i]) * z[i]
-    return Trajectory(map, table, basis, x, z, max_batch)
+    guesses = guess is None and (noisy or solver.start == "constant")
+    return Trajectory(map, table, basis, x, z, max_batch, solver.start if guesses else "none")
 
 
 def normal(like: Tensor, generator: torch.Generator | None, dtype: torch.dtype | None = None) -> Tensor:
