@@ -30,7 +30,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import problems
 from train import BATCHES
 
-CASES: list[tuple[str, float]] = [("joint", 1e-3), ("joint", 1e-4), ("stepwise", 1e-4), ("naive", 0.0)]
+# method, rtol, window of the joint solve
+CASES: list[tuple[str, float, int | None]] = [
+    ("joint", 1e-3, None),
+    ("joint", 1e-4, None),
+    *(("joint", 1e-4, window) for window in (25, 12, 6)),
+    ("stepwise", 1e-4, None),
+    ("naive", 0.0, None),
+]
 LOOKS = (8, 10, 12, 14, 16, 18)  # iterations of the joint solve
 
 
@@ -91,16 +98,20 @@ def line(*cells: object) -> None:
     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
-def run_methods(case: Case, count: int, sigma_min: float, tried: list[tuple[str, float]]) -> list[dict[str, Any]]:
+def run_methods(
+    case: Case, count: int, sigma_min: float, tried: list[tuple[str, float, int | None]]
+) -> list[dict[str, Any]]:
     """Each method, as `invert` runs it."""
     rows = []
-    for method, rtol in tried:
+    for method, rtol, window in tried:
+        solver = None if window is None else solvers.default(window=window)
         found = deqkern.invert(
             case.model, case.images, case.schedule, count, method=method, rtol=rtol or 1e-4, round_trip=True,
-            sigma_min=sigma_min,
+            sigma_min=sigma_min, solver=solver,
         )  # fmt: skip
         assert found.round_trip is not None
-        row: dict[str, Any] = {"method": method, "rtol": rtol, "converged": int(found.converged.sum())}
+        row: dict[str, Any] = {"method": method, "rtol": rtol, "window": window}
+        row["converged"] = int(found.converged.sum())
         row |= {"iterations": found.iterations, "nfe": found.nfe.tolist(), "message": found.message}
         rows.append(row | {"round_trip": found.round_trip.tolist()})
     return rows
@@ -131,13 +142,24 @@ def main(
                 line(name, count, "profile" if profile else "measured", *cells)
         print()
     if methods != "none":
-        line("model", "S", "method", "rtol", "converged", "iterations", "nfe (median)", "round trip (median, largest)")
-        print("|" + "---|" * 8)
+        line(
+            "model",
+            "S",
+            "method",
+            "window",
+            "rtol",
+            "converged",
+            "iterations",
+            "nfe (median)",
+            "round trip (median, largest)",
+        )
+        print("|" + "---|" * 9)
         for (name, count), case in cases.items():
             for row in run_methods(case, count, sigma_min, CASES if methods == "all" else CASES[:1]):
                 rows.append({"model": name, "steps": count} | row)
-                cells = [row["method"], f"{row['rtol']:g}" if row["rtol"] else "-", f"{row['converged']}/{seeds}"]
+                cells = [row["method"], row["window"] or "-", f"{row['rtol']:g}" if row["rtol"] else "-"]
                 cells += [
+                    f"{row['converged']}/{seeds}",
                     row["iterations"],
                     f"{statistics.median(row['nfe']):g}",
                     spread(torch.tensor(row["round_trip"])),

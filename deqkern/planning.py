@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -150,7 +150,7 @@ def planned(
         parallel_seconds=best.seconds,
         speedup=speedup,
         pays=pays,
-        solver=replace(default(), window=best.window) if pays else sequential(),
+        solver=default(window=best.window) if pays else sequential(),
         max_batch=best.max_batch if pays else max_batch,
         message=_message(latencies, steps, batch, one_by_one, best, pays, counts, out_of_memory),
         ways=tuple(ways),

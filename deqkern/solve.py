@@ -150,8 +150,6 @@ class _Iteration:
         x, window, m = trajectory.x, work.window, solver.history_size
         op = ops.unchecked if k > m else ops  # by then all of them have been called with these tensors
         e, e_prev = self.outputs(k), self.outputs(k + 1)
-        if self.size < trajectory.steps:
-            trajectory.look(e, window)
         if isinstance(solver.slope, Secant) and (k or solver.slope.start is None):
             dx = self.moved if k else self.arguments  # with the first e_prev: from zero to the first states
             op.band_moments(dx, e, e_prev, bands, window, work.moments)
@@ -184,6 +182,16 @@ class _Iteration:
             if self.any_fallen:
                 gamma.masked_fill_(self.fallen_back[:, None], 0.0)
         op.anderson_mix(work.f_ring, head, count, gamma, window, self.trajectory.x[1:])
+
+    def enter(self, sample: int, active: range, new: range, k: int) -> None:
+        """The window of a sample moves on, from the steps `active` in iteration k to `new` ones: guess their states."""
+        last = active[-1]
+        argument = self.arguments[last, sample]
+        if self.implicit or len(active) > 1:  # it has moved since the map was called
+            plain = not self.implicit and len(active) == 2
+            argument = argument - (1.0 if plain else self.solver.beta) * self.moved[last, sample]
+        self.trajectory.extend(sample, new, argument, self.outputs(k)[last, sample])
+        self.moved[new.start : new.stop, sample] = 0.0  # no secant yet: there is no output to compare with
 
     def fall_back(self, diverged: Tensor, window: Tensor, k: int) -> None:
         """Go on with plain iteration for the samples `diverged` (B,), from the first state that is exact.
@@ -336,7 +344,8 @@ class Solve:
         if bool(diverged.any()):
             self.iteration.fall_back(diverged, before, self.count)
         for b in ((self.window[:, 1] > before[:, 1]) & (diverged == 0)).nonzero().flatten().tolist():
-            self.trajectory.extend(b, range(int(before[b, 1]), int(self.window[b, 1])))
+            begin, end = before[b].tolist()
+            self.iteration.enter(b, range(begin, end), range(end, int(self.window[b, 1])), self.count)
         self.history.append(self.iteration.work.errors[:, 0].clone())
         self.nfe.append(self.trajectory.nfe.clone())
         self.norms.append(self.iteration.work.norms.clone())

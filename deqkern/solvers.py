@@ -21,6 +21,7 @@ class Solver:
     beta: damping of the correction, 0 < beta <= 1.
     window: evaluate at most so many steps of a sample at once; None for all. 1 is the sequential chain.
     start: the first guess of the states, "chain" (the chain of the initial slope) or "constant" (the noise everywhere).
+        Of steps that come into a window: the chain with x0 held, or the last state (ParaDiGMS).
     basis: "spectral" (samples of shape (C, H, W); others fall back to one band) or "identity".
     """
 
@@ -64,13 +65,16 @@ class Solver:
             raise ValueError("window needs history_size = 0: the history of a step that enters later is not defined")
 
 
-def default(profile: SlopeProfile | None = None) -> Solver:
-    """Secant slopes on 8 frequency bands per channel, no mixing; started from a model's `profile` if there is one."""
+def default(profile: SlopeProfile | None = None, window: int | None = None) -> Solver:
+    """Secant slopes on 8 frequency bands per channel, no mixing; started from a model's `profile` if there is one.
+
+    With a `window`, fewer evaluations in more iterations (docs/convergence.md).
+    """
     if profile is None:
-        return Solver(slope=Secant(), name="default")
+        return Solver(slope=Secant(), window=window, name="default")
     if not isinstance(profile, SlopeProfile):
         raise TypeError(f"profile must be a SlopeProfile, got {type(profile).__name__}")
-    return Solver(slope=Secant(start=profile), name="default+profile")
+    return Solver(slope=Secant(start=profile), window=window, name="default+profile")
 
 
 def deq_ddim() -> Solver:

@@ -51,10 +51,7 @@ class Trajectory:
         self.scale = self.x[0].double().norm(dim=-1)
         self._images: Tensor | None = None  # (rows, *shape), in the dtype of x
         self._counts = torch.zeros_like(self.nfe)
-        keep, pull, *of_output = self.table.held_x0()
-        self._held = keep.tolist(), pull.tolist(), self.table.n.tolist()
-        self._of_output = [values.to(self.x.device, self.x.dtype) for values in of_output]
-        self._x0: Tensor | None = None  # (B, D)
+        self._held_x0 = [values.tolist() for values in self.table.held_x0()]
 
     @property
     def steps(self) -> int:
@@ -108,28 +105,22 @@ class Trajectory:
                 output = image.copy_(output)  # the images are not needed any more
             self.basis.forward(output, out.flatten(0, 1), part)
 
-    def look(self, e: Tensor, window: Tensor) -> None:
-        """Note the x0 that the last active step of each sample sees; e (S, B, D), window (B, 2), before x moves."""
-        if self.guess != "chain":
-            return
-        last, samples = (window[:, 1] - 1).clamp_min(0), torch.arange(self.batch, device=self.x.device)
-        of_x, of_out = (values[last, None] for values in self._of_output)
-        self._x0 = of_x * self.x[last + int(self.table.implicit), samples] + of_out * e[last, samples]
-
-    def extend(self, sample: int, steps: range) -> None:
+    def extend(self, sample: int, steps: range, argument: Tensor, output: Tensor) -> None:
         """Guess where `steps`, which come into the window of a sample, lead to: along the chain, with x0 held.
 
-        "constant": to the state where they begin (ParaDiGMS).
+        x0 is what the step before them says, by its output (D,) at the state (D,) it was called with. "constant": they
+        lead to the state where they begin (ParaDiGMS).
         """
-        x = self.x[:, sample]
+        x, last = self.x[:, sample], steps.start - 1
         if self.guess == "constant":
             x[steps.start + 1 : steps.stop + 1] = x[steps.start]
-        elif self.guess == "chain" and self._x0 is not None:
+        elif self.guess == "chain":
+            keep, pull, of_x, of_out = self._held_x0
+            x0 = torch.add(argument * of_x[last], output, alpha=of_out[last])
             for i in steps:
-                keep, pull, n = (values[i] for values in self._held)
-                x[i + 1] = keep * x[i] + pull * self._x0[sample]
+                torch.mul(x[i], keep[i], out=x[i + 1]).add_(x0, alpha=pull[i])
                 if self.z is not None:
-                    x[i + 1] += n * self.z[i, sample]
+                    x[i + 1].add_(self.z[i, sample], alpha=float(self.table.n[i]))
 
 
 def start(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +187,7 @@ def test_a_window_where_more_rows_suddenly_cost(timed: Build) -> None:
     assert [way.window for way in found.ways] == [None, 25, 13, 7]
     assert [way.max_batch for way in found.ways] == [8, 8, 8, None]
     assert found.pays
-    assert found.solver == replace(solvers.default(), window=7)
+    assert found.solver == solvers.default(window=7)
     assert "a window of 7 steps" in found.message
 
 

@@ -63,6 +63,7 @@ _OPTION_OF = {
     "sigma_min": "--sigma-min",
     "noise": "--noise",
     "profile": "--solver",
+    "window": "--window",
 }
 
 # (description, most iterations, what else to call) -> the callback of the solve

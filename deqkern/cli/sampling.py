@@ -122,13 +122,14 @@ class Chains:
         callback: Callback,
         *,
         rtol: float,
+        window: int | None = None,
         max_iterations: int | None = None,
         max_batch: int | None = None,
     ) -> Run:
         """Solve them once."""
         generator = torch.Generator().manual_seed(self.seed)
         drawn = torch.randn(self.batch, *self.pretrained.shape, generator=generator)
-        solver, started = _solver(preset, self.pretrained), time.perf_counter()
+        solver, started = _solver(preset, self.pretrained, window), time.perf_counter()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # the reports have a column for it
             solution = sampling.sample(
@@ -176,15 +177,16 @@ def spread(values: Tensor) -> dict[str, Any]:
     return {"median": median(values), "max": float(values.max()), "per_sample": values.tolist()}
 
 
-def _solver(preset: Preset, pretrained: models.Pretrained) -> Solver | Literal["auto"]:
+def _solver(preset: Preset, pretrained: models.Pretrained, window: int | None) -> Solver | Literal["auto"]:
+    if window is not None and preset in (Preset.auto, Preset.sequential):
+        raise ValueError(f"window: the solver {preset} has its own")
     if preset is Preset.auto:
         return "auto"
-    if preset is not Preset.profile:
-        build: Callable[[], Solver] = getattr(solvers, preset)
-        return build()
-    if pretrained.profile is None:
+    if preset is Preset.profile and pretrained.profile is None:
         raise ValueError(f"profile: the model {pretrained.name!r} comes without a profile.safetensors")
-    return solvers.default(profile=pretrained.profile)
+    build: Callable[[], Solver] = getattr(solvers, preset, lambda: solvers.default(profile=pretrained.profile))
+    solver = build()
+    return solver if window is None else replace(solver, window=window)
 
 
 def sample(
@@ -198,6 +200,7 @@ def sample(
     spacing: Annotated[Spacing | None, typer.Option(help="Where the steps lie (default: as the model says).")] = None,
     seed: SeedOption = 0,
     rtol: RtolOption = 1e-2,
+    window: Annotated[int | None, typer.Option(help="Evaluate so many steps at once (default: all).")] = None,
     max_iterations: Annotated[int | None, typer.Option(help="Stop after so many (default: the steps).")] = None,
     max_batch: MaxBatchOption = None,
     noise: Annotated[
@@ -225,7 +228,8 @@ def sample(
             reference = chains.run(Preset.sequential, callback, rtol=0.0, max_batch=max_batch)
             trace = Trace(reference.solution.value)
         callback = follow(solver, min(max_iterations or steps, steps), trace)
-        run = chains.run(solver, callback, rtol=rtol, max_iterations=max_iterations, max_batch=max_batch)
+        limits = {"window": window, "max_iterations": max_iterations, "max_batch": max_batch}
+        run = chains.run(solver, callback, rtol=rtol, **limits)
         runs = [run] if reference is None else [run.against(reference), reference.against(reference)]
         options = {
             "model": model,
@@ -234,6 +238,7 @@ def sample(
             "eta": chains.eta,
             "order": chains.order,
             "rtol": rtol,
+            "window": window,
         }
         if noise is None:
             schedule = chains.pretrained.schedule
@@ -243,6 +248,7 @@ def sample(
         chain = f"{steps} steps, " + (f"eta {eta:g}" if noise is None else noise.name)
         chain += ", DPM-Solver++ 2M" if chains.order == 2 else ""
         chain += f", {spacing}" if spacing else ""
+        chain += f", window {window}" if window else ""
         with writing(out, "--out"):
             plots.save_comparison(out, _panels(runs), f"{chains.pretrained.name}, {chain}")
         if save_run is not None:
