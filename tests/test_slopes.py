@@ -154,6 +154,24 @@ def test_an_unknown_solver_option_is_a_type_error() -> None:
         solvers.Solver(slopes.Frozen(), memory=3)  # type: ignore[call-arg]
 
 
+@pytest.mark.parametrize(
+    ("kind", "mean", "start"), [("epsilon", 0.0, None), ("sample", 0.0, None), ("epsilon", 3.0, slopes.Gaussian(0.02))]
+)
+def test_the_first_evaluation_measures_the_slope_unless_a_start_gives_it(kind: str, mean: float, start: Any) -> None:
+    """The output of a Gaussian's denoiser is linear in x, and proportional to it without a mean."""
+    exact = problems.Gaussian(SCHEDULE, torch.full((64,), mean), torch.full((64,), 0.02))
+    assert SCHEDULE.alphas_cumprod is not None
+    abar = SCHEDULE.alphas_cumprod.float().view(-1, 1, 1, 1)
+
+    def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        eps = exact(x, t)
+        return eps if kind == "epsilon" else (x - (1 - abar[t]).sqrt() * eps) / abar[t].sqrt()
+
+    solver, schedule = solvers.Solver(slopes.Secant(start, pull=0.0)), NoiseSchedule.linear(prediction_type=kind)
+    found = deqkern.sample(model, torch.randn(2, *SHAPE), schedule, 50, solver=solver, rtol=1e-3)
+    assert found.iterations <= 2 and (found.error_estimate <= 1e-4).all()
+
+
 @pytest.mark.parametrize("window", [1, 3, 10, 50])
 def test_windows_reach_the_same_answer_with_no_more_rows_than_asked(window: int) -> None:
     model = problems.mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(3))
