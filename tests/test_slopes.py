@@ -155,21 +155,31 @@ def test_an_unknown_solver_option_is_a_type_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "mean", "start"), [("epsilon", 0.0, None), ("sample", 0.0, None), ("epsilon", 3.0, slopes.Gaussian(0.02))]
+    ("start", "mean", "count"),
+    [(slopes.Gaussian(0.02), 0.0, 1), (slopes.Gaussian(0.02), 3.0, 2), (None, 0.0, 2), (None, 3.0, 3)],
 )
-def test_the_first_evaluation_measures_the_slope_unless_a_start_gives_it(kind: str, mean: float, start: Any) -> None:
-    """The output of a Gaussian's denoiser is linear in x, and proportional to it without a mean."""
+@pytest.mark.parametrize("chain", ["eta 0", "eta 1", "order 2", "order 2, eta 1", "sample", "inversion"])
+def test_iterations_on_a_gaussian_of_one_variance(chain: str, start: Any, mean: float, count: int) -> None:
+    """Its slopes are the same in all bands, and constant. Where they are known one iteration solves the chain, and
+    without a mean the first guess already does. The first evaluation measures them where there is no mean, the second
+    always."""
     exact = problems.Gaussian(SCHEDULE, torch.full((64,), mean), torch.full((64,), 0.02))
     assert SCHEDULE.alphas_cumprod is not None
     abar = SCHEDULE.alphas_cumprod.float().view(-1, 1, 1, 1)
 
     def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         eps = exact(x, t)
-        return eps if kind == "epsilon" else (x - (1 - abar[t]).sqrt() * eps) / abar[t].sqrt()
+        return (x - (1 - abar[t]).sqrt() * eps) / abar[t].sqrt() if chain == "sample" else eps
 
-    solver, schedule = solvers.Solver(slopes.Secant(start, pull=0.0)), NoiseSchedule.linear(prediction_type=kind)
-    found = deqkern.sample(model, torch.randn(2, *SHAPE), schedule, 50, solver=solver, rtol=1e-3)
-    assert found.iterations <= 2 and (found.error_estimate <= 1e-4).all()
+    options: dict[str, Any] = {"solver": solvers.Solver(slopes.Secant(start, pull=0.0)), "rtol": 1e-3}
+    noise = torch.randn(2, *SHAPE)
+    if chain == "inversion":
+        found = deqkern.invert(model, mean + 0.1 * noise, SCHEDULE, 50, **options)
+    else:
+        schedule = NoiseSchedule.linear(prediction_type="sample" if chain == "sample" else "epsilon")
+        options |= {"eta": float("eta 1" in chain), "order": 2 if "order 2" in chain else 1}
+        found = deqkern.sample(model, noise, schedule, 50, **options)
+    assert found.iterations == count and (found.error_estimate <= 1e-4).all()
 
 
 @pytest.mark.parametrize("window", [1, 3, 10, 50])
