@@ -169,6 +169,23 @@ def test_a_frozen_model_still_gives_the_gradient_of_the_noise() -> None:
         assert (found - expected).norm() <= 1e-9 * expected.norm()
 
 
+@pytest.mark.parametrize("gradient", ["exact", "implicit", "phantom", "adjoint"])
+def test_a_model_that_ignores_the_state(gradient: str) -> None:
+    noise, schedule = leaf(2, *SHAPE), NoiseSchedule.linear()
+    value = deqkern.sample(lambda x, t: torch.ones_like(x), noise, schedule, STEPS, gradient=gradient).value
+    (found,) = torch.autograd.grad(value.sum(), noise)
+    torch.testing.assert_close(found, schedule.steps(STEPS).a.prod().expand_as(found), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "implicit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_samples_that_the_loss_ignores_have_no_gradient(dtype: torch.dtype, gradient: str) -> None:
+    model, noise = Tiny(dtype).requires_grad_(False), torch.randn(2, *SHAPE, requires_grad=True)
+    value = deqkern.sample(model, noise, NoiseSchedule.linear(), STEPS, rtol=1e-3, gradient=gradient).value
+    one, none = (torch.autograd.grad(loss, noise, retain_graph=True)[0] for loss in (value[0].sum(), 0 * value.sum()))
+    assert one[0].any() and not one[1].any() and not none.any()
+
+
 def test_no_gradient_where_none_is_wanted() -> None:
     noise = leaf(1, *SHAPE)
     assert not deqkern.sample(Tiny(), noise, NoiseSchedule.linear(), STEPS).value.requires_grad
@@ -346,6 +363,7 @@ def test_the_gradient_of_an_inversion(method: str) -> None:
         model_kwargs={"condition": condition}, gradient=Implicit(rtol=1e-13),
     )  # fmt: skip
     assert found.round_trip is not None and found.round_trip.max() <= 1e-11
+    assert not found.round_trip.requires_grad
     cotangent = torch.randn(sample.shape, dtype=torch.float64)
     got = torch.autograd.grad(found.value, [sample, condition, *model.parameters()], cotangent)
 

@@ -273,8 +273,10 @@ def test_micro_batches_change_nothing(max_batch: int) -> None:
     noise = torch.randn(2, *SHAPE)
     whole = deqkern.sample(model, noise, SCHEDULE, 20)
     model.calls.clear()
-    parts = deqkern.sample(model, noise, SCHEDULE, 20, max_batch=max_batch)
+    seen: list[Tensor] = []
+    parts = deqkern.sample(model, noise, SCHEDULE, 20, max_batch=max_batch, callback=lambda k, x, _: seen.append(x))
     torch.testing.assert_close(parts.value, whole.value, atol=1e-4, rtol=1e-4)
+    assert torch.equal(seen[-1], parts.value)
     assert parts.iterations == whole.iterations and max(model.calls) <= max_batch
 
 
@@ -324,6 +326,7 @@ class Linear(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.codes = torch.nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)  # quantized
         self.weight = torch.nn.Parameter(torch.tensor(0.9))
         self.seen: set[torch.dtype] = set()
 

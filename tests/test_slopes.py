@@ -10,10 +10,12 @@ import problems
 import pytest
 import torch
 from asserts import relative_error
+from safetensors.torch import save_file
 
 import deqkern
 from deqkern import NoiseSchedule, SlopeProfile, slopes, solvers
 from deqkern.spectral import Basis
+from deqkern.trajectory import start
 
 SCHEDULE = NoiseSchedule.linear()
 SHAPE = (1, 8, 8)
@@ -71,13 +73,27 @@ def test_profile_round_trip_and_interpolation(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded.initial(same, basis), slopes.Gaussian(0.3).initial(same, basis))
 
 
+def test_a_profile_is_constant_outside_of_its_levels_and_saved_in_any_layout(tmp_path: Path) -> None:
+    whole = profile_of(0.3)
+    middle = SlopeProfile(whole.log_snr[10:20], whole.shrinkage[10:20].T.contiguous().T, SHAPE)
+    middle.save(tmp_path / "profile.safetensors")
+    found = SlopeProfile.load(tmp_path / "profile.safetensors").initial(SCHEDULE.steps(50), Basis.spectral(SHAPE))
+    torch.testing.assert_close(found[[0, -1]], middle.shrinkage[[0, -1]])
+
+
 def test_profile_refuses_other_files_and_other_shapes(tmp_path: Path) -> None:
-    (tmp_path / "other").write_bytes(b"not safetensors")
-    with pytest.raises(ValueError, match="is not a SlopeProfile"):
-        SlopeProfile.load(tmp_path / "other")
+    tensors = {"log_snr": torch.ones(1), "shrinkage": torch.ones(1, 1)}
+    (tmp_path / "0").write_bytes(b"not safetensors")
+    save_file(tensors, tmp_path / "1")
+    save_file(tensors, tmp_path / "2", {"format": "another", "shape": "1"})
+    for name in "012":
+        with pytest.raises(ValueError, match="is not a SlopeProfile"):
+            SlopeProfile.load(tmp_path / name)
     with pytest.raises(ValueError, match="profile was made for samples"):
         solver = solvers.default(profile=profile_of(0.3))
         deqkern.sample(problems.digits_density(SCHEDULE), torch.randn(1, 1, 4, 4), SCHEDULE, 10, solver=solver)
+    with pytest.raises(ValueError, match=r"in 8 bands, got samples \(1, 8, 8\) in 1$"):
+        profile_of(0.3).initial(SCHEDULE.steps(10), Basis.identity(SHAPE))
 
 
 def test_calibrate_finds_the_slopes_of_a_gaussian_and_saves_iterations() -> None:
@@ -139,6 +155,7 @@ def test_bad_solver_options_are_named(options: dict[str, Any]) -> None:
         (lambda: solvers.default(profile=3), "profile must be a SlopeProfile"),  # type: ignore[arg-type]
         (lambda: slopes.Secant(start=slopes.Secant()), "start must be None, Gaussian, Frozen or a SlopeProfile"),  # type: ignore[arg-type]
         (lambda: slopes.Secant(pull=-1.0), "pull must be finite"),
+        (lambda: slopes.Secant(pull=float("inf")), "pull must be finite"),
         (lambda: slopes.Gaussian(0.0), "variance must be finite and > 0"),
         (lambda: slopes.Frozen(float("nan")), "shrinkage must be finite"),
         (lambda: solvers.picard(window=True), "window must be None or an int"),
@@ -183,6 +200,15 @@ def test_iterations_on_a_gaussian_of_one_variance(chain: str, start: Any, mean: 
     assert found.iterations == count and (found.error_estimate <= 1e-4).all()
 
 
+@pytest.mark.parametrize(
+    ("basis", "shape", "bands"), [("spectral", (1, 8, 8), 8), ("identity", (1, 8, 8), 1), ("spectral", (8, 8), 1)]
+)
+def test_bands_of_a_solve(basis: str, shape: tuple[int, ...], bands: int) -> None:
+    solver = solvers.Solver(slopes.Secant(), basis=basis)
+    started = start(problems.digits_density(SCHEDULE), torch.randn(2, *shape), SCHEDULE.steps(5), solver)
+    assert len(started.basis.bands) == bands + 1
+
+
 @pytest.mark.parametrize("window", [1, 3, 10, 50])
 def test_windows_reach_the_same_answer_with_no_more_rows_than_asked(window: int) -> None:
     model = problems.mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(3))
@@ -222,6 +248,7 @@ ONE = torch.ones(1, dtype=torch.float64)
         (ONE[:0], ONE[:0, None], ValueError, "must have shapes"),
         (torch.tensor([1.0, 0.0], dtype=torch.float64), ONE.expand(2, 1), ValueError, "log_snr must be finite and inc"),
         (torch.inf * ONE, ONE[:, None], ValueError, "log_snr must be finite and increase"),
+        (ONE.expand(2), ONE.expand(2, 1), ValueError, "log_snr must be finite and increase"),
         (ONE, 2 * ONE[:, None], ValueError, "shrinkage must lie in"),
         (ONE, torch.nan * ONE[:, None], ValueError, "shrinkage must lie in"),
     ],
