@@ -148,7 +148,7 @@ class Once(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, *sources: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, *sources: Tensor | None) -> Tensor:
         return value.detach()
 
     @staticmethod
@@ -184,11 +184,9 @@ class _Attached(torch.autograd.Function):
                 ctx.needs_input_grad[4],
             )
             sums = iter(found.inputs)
-            noise = None if found.step_noise is None else found.step_noise.to(step_noise.dtype)
-            pulled = [found.first.to(first.dtype), noise, *(next(sums) if want else None for want in wanted)]
+            pulled = [found.first, found.step_noise, *(next(sums) if want else None for want in wanted)]
         if torch.is_grad_enabled():  # create_graph
-            sources = [value for value in (first, step_noise, *inputs) if value is not None and value.requires_grad]
-            pulled = [value if value is None else Once.apply(value, *sources) for value in pulled]
+            pulled = [value if value is None else Once.apply(value, first, step_noise, *inputs) for value in pulled]
         return None, None, None, *pulled
 
 

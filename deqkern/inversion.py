@@ -128,7 +128,7 @@ def invert(
     if round_trip:
         again = sampling.sample(
             model,
-            found.value.detach(),
+            found.value,
             schedule,
             num_inference_steps,
             solver=sequential(),

@@ -224,6 +224,15 @@ def test_a_gradient_that_does_not_converge_warns() -> None:
     assert [solution.iterations for solution in seen] == [2] and isinstance(seen[0], Solution)
 
 
+def test_the_tolerance_of_a_gradient_is_its_own() -> None:
+    noise, seen = leaf(1, *SHAPE), list[Solution]()
+    for rtol in (None, 1e-6, 0.0):
+        gradient = Implicit(rtol=rtol, callback=seen.append)
+        deqkern.sample(Tiny(), noise, NoiseSchedule.linear(), 20, gradient=gradient).value.sum().backward()
+    loose, tight, rounding = (float(solution.residual) for solution in seen)
+    assert rounding < 1e-12 < tight < 1e-5 < loose
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("gradient", ["exact", "implicit"])
 def test_half_precision_keeps_small_gradients(dtype: torch.dtype, gradient: str) -> None:
@@ -333,6 +342,8 @@ def test_trained_models_need_at_most_ten_products(name: str) -> None:
         (lambda: Phantom(tau=0.0), "tau must lie in"),
         (lambda: Implicit(rtol=-1.0), "rtol must be finite"),
         (lambda: Implicit(max_iterations=0), "max_iterations must be"),
+        (lambda: Implicit(solver=1), "solver must be a Solver"),
+        (lambda: Implicit(callback=1), "callback must be callable"),
     ],
 )
 def test_bad_gradients(gradient: Any, words: str) -> None:
@@ -340,7 +351,7 @@ def test_bad_gradients(gradient: Any, words: str) -> None:
         raise AssertionError("the model was called")
 
     make: Callable[[], Any] = gradient if callable(gradient) else lambda: gradient
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         deqkern.sample(model, torch.zeros(1, *SHAPE), NoiseSchedule.linear(), STEPS, gradient=make())
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deqkern.schedule import NoiseSchedule, StepTable
+from deqkern.timesteps import even_in_log_snr
 
 SPACINGS = ("leading", "linspace", "trailing")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -266,6 +267,24 @@ def test_flow_takes_custom_sigmas() -> None:
     _compare_flow(NoiseSchedule.from_diffusers(scheduler).steps(4), scheduler)
 
 
+@pytest.mark.parametrize(
+    ("sigmas", "sigma_min", "message"),
+    [
+        ([1.5, 0.5, 0.2, 0.0], None, "scheduler.sigmas must descend within 1 .. 0"),
+        ([0.9, 0.5, 0.2, -0.1], None, "scheduler.sigmas must descend to no less than 0"),
+        ([0.5, 0.9, 0.2, 0.0], None, "scheduler.sigmas must descend to no less than 0"),
+        ([0.5, 0.3, 0.2, 0.0], 1.0, "sigma_min=1.0 is not below the noise"),
+        ([0.5, 0.3, 0.2, 0.1], 0.1, "sigma_min=0.1 lies below the end"),
+    ],
+)
+def test_flow_refuses_other_sigmas(sigmas: list[float], sigma_min: float | None, message: str) -> None:
+    scheduler = pytest.importorskip("diffusers").FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(3)
+    scheduler.sigmas = torch.tensor(sigmas)
+    with pytest.raises(ValueError, match=message):
+        NoiseSchedule.from_diffusers(scheduler).steps(3, sigma_min=sigma_min)
+
+
 def _compare_flow(table: StepTable, scheduler: Any) -> None:
     assert table.timesteps.dtype == torch.float32 and torch.equal(table.timesteps, scheduler.timesteps)
     assert torch.equal(table.sigma.float(), scheduler.sigmas[:-1])
@@ -472,6 +491,18 @@ def test_steps_even_in_log_snr_at_both_ends_of_a_schedule() -> None:
     assert torch.equal(chain.timesteps, make("linear", timestep_spacing="trailing").steps(20, sigma_min=0.1).timesteps)
 
 
+EVEN = torch.linspace(15, -15, 7, dtype=torch.float64).sigmoid()
+
+
+@pytest.mark.parametrize(
+    ("abar", "chain"),
+    [([1.0, *EVEN], [7, 5, 2, 0]), ([*EVEN, 0.0], [7, 5, 2, 0]), ([1.0, 0.5], [1, 0]), ([0.5, 0.0], [1, 0])],
+)
+def test_an_infinite_log_snr_counts_as_one_step_more(abar: list[float], chain: list[int]) -> None:
+    found = even_in_log_snr(torch.tensor(abar, dtype=torch.float64), len(chain) - 1, len(abar) - 1, 0)
+    assert found == chain
+
+
 @pytest.mark.parametrize("count", [1, 7, 50])
 def test_sigma_min_of_flow_joins_up(count: int) -> None:
     for shift in (1.0, 3.0):
@@ -605,6 +636,13 @@ def test_bad_alphas_cumprod(values: list[Any]) -> None:
         NoiseSchedule(torch.tensor(values))
 
 
+def test_a_schedule_keeps_its_own_alphas_cumprod() -> None:
+    given = torch.tensor([0.9, 0.5], dtype=torch.float64)
+    schedule = NoiseSchedule(given)
+    given.zero_()
+    assert schedule.alphas_cumprod is not None and schedule.alphas_cumprod.tolist() == [0.9, 0.5]
+
+
 def test_bad_constructors() -> None:
     with pytest.raises(TypeError, match="alphas_cumprod"):
         NoiseSchedule(None)
@@ -612,8 +650,11 @@ def test_bad_constructors() -> None:
         NoiseSchedule.from_betas([0.1, 1.2])
     with pytest.raises(ValueError, match="rescale_betas_zero_snr"):
         NoiseSchedule.from_betas([0.1], rescale_betas_zero_snr=True)
-    with pytest.raises(ValueError, match="beta_start"):
-        NoiseSchedule.scaled_linear(-0.1)
+    with pytest.raises(ValueError, match="rescale_betas_zero_snr"):
+        NoiseSchedule.from_betas([0.1, 0.0, 0.0], rescale_betas_zero_snr=True)
+    for ends in ((-0.1, 0.1), (0.1, -0.1)):
+        with pytest.raises(ValueError, match="beta_start and beta_end"):
+            NoiseSchedule.scaled_linear(*ends)
     with pytest.raises(ValueError, match="num_train_timesteps"):
         NoiseSchedule.cosine(0)
     for shift in (0.0, -1.0, math.nan):
