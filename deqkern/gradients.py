@@ -79,7 +79,8 @@ class Adjoint:
     With P = alpha lam, half the log-SNR l = log(alpha/sigma) and the integrand V = alpha J_eps^T P,
     dP/dl = (1 + eta^2) e^-l V. order 1 holds V at the cleaner end of a step; order 2 extrapolates it linearly from
     the last two (2M). It approximates the gradient of the continuous process, not of the S-step chain. The first step
-    taken, and one with an end without noise or without signal, is the exact one. S VJPs of B rows.
+    taken, one with an end without noise or without signal, and one between equal levels, is the exact one. S VJPs of B
+    rows.
     """
 
     order: int = 2

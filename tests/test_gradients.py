@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 import deqkern
 from deqkern import NoiseSchedule, Solution, models, solvers
 from deqkern.gradients import Adjoint, Exact, Implicit, Phantom
+from deqkern.walks import adjoint_walk
 
 BATCH, SHAPE, STEPS = 3, (2, 5, 4), 8
 SEQUENTIAL: dict[str, Any] = {"rtol": 0.0, "solver": solvers.sequential()}
@@ -224,6 +225,26 @@ def test_a_gradient_that_does_not_converge_warns() -> None:
     assert [solution.iterations for solution in seen] == [2] and isinstance(seen[0], Solution)
 
 
+@pytest.mark.parametrize("gradient", ["exact", "implicit", "phantom"])
+def test_max_batch_bounds_every_product(gradient: str) -> None:
+    model, noise, rows = Tiny(), leaf(BATCH, *SHAPE), list[int]()
+    value = deqkern.sample(model, noise, NoiseSchedule.linear(), STEPS, gradient=gradient, max_batch=2).value
+    model.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    value.sum().backward()
+    assert max(rows) == 2
+
+
+@pytest.mark.parametrize("gradient", ["exact", "implicit"])
+def test_gradients_of_narrow_parameters_are_summed_in_fp32(gradient: str) -> None:
+    weight = torch.ones((), dtype=torch.bfloat16, requires_grad=True)
+    schedule, noise = NoiseSchedule.linear(), torch.zeros(1, *SHAPE)
+    value = deqkern.sample(lambda x, t: weight.expand(x.shape), noise, schedule, 100, gradient=gradient, max_batch=1)
+    (found,) = torch.autograd.grad(value.value.mean(), weight)
+    after = torch.cat([schedule.steps(100).a.flip(0).cumprod(0).flip(0)[1:], torch.ones(1, dtype=torch.float64)])
+    expected = (schedule.steps(100).b * after).sum()
+    assert (found.double() - expected).abs() <= 2**-8 * expected.abs()
+
+
 def test_the_tolerance_of_a_gradient_is_its_own() -> None:
     noise, seen = leaf(1, *SHAPE), list[Solution]()
     for rtol in (None, 1e-6, 0.0):
@@ -296,6 +317,26 @@ def test_the_order_of_the_adjoint(order: int, eta: float) -> None:
     errors = [float(adjoint_error(order, eta, steps, total=8192, batch=2).max()) for steps in counts]
     slopes = [math.log2(errors[k] / errors[k + 1]) for k in range(len(counts) - 1)]
     assert abs(slopes[-1] - order) <= 0.2, (errors, slopes)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_the_adjoint_where_levels_are_equal_or_have_no_signal_or_no_noise(eta: float, order: int) -> None:
+    noise, found = leaf(2, *SHAPE), list[Tensor]()
+    for level in ([0.9, 0.5, 0.2, 0.0], [0.9, 0.5, 0.5, 0.2, 0.0]):
+        abar, count = torch.tensor([1.0, *level], dtype=torch.float64), len(level) + 1
+        schedule = NoiseSchedule(abar, prediction_type="v_prediction")
+        z = torch.zeros(count, *noise.shape, dtype=torch.float64) if eta else None
+        value = deqkern.sample(
+            lambda x, t: 0.3 * x.sin(), noise, schedule, count, eta=eta, step_noise=z, gradient=Adjoint(order), rtol=0.0
+        ).value
+        found += torch.autograd.grad(value.sum(), noise)
+    assert all(one.isfinite().all() and one.any() for one in found)
+    if order == 1:
+        assert relative_error(found[1], found[0]).max() <= 1e-10
+    table = schedule.steps(count, eta=eta)
+    equal = int((table.alpha == table.alpha_next).nonzero()[0])
+    assert adjoint_walk(table, order).before[equal - 1] == 0, "the step after begins anew"
 
 
 def test_the_adjoint_of_order_2_is_near_the_exact_gradient() -> None:
