@@ -175,7 +175,7 @@ def solved(
 
     with torch.no_grad():
         return solve(
-            _Step(_Called(f, layout), _STEP, first.detach(), layout.rounding),
+            _Step(_Called(f, layout), _STEP, first, layout.rounding),
             solver,
             rtol=rtol,
             max_iterations=max_iterations,
@@ -251,7 +251,7 @@ class _Attached(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[None, None, Tensor]:
         with torch.no_grad():
-            v = ctx.cotangent(cotangent.contiguous())
+            v = ctx.cotangent(cotangent)
         if torch.is_grad_enabled():  # create_graph: v depends on all that f does, and has no derivative here
             v = Once.apply(v, ctx.cotangent.linear.out)
         return None, None, v

@@ -80,8 +80,8 @@ class Adjoint:
     With P = alpha lam, half the log-SNR l = log(alpha/sigma) and the integrand V = alpha J_eps^T P,
     dP/dl = (1 + eta^2) e^-l V. order 1 holds V at the cleaner end of a step; order 2 extrapolates it linearly from
     the last two (2M). It approximates the gradient of the continuous process, not of the S-step chain. The first step
-    taken, one with an end without noise or without signal, and one over which sigma / alpha grows by more than half,
-    is the exact one. S VJPs of B rows. Raises ValueError for a schedule that clips.
+    taken, one with an end without noise or without signal, one between equal levels and one over which sigma / alpha
+    grows by more than half, is the exact one. S VJPs of B rows. Raises ValueError for a schedule that clips.
     """
 
     order: int = 2
@@ -156,7 +156,7 @@ class Once(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, *sources: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, *sources: Tensor | None) -> Tensor:
         return value.detach()
 
     @staticmethod
@@ -192,11 +192,9 @@ class _Attached(torch.autograd.Function):
                 ctx.needs_input_grad[4],
             )
             sums = iter(found.inputs)
-            noise = None if found.step_noise is None else found.step_noise.to(step_noise.dtype)
-            pulled = [found.first.to(first.dtype), noise, *(next(sums) if want else None for want in wanted)]
+            pulled = [found.first, found.step_noise, *(next(sums) if want else None for want in wanted)]
         if torch.is_grad_enabled():  # create_graph
-            sources = [value for value in (first, step_noise, *inputs) if value is not None and value.requires_grad]
-            pulled = [value if value is None else Once.apply(value, *sources) for value in pulled]
+            pulled = [value if value is None else Once.apply(value, first, step_noise, *inputs) for value in pulled]
         return None, None, None, *pulled
 
 

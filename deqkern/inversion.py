@@ -128,7 +128,7 @@ def invert(
     if round_trip:
         again = sampling.sample(
             model,
-            found.value.detach(),
+            found.value,
             schedule,
             num_inference_steps,
             solver=sequential(),
@@ -176,7 +176,7 @@ def _undo(
             found,
             converged=unknown > 0,
             error_estimate=unknown,
-            residual=unknown.clone(),
+            residual=unknown,
             history=history,
             residual_history=residuals,
             message=message,
@@ -224,26 +224,21 @@ def _continued(callback: Callback, joint: Solution, left: Tensor) -> Callback:
 
 
 def _merge(joint: Solution, again: Solution, left: Tensor) -> Solution:
-    """`joint` with the samples `left` (n,) taken from `again`, whose iterations came after its own."""
-    merged = {name: getattr(joint, name).clone() for name in ("value", "converged", "error_estimate", "residual")}
-    for name, value in merged.items():
-        value[left] = getattr(again, name)
-    trajectory, nfe = joint.trajectory.clone(), joint.nfe.clone()
-    trajectory[:, left] = again.trajectory
-    nfe[left.cpu()] += again.nfe
+    """`joint`, in its memory, with the samples `left` (n,) taken from `again`, whose iterations came after its own."""
+    for name in ("value", "converged", "error_estimate", "residual"):
+        getattr(joint, name)[left] = getattr(again, name)
+    joint.trajectory[:, left] = again.trajectory
+    joint.nfe[left.cpu()] += again.nfe
     later, later_nfe = (v[-1].repeat(len(again.history), 1) for v in (joint.history, joint.nfe_history))
     later[:, left] = again.history
     later_nfe[:, left.cpu()] += again.nfe_history
     residuals = joint.residual_history.new_full((len(later), *joint.residual_history.shape[1:]), torch.nan)
     residuals[:, :, left] = again.residual_history
-    message = f"{joint.message}; {len(left)} of the samples went on step by step: {again.message}"
-    return Solution(
-        **merged,
-        trajectory=trajectory,
+    return replace(
+        joint,
         iterations=joint.iterations + again.iterations,
-        nfe=nfe,
         history=torch.cat([joint.history, later]),
         nfe_history=torch.cat([joint.nfe_history, later_nfe]),
         residual_history=torch.cat([joint.residual_history, residuals]),
-        message=message,
+        message=f"{joint.message}; {len(left)} of the samples went on step by step: {again.message}",
     )

@@ -121,7 +121,7 @@ class Network:
         given = self._input(states)
         given = given.clone() if given is states else given  # the model may write into it, and states are read after
         output = self._call(given, self.timesteps[steps], samples, model_kwargs)
-        return self.table.effective_output(states, output.to(states.dtype), steps)
+        return self.table.effective_output(states, output, steps)
 
     def vjp(
         self,

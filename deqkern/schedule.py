@@ -342,7 +342,6 @@ class NoiseSchedule:
         ends = shifted(torch.tensor([1, total], dtype=torch.float32, device="cpu") / total, self.shift)
         low, high = (s * total for s in ends.tolist())
         levels = high + torch.arange(count, dtype=torch.float64, device="cpu") * ((low - high) / max(count - 1, 1))
-        levels[count - 1] = low if count > 1 else high
         sigmas = shifted(levels / total, self.shift).float()
         return sigmas * total, torch.cat([sigmas.double(), torch.zeros(1, dtype=torch.float64, device="cpu")])
 
@@ -367,7 +366,7 @@ class NoiseSchedule:
 def _rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     root = torch.cumprod(1.0 - betas, dim=0).sqrt()
     first, last = root[0].clone(), root[-1].clone()
-    if len(root) < 2 or first == last:
+    if first == last:
         raise ValueError("rescale_betas_zero_snr needs betas (T,) with T > 1 and some noise after the first")
     abar = ((root - last) * (first / (first - last))) ** 2
     return 1 - torch.cat([abar[:1], abar[1:] / abar[:-1]])

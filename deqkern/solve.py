@@ -212,7 +212,7 @@ class _Iteration:
                 raise ValueError(f"{what} NaN or infinity at iteration {k + 1}{where} (sample {b})")
             x[exact + 1 :, b] = x[exact, b]
             if self.solver.history_size:  # what is not finite would get through a weight of zero
-                work.f_ring[:, :, b] = work.g_ring[:, :, b] = work.gram[:, b] = 0.0
+                work.f_ring[:, :, b] = 0.0
         fallen = (diverged != 0).to(x.device)
         # how fast it converged, and how near it had come, were those of another iteration
         work.errors[:, 1:4] = torch.where(fallen[:, None], work.fresh[1:4], work.errors[:, 1:4])
@@ -308,8 +308,6 @@ class Solve:
         self.norms: list[Tensor] = []
         self.windows: list[Tensor] = []  # on the CPU
         self.limit = trajectory.steps if max_iterations is None else max_iterations
-        if not self.iteration.implicit:
-            self.limit = min(self.limit, trajectory.steps)  # by then every step is exact
         self.window, _ = self.mailbox.read()
 
     @property

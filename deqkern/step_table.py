@@ -91,7 +91,7 @@ class StepTable:
         clips = clip_sample_range is not None or thresholding is not None
         chain = "sample" if order == 2 else "v_prediction" if clips else prediction_type
         chain_u, chain_w = _output_mix(chain, alpha, sigma)
-        direction = torch.where(n == 0, sigma_next, (sigma_next**2 - n**2).clamp_min(0).sqrt())
+        direction = (sigma_next**2 - n**2).clamp_min(0).sqrt()
         det = alpha * chain_w - sigma * chain_u
         a = (alpha_next * chain_w - direction * chain_u) / det
         b = (direction * alpha - alpha_next * sigma) / det
@@ -101,7 +101,7 @@ class StepTable:
         c = torch.zeros_like(b)
         if order == 2:
             length = (alpha_next / sigma_next).log() - (alpha / sigma).log()
-            if not bool((length[:-1] > 0).all() and length[-1] >= 0):
+            if not bool((length[:-1] > 0).all()):
                 raise ValueError(
                     "num_inference_steps is too large for order=2, whose noise levels must fall from step to step: "
                     "take fewer, or timestep_spacing='trailing' or 'log_snr'"
@@ -204,7 +204,7 @@ class StepTable:
         if not 0 <= variance < math.inf:
             raise ValueError(f"variance must be finite and >= 0, got {variance}")
         noise = self.sigma**2
-        return noise / (self.alpha**2 * variance + noise).clamp_min(torch.finfo(noise.dtype).tiny)
+        return noise / (self.alpha**2 * variance + noise)
 
     def original_sample(
         self,

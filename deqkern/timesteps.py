@@ -41,7 +41,7 @@ def even_in_log_snr(abar: Tensor, count: int, top: int, lowest: int) -> list[int
     target = torch.lerp(log_snr[0], log_snr[-1], torch.arange(count + 1, dtype=torch.float64, device="cpu") / count)
     right = torch.searchsorted(-log_snr, -target).clamp(1, len(log_snr) - 1)
     before, after = log_snr[right - 1], log_snr[right]
-    part = ((before - target) / (before - after).clamp_min(_TINY)).clamp(0, 1)
+    part = (before - target) / (before - after).clamp_min(_TINY)
     chain = [lowest, *(lowest + right - 1 + part).round().int().tolist()[1:-1], top]
     for k in range(1, count):
         chain[k] = max(chain[k], chain[k - 1] + 1)
@@ -60,7 +60,6 @@ def end_flow_at(timesteps: Tensor, sigmas: Tensor, sigma_min: float) -> tuple[Te
     crossing = last + float((sigmas[last] - level) / (sigmas[last] - sigmas[last + 1]))
     position = torch.arange(len(sigmas), dtype=torch.float64, device="cpu") * (crossing / len(timesteps))
     sigmas = _interpolated(sigmas, position)
-    sigmas[-1] = level
     return _interpolated(timesteps.double(), position[:-1]).float(), sigmas
 
 

@@ -55,7 +55,7 @@ def adjoint_walk(table: StepTable, order: int) -> Walk:
     )
     last: tuple[float, float] | None = None  # l_r, and the factor from V_r to what weighs (d out / d theta)^T lam_r
     for i in reversed(range(len(alpha) - 1)):
-        if alpha[i] == 0 or alpha_next[i] == 0 or sigma_next[i] <= _NO_NOISE:
+        if alpha[i] in (0, alpha_next[i]) or sigma_next[i] <= _NO_NOISE:
             last = None
             continue
         level, level_s = math.log(alpha_next[i] / sigma_next[i]), math.log(alpha[i] / sigma[i])
@@ -64,7 +64,7 @@ def adjoint_walk(table: StepTable, order: int) -> Walk:
             last = None
             continue
         ddpm = (sigma_next[i] / sigma[i]) ** 2 * (1 - (alpha[i] / alpha_next[i]) ** 2)
-        drift = 1 + (n[i] ** 2 / ddpm if ddpm > 0 else 0.0)
+        drift = 1 + n[i] ** 2 / ddpm
         first = drift * (math.exp(-level) - math.exp(-level_s))
         second = 0.0
         theta = alpha_next[i] * of_out[i + 1]

@@ -131,16 +131,15 @@ def test_samples_that_fall_back_take_new_graphs(fake_cuda: None) -> None:
     def both_ways(cuda_graph: bool) -> deqkern.Solution:
         calls = 0
 
-        def model(x: Tensor, t: Tensor) -> Tensor:
+        def model(x: Tensor, t: Tensor, second: Tensor) -> Tensor:
             nonlocal calls
             calls += 1
-            wild = {4: (1e4, 1.0), 7: (1e4, 1e4)}.get(calls, (1.0, 1.0))  # of the first and of the second sample
-            second = x.mean((1, 2, 3), keepdim=True) > 0
-            return torch.sin(x) * torch.where(second, wild[1], wild[0])
+            wild = {4: (1e4, 1.0), 7: (1.0, 1e4)}.get(calls, (1.0, 1.0))  # of the first and of the second sample
+            return torch.sin(x) * torch.where(second, wild[1], wild[0]).view(-1, 1, 1, 1)
 
         noise = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-        noise += torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1)
-        return sampling.sample(model, noise, SCHEDULE, 30, rtol=0.0, cuda_graph=cuda_graph)
+        given = {"second": torch.tensor([False, True])}
+        return sampling.sample(model, noise, SCHEDULE, 30, rtol=0.0, model_kwargs=given, cuda_graph=cuda_graph)
 
     plain, graph = both_ways(False), both_ways(True)
     assert "2 diverged" in plain.message and "2 diverged" in graph.message

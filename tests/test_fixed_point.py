@@ -177,6 +177,7 @@ def test_rtol_0_goes_on_to_rounding() -> None:
 def test_a_solution_that_is_the_start_takes_one_call() -> None:
     solution = deqkern.fixed_point(lambda z: 0.5 * z, torch.zeros(2, 3), gradient=None)
     assert solution.converged.all() and solution.iterations == 1 and not solution.value.any()
+    assert not solution.residual.any() and not solution.residual_history.any()
 
 
 @pytest.mark.parametrize("solver", SOLVERS[:2], ids=lambda solver: solver.name)

@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 import deqkern
 from deqkern import NoiseSchedule, Solution, models, solvers
 from deqkern.gradients import Adjoint, Exact, Implicit, Phantom
+from deqkern.walks import adjoint_walk
 
 BATCH, SHAPE, STEPS = 3, (2, 5, 4), 8
 SEQUENTIAL: dict[str, Any] = {"rtol": 0.0, "solver": solvers.sequential()}
@@ -169,6 +170,23 @@ def test_a_frozen_model_still_gives_the_gradient_of_the_noise() -> None:
         assert (found - expected).norm() <= 1e-9 * expected.norm()
 
 
+@pytest.mark.parametrize("gradient", ["exact", "implicit", "phantom", "adjoint"])
+def test_a_model_that_ignores_the_state(gradient: str) -> None:
+    noise, schedule = leaf(2, *SHAPE), NoiseSchedule.linear()
+    value = deqkern.sample(lambda x, t: torch.ones_like(x), noise, schedule, STEPS, gradient=gradient).value
+    (found,) = torch.autograd.grad(value.sum(), noise)
+    torch.testing.assert_close(found, schedule.steps(STEPS).a.prod().expand_as(found), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "implicit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_samples_that_the_loss_ignores_have_no_gradient(dtype: torch.dtype, gradient: str) -> None:
+    model, noise = Tiny(dtype).requires_grad_(False), torch.randn(2, *SHAPE, requires_grad=True)
+    value = deqkern.sample(model, noise, NoiseSchedule.linear(), STEPS, rtol=1e-3, gradient=gradient).value
+    one, none = (torch.autograd.grad(loss, noise, retain_graph=True)[0] for loss in (value[0].sum(), 0 * value.sum()))
+    assert one[0].any() and not one[1].any() and not none.any()
+
+
 def test_no_gradient_where_none_is_wanted() -> None:
     noise = leaf(1, *SHAPE)
     assert not deqkern.sample(Tiny(), noise, NoiseSchedule.linear(), STEPS).value.requires_grad
@@ -205,6 +223,35 @@ def test_a_gradient_that_does_not_converge_warns() -> None:
     with pytest.warns(deqkern.ConvergenceWarning, match="gradient: 0 of 3 samples"):
         value.sum().backward()
     assert [solution.iterations for solution in seen] == [2] and isinstance(seen[0], Solution)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "implicit", "phantom"])
+def test_max_batch_bounds_every_product(gradient: str) -> None:
+    model, noise, rows = Tiny(), leaf(BATCH, *SHAPE), list[int]()
+    value = deqkern.sample(model, noise, NoiseSchedule.linear(), STEPS, gradient=gradient, max_batch=2).value
+    model.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    value.sum().backward()
+    assert max(rows) == 2
+
+
+@pytest.mark.parametrize("gradient", ["exact", "implicit"])
+def test_gradients_of_narrow_parameters_are_summed_in_fp32(gradient: str) -> None:
+    weight = torch.ones((), dtype=torch.bfloat16, requires_grad=True)
+    schedule, noise = NoiseSchedule.linear(), torch.zeros(1, *SHAPE)
+    value = deqkern.sample(lambda x, t: weight.expand(x.shape), noise, schedule, 100, gradient=gradient, max_batch=1)
+    (found,) = torch.autograd.grad(value.value.mean(), weight)
+    after = torch.cat([schedule.steps(100).a.flip(0).cumprod(0).flip(0)[1:], torch.ones(1, dtype=torch.float64)])
+    expected = (schedule.steps(100).b * after).sum()
+    assert (found.double() - expected).abs() <= 2**-8 * expected.abs()
+
+
+def test_the_tolerance_of_a_gradient_is_its_own() -> None:
+    noise, seen = leaf(1, *SHAPE), list[Solution]()
+    for rtol in (None, 1e-6, 0.0):
+        gradient = Implicit(rtol=rtol, callback=seen.append)
+        deqkern.sample(Tiny(), noise, NoiseSchedule.linear(), 20, gradient=gradient).value.sum().backward()
+    loose, tight, rounding = (float(solution.residual) for solution in seen)
+    assert rounding < 1e-12 < tight < 1e-5 < loose
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -305,6 +352,26 @@ def test_the_adjoint_keeps_its_direction_where_steps_are_long_in_log_snr(schedul
     assert torch.nn.functional.cosine_similarity(adjoint, exact).min() >= 0.98
 
 
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_the_adjoint_where_levels_are_equal_or_have_no_signal_or_no_noise(eta: float, order: int) -> None:
+    noise, found = leaf(2, *SHAPE), list[Tensor]()
+    for level in ([0.9, 0.5, 0.2, 0.0], [0.9, 0.5, 0.5, 0.2, 0.0]):
+        abar, count = torch.tensor([1.0, *level], dtype=torch.float64), len(level) + 1
+        schedule = NoiseSchedule(abar, prediction_type="v_prediction")
+        z = torch.zeros(count, *noise.shape, dtype=torch.float64) if eta else None
+        value = deqkern.sample(
+            lambda x, t: 0.3 * x.sin(), noise, schedule, count, eta=eta, step_noise=z, gradient=Adjoint(order), rtol=0.0
+        ).value
+        found += torch.autograd.grad(value.sum(), noise)
+    assert all(one.isfinite().all() and one.any() for one in found)
+    if order == 1:
+        assert relative_error(found[1], found[0]).max() <= 1e-10
+    table = schedule.steps(count, eta=eta)
+    equal = int((table.alpha == table.alpha_next).nonzero()[0])
+    assert adjoint_walk(table, order).before[equal - 1] == 0, "the step after begins anew"
+
+
 def test_the_adjoint_of_order_2_is_near_the_exact_gradient() -> None:
     """By the noise, the condition and the parameters, for a chain of many steps through a smooth model."""
     model, condition = Tiny(), leaf(1, 6)
@@ -349,6 +416,8 @@ def test_trained_models_need_at_most_ten_products(name: str) -> None:
         (lambda: Phantom(tau=0.0), "tau must lie in"),
         (lambda: Implicit(rtol=-1.0), "rtol must be finite"),
         (lambda: Implicit(max_iterations=0), "max_iterations must be"),
+        (lambda: Implicit(solver=1), "solver must be a Solver"),
+        (lambda: Implicit(callback=1), "callback must be callable"),
     ],
 )
 def test_bad_gradients(gradient: Any, words: str) -> None:
@@ -356,7 +425,7 @@ def test_bad_gradients(gradient: Any, words: str) -> None:
         raise AssertionError("the model was called")
 
     make: Callable[[], Any] = gradient if callable(gradient) else lambda: gradient
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         deqkern.sample(model, torch.zeros(1, *SHAPE), NoiseSchedule.linear(), STEPS, gradient=make())
 
 
@@ -411,6 +480,7 @@ def test_the_gradient_of_an_inversion(method: str) -> None:
         model_kwargs={"condition": condition}, gradient=Implicit(rtol=1e-13),
     )  # fmt: skip
     assert found.round_trip is not None and found.round_trip.max() <= 1e-11
+    assert not found.round_trip.requires_grad
     cotangent = torch.randn(sample.shape, dtype=torch.float64)
     got = torch.autograd.grad(found.value, [sample, condition, *model.parameters()], cotangent)
 

@@ -97,6 +97,8 @@ def test_the_start_is_drawn_from_the_generator() -> None:
         for seed in (1, 1, 2)
     ]  # fmt: skip
     assert torch.equal(values[0], values[1]) and not torch.equal(values[0], values[2])
+    drawn = Optimize(generator=torch.Generator().manual_seed(1)).first(sample.bfloat16())
+    assert torch.equal(drawn, torch.randn(sample.shape, generator=torch.Generator().manual_seed(1)))
 
 
 def test_it_works_where_the_schedule_clips_and_leaves_parameters_alone() -> None:

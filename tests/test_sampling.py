@@ -182,16 +182,25 @@ def test_the_solution_holds_what_it_says() -> None:
     model = problems.mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(3))
     noise = torch.randn(3, *SHAPE)
     seen: list[tuple[int, Tensor, Tensor]] = []
-    solution = deqkern.sample(model, noise, SCHEDULE, 25, callback=lambda *args: seen.append(args))
+
+    def callback(iteration: int, value: Tensor, estimate: Tensor) -> None:
+        seen.append((iteration, value.clone(), estimate.clone()))
+        value.zero_()
+        estimate.zero_()
+
+    solution = deqkern.sample(model, noise, SCHEDULE, 25, callback=callback)
     assert solution.value.shape == noise.shape and solution.trajectory.shape == (26, *noise.shape)
     torch.testing.assert_close(solution.trajectory[0], noise, atol=1e-5, rtol=1e-5)
     assert torch.equal(solution.trajectory[-1], solution.value)
     assert solution.history.shape == (solution.iterations, 3)
+    assert torch.equal(solution.history, torch.stack([estimate for _, _, estimate in seen]))
     assert torch.equal(solution.history[-1], solution.error_estimate)
     assert [number for number, _, _ in seen] == list(range(1, solution.iterations + 1))
     assert torch.equal(seen[-1][1], solution.value)
     assert sum(model.calls) == int(solution.nfe.sum()) and len(model.calls) == solution.iterations
     assert re.fullmatch(r"3 of 3 samples converged in \d+ iterations \(rtol 0.01\)", solution.message)
+    solution.value.zero_()
+    assert solution.trajectory[-1].any()
     with pytest.raises(AttributeError):
         solution.iterations = 3  # type: ignore[misc]
 
@@ -264,8 +273,10 @@ def test_micro_batches_change_nothing(max_batch: int) -> None:
     noise = torch.randn(2, *SHAPE)
     whole = deqkern.sample(model, noise, SCHEDULE, 20)
     model.calls.clear()
-    parts = deqkern.sample(model, noise, SCHEDULE, 20, max_batch=max_batch)
+    seen: list[Tensor] = []
+    parts = deqkern.sample(model, noise, SCHEDULE, 20, max_batch=max_batch, callback=lambda k, x, _: seen.append(x))
     torch.testing.assert_close(parts.value, whole.value, atol=1e-4, rtol=1e-4)
+    assert torch.equal(seen[-1], parts.value)
     assert parts.iterations == whole.iterations and max(model.calls) <= max_batch
 
 
@@ -315,6 +326,7 @@ class Linear(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.codes = torch.nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)  # quantized
         self.weight = torch.nn.Parameter(torch.tensor(0.9))
         self.seen: set[torch.dtype] = set()
 
@@ -405,7 +417,7 @@ def test_a_diverging_solver_falls_back_and_says_so() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         solution = deqkern.sample(model, noise, SCHEDULE, 50, solver=solver, rtol=1e-3)
-    assert "diverged and went on with plain iteration" in solution.message
+    assert "diverged and went on with plain iteration" in solution.message and solution.iterations <= 30
     assert relative_error(solution.value, problems.chain(model, noise, SCHEDULE, 50)).max() <= 3e-3
 
 
@@ -572,7 +584,27 @@ def test_a_model_that_fails_at_states_off_the_chain_is_not_blamed(solver: solver
     expected = deqkern.sample(narrow, noise, SCHEDULE, 50, solver=solvers.sequential(), rtol=0.0).value
     found = deqkern.sample(narrow, noise, SCHEDULE, 50, solver=solver, rtol=1e-3)
     assert found.converged.all() and "diverged and went on with plain iteration" in found.message
-    assert relative_error(found.value, expected).max() <= 3e-3
+    assert found.iterations <= 40 and relative_error(found.value, expected).max() <= 3e-3
+
+
+@pytest.mark.parametrize("solver", [solvers.default(), solvers.parataa()], ids=lambda solver: solver.name)
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_model_is_blamed_at_a_state_before_an_overshoot_but_not_after(step: int, solver: solvers.Solver) -> None:
+    exact, calls = problems.mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(3)), 0
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        place, wrong = {1: (600, 1e6), 2: (900 - 100 * step, torch.nan)}.get(calls, (-1, 0.0))
+        return torch.where((t == place).view(-1, 1, 1, 1), wrong, exact(x, t))
+
+    if step == 3:  # from where the first call made the overshoot
+        with pytest.raises(ValueError, match=r"iteration 2, timesteps \[600\] \(sample 0\)"):
+            deqkern.sample(model, torch.randn(2, *SHAPE), SCHEDULE, 10, solver=solver)
+    else:
+        found = deqkern.sample(model, torch.randn(2, *SHAPE), SCHEDULE, 10, solver=solver)
+        assert found.converged.all()
+        assert torch.equal((~found.residual_history.isnan()).sum(1).cumsum(0), found.nfe_history)
 
 
 @pytest.mark.parametrize("schedule", [SCHEDULE, NoiseSchedule.linear(clip_sample=True)], ids=["order 2", "clip"])

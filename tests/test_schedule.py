@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deqkern.schedule import NoiseSchedule, StepTable
+from deqkern.timesteps import even_in_log_snr
 
 SPACINGS = ("leading", "linspace", "trailing")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -189,6 +190,16 @@ def test_effective_output_is_a_velocity_where_nothing_is_clipped() -> None:
     torch.testing.assert_close(velocity, alpha * eps - sigma * x0, rtol=0, atol=1e-12)
 
 
+def test_effective_output_of_a_velocity_is_not_rounded_again_where_nothing_is_clipped() -> None:
+    """In short steps alpha_next x0 + sigma_next eps - a x cancels."""
+    table = NoiseSchedule.linear(clip_sample=True, prediction_type="v_prediction").steps(100)
+    x0, eps = 0.9 * (2 * torch.rand(100, 64) - 1), torch.randn(100, 64)
+    alpha, sigma = table.alpha.float()[:, None], table.sigma.float()[:, None]
+    velocity = alpha * eps - sigma * x0
+    found = table.effective_output(alpha * x0 + sigma * eps, velocity, torch.arange(100))
+    assert relative(found, velocity) < 1e-6
+
+
 def test_a_step_that_stays_still_clips() -> None:
     """Spacing that ends at timestep 0 with the final alpha alphas_cumprod[0]: x_next = x, but for clipping."""
     plain, clipping = (NoiseSchedule.linear(set_alpha_to_one=False, clip_sample=c).steps(10) for c in (False, True))
@@ -254,6 +265,24 @@ def test_flow_takes_custom_sigmas() -> None:
     scheduler = pytest.importorskip("diffusers").FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     scheduler.set_timesteps(sigmas=[1.0, 0.6, 0.3, 0.1], mu=1.15)
     _compare_flow(NoiseSchedule.from_diffusers(scheduler).steps(4), scheduler)
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "sigma_min", "message"),
+    [
+        ([1.5, 0.5, 0.2, 0.0], None, "scheduler.sigmas must descend within 1 .. 0"),
+        ([0.9, 0.5, 0.2, -0.1], None, "scheduler.sigmas must descend to no less than 0"),
+        ([0.5, 0.9, 0.2, 0.0], None, "scheduler.sigmas must descend to no less than 0"),
+        ([0.5, 0.3, 0.2, 0.0], 1.0, "sigma_min=1.0 is not below the noise"),
+        ([0.5, 0.3, 0.2, 0.1], 0.1, "sigma_min=0.1 lies below the end"),
+    ],
+)
+def test_flow_refuses_other_sigmas(sigmas: list[float], sigma_min: float | None, message: str) -> None:
+    scheduler = pytest.importorskip("diffusers").FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(3)
+    scheduler.sigmas = torch.tensor(sigmas)
+    with pytest.raises(ValueError, match=message):
+        NoiseSchedule.from_diffusers(scheduler).steps(3, sigma_min=sigma_min)
 
 
 def _compare_flow(table: StepTable, scheduler: Any) -> None:
@@ -355,8 +384,13 @@ def test_zero_terminal_snr_is_finite() -> None:
         schedule = NoiseSchedule.linear(
             rescale_betas_zero_snr=True, prediction_type=prediction, timestep_spacing="trailing"
         )
-        table = schedule.steps(10, eta=1.0)
-        assert table.alpha[0] == 0 and table.slope_0[0] == table.slope_1[0] and table.log_snr[0] == -32
+        table = schedule.steps(10, eta=1 + 1e-13)  # rounding
+        assert (
+            table.direction[0] == 0
+            and table.alpha[0] == 0
+            and table.slope_0[0] == table.slope_1[0]
+            and table.log_snr[0] == -32
+        )
         assert table.a[0].abs() < 1e-7  # at eta = 1 the first step forgets its state
 
 
@@ -455,6 +489,18 @@ def test_steps_even_in_log_snr_at_both_ends_of_a_schedule() -> None:
         replace(NoiseSchedule.from_diffusers(karras), timestep_spacing="log_snr")
     chain = make("linear", timestep_spacing="log_snr").steps(20, sigma_min=0.1)
     assert torch.equal(chain.timesteps, make("linear", timestep_spacing="trailing").steps(20, sigma_min=0.1).timesteps)
+
+
+EVEN = torch.linspace(15, -15, 7, dtype=torch.float64).sigmoid()
+
+
+@pytest.mark.parametrize(
+    ("abar", "chain"),
+    [([1.0, *EVEN], [7, 5, 2, 0]), ([*EVEN, 0.0], [7, 5, 2, 0]), ([1.0, 0.5], [1, 0]), ([0.5, 0.0], [1, 0])],
+)
+def test_an_infinite_log_snr_counts_as_one_step_more(abar: list[float], chain: list[int]) -> None:
+    found = even_in_log_snr(torch.tensor(abar, dtype=torch.float64), len(chain) - 1, len(abar) - 1, 0)
+    assert found == chain
 
 
 @pytest.mark.parametrize("count", [1, 7, 50])
@@ -590,6 +636,13 @@ def test_bad_alphas_cumprod(values: list[Any]) -> None:
         NoiseSchedule(torch.tensor(values))
 
 
+def test_a_schedule_keeps_its_own_alphas_cumprod() -> None:
+    given = torch.tensor([0.9, 0.5], dtype=torch.float64)
+    schedule = NoiseSchedule(given)
+    given.zero_()
+    assert schedule.alphas_cumprod is not None and schedule.alphas_cumprod.tolist() == [0.9, 0.5]
+
+
 def test_bad_constructors() -> None:
     with pytest.raises(TypeError, match="alphas_cumprod"):
         NoiseSchedule(None)
@@ -602,6 +655,11 @@ def test_bad_constructors() -> None:
     for make in (NoiseSchedule.linear, NoiseSchedule.scaled_linear):
         with pytest.raises(TypeError, match="beta_start must be a number"):
             make("0.1")
+    with pytest.raises(ValueError, match="rescale_betas_zero_snr"):
+        NoiseSchedule.from_betas([0.1, 0.0, 0.0], rescale_betas_zero_snr=True)
+    for ends in ((-0.1, 0.1), (0.1, -0.1)):
+        with pytest.raises(ValueError, match="beta_start and beta_end"):
+            NoiseSchedule.scaled_linear(*ends)
     with pytest.raises(ValueError, match="num_train_timesteps"):
         NoiseSchedule.cosine(0)
     for shift in (0.0, -1.0, math.nan):

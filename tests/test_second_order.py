@@ -249,3 +249,12 @@ def test_tables_of_second_order_run_one_way() -> None:
     for way in (table.reversed, table.transposed):
         with pytest.raises(ValueError, match="order must be 1"):
             way()
+
+
+def test_a_part_begins_with_a_step_of_first_order() -> None:
+    table, whole = (NoiseSchedule.linear().steps(10, order=2) for _ in range(2))
+    part = table.part(range(4, 8))
+    assert part.b[0] == whole.b[4] + whole.c[4] and part.c[0] == 0 and part.num_inference_steps == 4
+    for name in ("b", "c"):
+        assert torch.equal(getattr(part, name)[1:], getattr(whole, name)[5:8])
+        assert torch.equal(getattr(table, name), getattr(whole, name)), "the part shares no memory"

@@ -10,10 +10,12 @@ import problems
 import pytest
 import torch
 from asserts import relative_error
+from safetensors.torch import save_file
 
 import deqkern
 from deqkern import NoiseSchedule, SlopeProfile, slopes, solvers
 from deqkern.spectral import Basis
+from deqkern.trajectory import start
 
 SCHEDULE = NoiseSchedule.linear()
 SHAPE = (1, 8, 8)
@@ -73,13 +75,27 @@ def test_profile_round_trip_and_interpolation(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded.initial(same, basis), slopes.Gaussian(0.3).initial(same, basis))
 
 
+def test_a_profile_is_constant_outside_of_its_levels_and_saved_in_any_layout(tmp_path: Path) -> None:
+    whole = profile_of(0.3)
+    middle = SlopeProfile(whole.log_snr[10:20], whole.shrinkage[10:20].T.contiguous().T, SHAPE)
+    middle.save(tmp_path / "profile.safetensors")
+    found = SlopeProfile.load(tmp_path / "profile.safetensors").initial(SCHEDULE.steps(50), Basis.spectral(SHAPE))
+    torch.testing.assert_close(found[[0, -1]], middle.shrinkage[[0, -1]])
+
+
 def test_profile_refuses_other_files_and_other_shapes(tmp_path: Path) -> None:
-    (tmp_path / "other").write_bytes(b"not safetensors")
-    with pytest.raises(ValueError, match="is not a SlopeProfile"):
-        SlopeProfile.load(tmp_path / "other")
+    tensors = {"log_snr": torch.ones(1), "shrinkage": torch.ones(1, 1)}
+    (tmp_path / "0").write_bytes(b"not safetensors")
+    save_file(tensors, tmp_path / "1")
+    save_file(tensors, tmp_path / "2", {"format": "another", "shape": "1"})
+    for name in "012":
+        with pytest.raises(ValueError, match="is not a SlopeProfile"):
+            SlopeProfile.load(tmp_path / name)
     with pytest.raises(ValueError, match="profile was made for samples"):
         solver = solvers.default(profile=profile_of(0.3))
         deqkern.sample(problems.digits_density(SCHEDULE), torch.randn(1, 1, 4, 4), SCHEDULE, 10, solver=solver)
+    with pytest.raises(ValueError, match=r"in 8 bands, got samples \(1, 8, 8\) in 1$"):
+        profile_of(0.3).initial(SCHEDULE.steps(10), Basis.identity(SHAPE))
 
 
 def test_calibrate_finds_the_slopes_of_a_gaussian_and_saves_iterations() -> None:
@@ -143,6 +159,7 @@ def test_bad_solver_options_are_named(options: dict[str, Any]) -> None:
         (lambda: solvers.default(profile=3), "profile must be a SlopeProfile"),  # type: ignore[arg-type]
         (lambda: slopes.Secant(start=slopes.Secant()), "start must be None, Gaussian, Frozen or a SlopeProfile"),  # type: ignore[arg-type]
         (lambda: slopes.Secant(pull=-1.0), "pull must be finite"),
+        (lambda: slopes.Secant(pull=float("inf")), "pull must be finite"),
         (lambda: slopes.Gaussian(0.0), "variance must be finite and > 0"),
         (lambda: slopes.Frozen(float("nan")), "shrinkage must be finite"),
         (lambda: slopes.Secant(pull="1"), "pull must be a number"),  # type: ignore[arg-type]
@@ -159,6 +176,44 @@ def test_bad_slopes_and_presets(make: Callable[[], object], words: str) -> None:
 def test_an_unknown_solver_option_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="memory"):
         solvers.Solver(slopes.Frozen(), memory=3)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("start", "mean", "count"),
+    [(slopes.Gaussian(0.02), 0.0, 1), (slopes.Gaussian(0.02), 3.0, 2), (None, 0.0, 2), (None, 3.0, 3)],
+)
+@pytest.mark.parametrize("chain", ["eta 0", "eta 1", "order 2", "order 2, eta 1", "sample", "inversion"])
+def test_iterations_on_a_gaussian_of_one_variance(chain: str, start: Any, mean: float, count: int) -> None:
+    """Its slopes are the same in all bands, and constant. Where they are known one iteration solves the chain, and
+    without a mean the first guess already does. The first evaluation measures them where there is no mean, the second
+    always.
+    """
+    exact = problems.Gaussian(SCHEDULE, torch.full((64,), mean), torch.full((64,), 0.02))
+    assert SCHEDULE.alphas_cumprod is not None
+    abar = SCHEDULE.alphas_cumprod.float().view(-1, 1, 1, 1)
+
+    def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        eps = exact(x, t)
+        return (x - (1 - abar[t]).sqrt() * eps) / abar[t].sqrt() if chain == "sample" else eps
+
+    options: dict[str, Any] = {"solver": solvers.Solver(slopes.Secant(start, pull=0.0)), "rtol": 1e-3}
+    noise = torch.randn(2, *SHAPE)
+    if chain == "inversion":
+        found = deqkern.invert(model, mean + 0.1 * noise, SCHEDULE, 50, **options)
+    else:
+        schedule = NoiseSchedule.linear(prediction_type="sample" if chain == "sample" else "epsilon")
+        options |= {"eta": float("eta 1" in chain), "order": 2 if "order 2" in chain else 1}
+        found = deqkern.sample(model, noise, schedule, 50, **options)
+    assert found.iterations == count and (found.error_estimate <= 1e-4).all()
+
+
+@pytest.mark.parametrize(
+    ("basis", "shape", "bands"), [("spectral", (1, 8, 8), 8), ("identity", (1, 8, 8), 1), ("spectral", (8, 8), 1)]
+)
+def test_bands_of_a_solve(basis: str, shape: tuple[int, ...], bands: int) -> None:
+    solver = solvers.Solver(slopes.Secant(), basis=basis)
+    started = start(problems.digits_density(SCHEDULE), torch.randn(2, *shape), SCHEDULE.steps(5), solver)
+    assert len(started.basis.bands) == bands + 1
 
 
 @pytest.mark.parametrize("window", [1, 3, 10, 50])
@@ -200,6 +255,7 @@ ONE = torch.ones(1, dtype=torch.float64)
         (ONE[:0], ONE[:0, None], ValueError, "must have shapes"),
         (torch.tensor([1.0, 0.0], dtype=torch.float64), ONE.expand(2, 1), ValueError, "log_snr must be finite and inc"),
         (torch.inf * ONE, ONE[:, None], ValueError, "log_snr must be finite and increase"),
+        (ONE.expand(2), ONE.expand(2, 1), ValueError, "log_snr must be finite and increase"),
         (ONE, 2 * ONE[:, None], ValueError, "shrinkage must lie in"),
         (ONE, torch.nan * ONE[:, None], ValueError, "shrinkage must lie in"),
     ],

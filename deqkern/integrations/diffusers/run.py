@@ -244,7 +244,7 @@ class ParallelRun:
         output = self._unpacked(output[: len(rows)])  # DiT gives the guided output twice
         if trajectory.table.converts:
             output = trajectory.table.effective_output(trajectory.images(rows), output, rows // self._batch)
-        trajectory.basis.forward(output.to(outputs.dtype).contiguous(), outputs.flatten(0, 1), rows)
+        trajectory.basis.forward(output, outputs.flatten(0, 1), rows)
         solve.iteration.update(solve.count)
         solve.settle()
         self._preview = self._packed(solve.value(dtype))
