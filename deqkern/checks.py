@@ -136,8 +136,8 @@ def check_cuda_graph(cuda_graph: bool, model: Model, noise: Tensor, solver: Solv
         raise ValueError(f"cuda_graph=True needs noise on a CUDA device, got {noise.device}")
     if cuda_graph and is_replicated(model):
         raise ValueError("cuda_graph=True needs a model on one device: a graph cannot span several")
-    if cuda_graph and solver.window is not None:
-        raise ValueError("cuda_graph=True needs a solver without a window: the rows of a graph do not move")
+    if cuda_graph and is_int(solver.window):
+        raise ValueError("cuda_graph=True needs a solver without a window of so many steps: a graph evaluates all")
 
 
 def check_auto(max_iterations: int | None, cuda_graph: bool, steps: int) -> None:

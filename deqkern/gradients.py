@@ -245,7 +245,7 @@ class Pullback:
                 return self._walk(sums, cotangent, with_noise, adjoint_walk(self.network.table, self.gradient.order))
 
     def _implicit(self, gradient: Implicit, sums: _Sums, cotangent: Tensor, with_noise: bool) -> Pulled:
-        solver = gradient.solver or default()
+        solver = gradient.solver or default(window=None)
         table = self.network.table.transposed()
         trajectory = start(_Transposed(sums), cotangent, table, solver, max_batch=self.max_batch, noisy=False)
         trajectory.scale.fill_(torch.inf)  # a gradient may grow along the chain

@@ -63,7 +63,8 @@ def invert(
         "optimize", or an `Optimize`, looks for the noise whose sample has the smallest loss, by default the squared
         distance to `sample`; the result holds the best noise, its `history` the losses (evaluations, B), its `nfe`
         counts vector-Jacobian products too. It works for schedules that clip as well.
-    solver: of the joint solve, and of those in the search; `deqkern.solvers.default()` if None.
+    solver: of the joint solve, and of those in the search; `deqkern.solvers.default(window=None)` if None. With a
+        window, fewer evaluations in more calls.
     rtol: relative 2-norm of the error that is left in each state, as estimated; if None 1e-4, in the search 1e-2.
     max_iterations: at most so many, of all steps together; 40 (joint) or 20 per step (stepwise) if None. Of the
         search, steps of the optimizer, 100 if None.
@@ -95,7 +96,7 @@ def invert(
         raise ValueError(f"cuda_graph=True is for method='joint', got method={method!r}")
     if not isinstance(round_trip, bool):
         raise TypeError(f"round_trip must be a bool, got {type(round_trip).__name__}")
-    solver = default() if solver is None else solver
+    solver = default(window=None) if solver is None else solver
     check_arguments(model, "sample", sample, schedule, solver, rtol, max_iterations, model_kwargs, max_batch, callback)
     check_cuda_graph(cuda_graph, model, sample, solver)
     if pulled is not None or round_trip or isinstance(method, Optimize):

@@ -20,15 +20,15 @@ from .solvers import Solver, default, sequential
 
 # Iterations of the default solver at rtol 1e-2, and evaluations per sample and step: the upper end of the medians of
 # docs/convergence.md, and two iterations more at eta 0, since the slowest sample decides. Any eta > 0 counts as 1.
-ITERATIONS, EVALUATIONS = 9, 5.0
-ITERATIONS_WITH_NOISE, EVALUATIONS_WITH_NOISE = 12, 6.5
+ITERATIONS, EVALUATIONS = 9, 4.3
+ITERATIONS_WITH_NOISE, EVALUATIONS_WITH_NOISE = 12, 5.3
 # A chain of order 2 takes so many iterations more, each with as many evaluations (docs/convergence.md).
 ITERATIONS_OF_ORDER_2 = 1
 # Each decade of rtol below takes so many iterations more, and evaluations per sample and step (docs/convergence.md).
 ITERATIONS_PER_DECADE, EVALUATIONS_PER_DECADE = 1.5, 0.8
 USUAL_RTOL, LEAST_RTOL = 1e-2, 1e-7
-# Windows of S / n steps: how many times the iterations and the evaluations of all steps at once (docs/convergence.md).
-WINDOWS = {2: (1.25, 0.8), 4: (1.9, 0.65), 8: (3.0, 0.55)}
+# Windows of S / n steps: how many times the iterations and the evaluations of the default one (docs/convergence.md).
+WINDOWS = {2: (1.05, 0.82), 4: (1.4, 0.63), 8: (2.15, 0.52)}
 # A smaller gain is none: timing scatters by as much, and the solver's own work is not counted.
 LEAST_GAIN = 1.1
 # The device is full where twice the rows take this many times as long, twice in a row; more rows are not measured.
@@ -39,9 +39,9 @@ REPEATS = 3
 
 @dataclass(frozen=True)
 class Way:
-    """One way to solve the chain in parallel, and its predicted time. window, max_batch: None for all."""
+    """One way to solve the chain in parallel, and its predicted time. max_batch: None for all."""
 
-    window: int | None
+    window: int  # steps
     max_batch: int | None
     iterations: int
     evaluations: float  # per sample
@@ -57,7 +57,7 @@ class Plan:
     speedup: their ratio. pays: whether it is at least 1.1.
     solver, max_batch: what to pass to `sample`.
     message: a paragraph for people.
-    ways: all steps at once, then windows, each with the `max_batch` that suits it.
+    ways: the default solver, then narrower windows, each with the `max_batch` that suits it.
     out_of_memory: the rows with which the model ran out of memory, or None.
     """
 
@@ -88,17 +88,17 @@ def plan(
     max_batch: int | None = None,
     repeats: int = REPEATS,
 ) -> Plan:
-    """Measure the model with B, 2 B, 4 B, .. S * B rows, and predict whether parallel sampling beats sequential.
+    """Measure the model with B, 2 B, 4 B, .. rows, and predict whether parallel sampling beats sequential.
 
-    It stops at `max_batch`, out of memory, or where the device is full: from there on, calls are cut. Between two sizes
-    time is taken to be linear. What the solver does beside the model is not counted (docs/performance.md); it matters
-    for a model whose call takes less than some milliseconds.
+    It stops at the window of the default solver, `max_batch`, out of memory, or where the device is full: from there
+    on, calls are cut. Between two sizes time is taken to be linear. What the solver does beside the model is not
+    counted (docs/performance.md); it matters for a model whose call takes less than some milliseconds.
 
     example: (B, *shape), the noise one would sample, on its device. Other arguments as in `sample`.
-    iterations, evaluations: what a solve with all steps at once needs, such as `solution.iterations` and
+    iterations, evaluations: what a solve with the default solver needs, such as `solution.iterations` and
         `float(solution.nfe.double().mean())` of one of yours. By default what the shipped models needed at rtol 1e-2:
-        9 iterations and 5 S evaluations per sample, 12 and 6.5 S with eta > 0; for a smaller `rtol` 1.5 and 0.8 S more
-        per decade; with order = 2 one iteration more.
+        9 iterations and 4.3 S evaluations per sample, 12 and 5.3 S with eta > 0; for a smaller `rtol` 1.5 and 0.8 S
+        more per decade; with order = 2 one iteration more.
     repeats: calls per size, of which the fastest counts: whatever else runs here only adds time. Another one before
         them warms up. The smallest size is measured once more at the end, for as long as the largest.
 
@@ -132,7 +132,8 @@ def planned(
     count, evals = _effort(steps, eta, iterations, evaluations, rtol, network.table.order)
     devices = [example.device] if example.is_cuda else []
     with torch.no_grad(), torch.random.fork_rng(devices):
-        latencies, out_of_memory = _measure(network, example, min(max_batch or steps * batch, steps * batch), repeats)
+        most_rows = default().width(steps) * batch
+        latencies, out_of_memory = _measure(network, example, min(max_batch or most_rows, most_rows), repeats)
         # The sequential chain takes the smallest S times: once more, for as long as the largest was measured.
         fewest, most = min(latencies), max(latencies)
         longer = min(latencies[most] / max(latencies[fewest], 1e-9), steps)
@@ -150,7 +151,7 @@ def planned(
         parallel_seconds=best.seconds,
         speedup=speedup,
         pays=pays,
-        solver=default(window=best.window) if pays else sequential(),
+        solver=(default() if best is ways[0] else default(window=best.window)) if pays else sequential(),
         max_batch=best.max_batch if pays else max_batch,
         message=_message(latencies, steps, batch, one_by_one, best, pays, counts, out_of_memory),
         ways=tuple(ways),
@@ -166,7 +167,7 @@ def _effort(
     rtol: float = USUAL_RTOL,
     order: int = 1,
 ) -> tuple[int, float]:
-    """Iterations, and evaluations per sample, of all steps at once."""
+    """Iterations, and evaluations per sample, of the default solver."""
     usual = (ITERATIONS, EVALUATIONS) if eta == 0 else (ITERATIONS_WITH_NOISE, EVALUATIONS_WITH_NOISE)
     decades = max(math.log10(USUAL_RTOL / max(rtol, LEAST_RTOL)), 0.0)
     usual = (round(usual[0] + ITERATIONS_PER_DECADE * decades), usual[1] + EVALUATIONS_PER_DECADE * decades)
@@ -261,11 +262,11 @@ def _ways(
     evaluations: float,
     max_batch: int | None,
 ) -> list[Way]:
-    """All steps at once first, then narrower windows."""
-    found = []
+    """The default solver first, then narrower windows."""
+    widest, found = default().width(steps), list[Way]()
     for parts, (more_iterations, fewer_evaluations) in {1: (1.0, 1.0), **WINDOWS}.items():
-        window = math.ceil(steps / parts)
-        if parts > 1 and not 2 <= window < steps:
+        window = min(math.ceil(steps / parts), widest)
+        if parts > 1 and not 2 <= window < widest:
             continue
         count = min(round(iterations * more_iterations), steps)
         evals = min(max(evaluations * fewer_evaluations, steps), window * count)
@@ -275,7 +276,7 @@ def _ways(
         for size in sizes[max(enough - 1, 0) :]:  # the smallest that holds all rows, then those that cut them
             seconds = sum(_seconds(latencies, rows, size) for rows in _rows(window, batch, count, evals))
             limit = max_batch if size >= window * batch else size
-            ways.append(Way(window if parts > 1 else None, limit, count, evals, seconds))
+            ways.append(Way(window, limit, count, evals, seconds))
         found.append(_fastest(ways))
     return found
 
@@ -308,12 +309,12 @@ def _message(
     out_of_memory: int | None,
 ) -> str:
     fewest, most = min(latencies), max(latencies)
-    width = "all steps at once" if best.window is None else f"a window of {best.window} steps"
     cut = "" if best.max_batch is None else f", max_batch {best.max_batch}"
     parts = [
         f"{'Yes' if pays else 'No'}: parallel sampling {'pays' if pays else 'does not pay'} here.",
         f"{steps} sequential steps of {_count(batch, 'sample')} take {one_by_one:.3g} s;"
-        f" {width}{cut}: {best.seconds:.3g} s, {one_by_one / best.seconds:.2f} times as fast,"
+        f" a window of {_count(best.window, 'step')}{cut}: {best.seconds:.3g} s,"
+        f" {one_by_one / best.seconds:.2f} times as fast,"
         f" with {best.iterations} iterations and {best.evaluations:.0f} evaluations per sample (as {counts}).",
     ]
     if not pays and best.seconds < one_by_one:

@@ -82,7 +82,9 @@ def sample(
     `ConvergenceWarning`.
     """
     auto = isinstance(solver, str) and solver == "auto"
-    chosen: Any = default() if solver is None or auto else solver
+    chosen: Any = solver
+    if solver is None or auto:  # where a guess tells something of all states, none of them waits
+        chosen = default() if guess is None else default(window=None)
     check_arguments(model, "noise", noise, schedule, chosen, rtol, max_iterations, model_kwargs, max_batch, callback)
     check_cuda_graph(cuda_graph, model, noise, chosen)
     method = gradients.named(gradient)

@@ -111,7 +111,7 @@ class _Iteration:
 
     def __init__(self, trajectory: Trajectory, solver: Solver, rtol: float) -> None:
         table, device, steps = trajectory.table, trajectory.x.device, trajectory.steps
-        self.size = min(solver.window or steps, steps)
+        self.size = solver.width(steps)
         self.trajectory, self.solver, self.work = trajectory, solver, _Workspace(trajectory, solver, self.size)
         self.rtol, self.tolerance = rtol, trajectory.settled(rtol)
         x, self.implicit = trajectory.x, table.implicit
@@ -328,12 +328,15 @@ class Solve:
 
     def select(self) -> None:
         """Choose the rows that the next iteration evaluates."""
-        rows = open_rows(self.window, self.trajectory.steps)
+        steps = self.trajectory.steps
         if self.captured is None:
+            self.trajectory.select(open_rows(self.window, steps))
+            return
+        # a graph goes on evaluating the rows it was captured with, those that the window comes to among them
+        rows = open_rows(torch.stack([self.window[:, 0], torch.full_like(self.window[:, 0], steps)], 1), steps)
+        if 2 * len(rows) <= self.trajectory.selected or not self.count:
             self.trajectory.select(rows)
-        elif 2 * len(rows) <= self.trajectory.selected or not self.count:
-            self.trajectory.select(rows)
-            self.captured.renew()  # a graph goes on evaluating the rows it was captured with
+            self.captured.renew()
 
     def settle(self) -> None:
         """Wait for what the iteration reached, and take note of it."""

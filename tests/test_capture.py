@@ -138,8 +138,9 @@ def test_samples_that_fall_back_take_new_graphs(fake_cuda: None) -> None:
             return torch.sin(x) * torch.where(second, wild[1], wild[0]).view(-1, 1, 1, 1)
 
         noise = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-        given = {"second": torch.tensor([False, True])}
-        return sampling.sample(model, noise, SCHEDULE, 30, rtol=0.0, model_kwargs=given, cuda_graph=cuda_graph)
+        given = {"model_kwargs": {"second": torch.tensor([False, True])}, "cuda_graph": cuda_graph}
+        given["solver"] = solvers.default(window=None)
+        return sampling.sample(model, noise, SCHEDULE, 30, rtol=0.0, **given)
 
     plain, graph = both_ways(False), both_ways(True)
     assert "2 diverged" in plain.message and "2 diverged" in graph.message
@@ -198,7 +199,7 @@ def test_a_model_that_waits_cannot_be_captured() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_window_moves_the_rows() -> None:
-    with pytest.raises(ValueError, match="without a window"):
+    with pytest.raises(ValueError, match="without a window of so many steps"):
         deqkern.sample(
             lambda x, t: x,
             torch.randn(1, *SHAPE, device="cuda"),

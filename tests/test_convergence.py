@@ -18,10 +18,10 @@ pytest.importorskip("diffusers")
 SEEDS = 4
 # model, S, eta: median iterations to a true relative error of 1e-2 and 1e-3, as measured with these seeds
 MEASURED = [
-    ("digits", 50, 0.0, 7, 8.5),
+    ("digits", 50, 0.0, 6.5, 8.5),
     ("digits", 50, 1.0, 9, 11),
-    ("photos", 50, 0.0, 6.5, 8.5),
-    ("photos", 50, 1.0, 8.5, 10.5),
+    ("photos", 50, 0.0, 6.5, 8),
+    ("photos", 50, 1.0, 9, 10.5),
 ]
 
 
@@ -47,17 +47,15 @@ def test_the_default_keeps_its_counts(name: str, steps: int, eta: float, coarse:
 
     reference = run(solvers.sequential(), 0.0).value
     track: list[torch.Tensor] = []
-    exact = run(
-        solvers.default(), 0.0, lambda iteration, estimate, left: track.append(relative_error(estimate, reference))
+    finer = run(
+        solvers.default(), 3e-4, lambda iteration, estimate, left: track.append(relative_error(estimate, reference))
     )
-    assert relative_error(exact.value, reference).max() <= 1e-5
-    for rtol, bar in ((1e-2, coarse), (1e-3, fine)):
+    for rtol, bar, solution in ((1e-2, coarse, run(solvers.default(), 1e-2)), (1e-3, fine, finer)):
         below = torch.stack(track) <= rtol  # (iterations, B)
         median = statistics.median(int(hit.int().argmax()) + 1 for hit in below.T)
-        solution = run(solvers.default(), rtol)
         figures = f"{median:g} iterations to {rtol:g} (measured {bar:g}); stop: {solution.iterations} iterations, "
         largest = float(relative_error(solution.value, reference).max())
         figures += f"nfe {solution.nfe.tolist()}, largest error {largest:.1e}"
         print(f"\n{name} S={steps} eta={eta:g}: {figures}")
         assert median <= bar + 1  # a borderline sample may go either way on another machine
-        assert solution.converged.all() and largest <= 3 * rtol
+        assert solution.converged.all() and largest <= rtol * (3 if solution is not finer else 1)

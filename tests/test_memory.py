@@ -18,8 +18,8 @@ from deqkern import NoiseSchedule, solvers
 from deqkern.solvers import Solver
 
 SCHEDULE = NoiseSchedule.linear()
-STEPS, BATCH, SHAPE = 12, 2, (3, 48, 48)
-STATE = 4 * BATCH * 3 * 48 * 48  # bytes of B D floats
+STEPS, BATCH, SHAPE = 12, 3, (3, 48, 48)
+STATE = 4 * BATCH * 3 * 48 * 48  # bytes of B D floats, three samples
 ITERATIONS = 6
 SOLVERS = (solvers.default(), solvers.parataa(), solvers.deq_ddim(), solvers.picard())
 
@@ -97,7 +97,7 @@ def test_peak_is_2m_plus_6_times_all_states(solver: Solver, eta: float) -> None:
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: solver.name)
 def test_iterations_allocate_no_states(solver: Solver, eta: float, dtype: torch.dtype) -> None:
-    """From the second model call to the last one, nothing as large as half of one state."""
+    """From the second model call to the last one, nothing as large as half of one state, which has three samples."""
     found = record(solver, eta, dtype)
     assert found.calls >= 4
     large = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def test_calibrate_finds_the_slopes_of_a_gaussian_and_saves_iterations() -> None
     noise = torch.randn(2, *SHAPE, generator=generator)
     plain = solvers.Solver(slopes.Secant(start=slopes.Gaussian()))
     before = deqkern.sample(model, noise, SCHEDULE, 50, solver=plain, rtol=1e-4)
-    after = deqkern.sample(model, noise, SCHEDULE, 50, solver=solvers.default(profile=profile), rtol=1e-4)
+    after = deqkern.sample(model, noise, SCHEDULE, 50, solver=solvers.default(profile, window=None), rtol=1e-4)
     assert after.iterations < before.iterations
     assert relative_error(after.value, problems.chain(model, noise, SCHEDULE, 50)).max() <= 3e-4
 
@@ -135,6 +136,9 @@ BAD: list[dict[str, Any]] = [
     {"beta": 1.5},
     {"window": 0},
     {"window": True},
+    {"window": 1.0},
+    {"window": 0.0},
+    {"window": math.nan},
     {"history_size": True},
     {"ridge": "small"},
     {"beta": None},
@@ -165,7 +169,7 @@ def test_bad_solver_options_are_named(options: dict[str, Any]) -> None:
         (lambda: slopes.Secant(pull="1"), "pull must be a number"),  # type: ignore[arg-type]
         (lambda: slopes.Gaussian(None), "variance must be a number"),  # type: ignore[arg-type]
         (lambda: slopes.Frozen(True), "shrinkage must be a number"),
-        (lambda: solvers.picard(window=True), "window must be None or an int"),
+        (lambda: solvers.picard(window=True), "window must be None, an int >= 1, or a float"),
     ],
 )
 def test_bad_slopes_and_presets(make: Callable[[], object], words: str) -> None:

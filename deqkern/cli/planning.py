@@ -73,7 +73,7 @@ def plan(
     table = new_table(title, ("window",), ("max_batch", "iterations", "nfe", "seconds"))
     table.add_row("sequential", str(max_batch or "all"), str(steps), str(steps), f"{found.sequential_seconds:.3g}")
     for way in found.ways:
-        names = (str(way.window or "all"), str(way.max_batch or "all"))
+        names = (str(way.window), str(way.max_batch or "all"))
         table.add_row(*names, str(way.iterations), f"{way.evaluations:.0f}", f"{way.seconds:.3g}")
     Console().print(table)
     typer.echo(found.message)
