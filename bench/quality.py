@@ -226,7 +226,9 @@ def measure(
             counts = {*(budgets or BUDGETS), *(joint_steps or JOINT.get((sampler, spacing), ()))}
             points += [sequential(problem, sampler, spacing, steps) for steps in sorted(counts)]
     print("", sequential_table(points), "", sep="\n", flush=True)
-    presets = [solvers.default()] + [solvers.default(profile=loaded.profile)] * (profile and loaded.profile is not None)
+    presets = [solvers.default(window=None)]
+    if profile and loaded.profile is not None:
+        presets.append(solvers.default(loaded.profile, window=None))
     for (sampler, spacing), counts in JOINT.items():
         for steps in joint_steps or counts:
             for solver in presets:

@@ -200,7 +200,7 @@ def sample(
     spacing: Annotated[Spacing | None, typer.Option(help="Where the steps lie (default: as the model says).")] = None,
     seed: SeedOption = 0,
     rtol: RtolOption = 1e-2,
-    window: Annotated[int | None, typer.Option(help="Evaluate so many steps at once (default: all).")] = None,
+    window: Annotated[int | None, typer.Option(help="Evaluate so many steps at once (default: the solver's).")] = None,
     max_iterations: Annotated[int | None, typer.Option(help="Stop after so many (default: the steps).")] = None,
     max_batch: MaxBatchOption = None,
     noise: Annotated[
