@@ -79,8 +79,8 @@ class Solver:
 def default(profile: SlopeProfile | None = None, window: int | float | None = WINDOW) -> Solver:
     """Secant slopes on 8 frequency bands per channel, no mixing; started from a model's `profile` if there is one.
 
-    A smaller `window` takes fewer evaluations and more iterations. That of three quarters of the steps takes no more
-    iterations than all of them at once (docs/convergence.md).
+    A smaller `window` takes fewer evaluations and more iterations; that of three quarters of the steps about as many
+    as all of them at once (docs/convergence.md).
     """
     if profile is None:
         return Solver(slope=Secant(), window=window, name="default")
