@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -66,8 +67,8 @@ def invert(
     solver: of the joint solve, and of those in the search; `deqkern.solvers.default(window=None)` if None. With a
         window, fewer evaluations in more calls.
     rtol: relative 2-norm of the error that is left in each state, as estimated; if None 1e-4, in the search 1e-2.
-    max_iterations: at most so many, of all steps together; 40 (joint) or 20 per step (stepwise) if None. Of the
-        search, steps of the optimizer, 100 if None.
+    max_iterations: at most so many, of all steps together; if None 40 (joint; with a window, for each that the steps
+        fill) or 20 per step (stepwise). Of the search, steps of the optimizer, 100 if None.
     sigma_min: the chain ends at this noise-to-signal ratio, where the sample is taken to be, instead of the schedule's
         own end: the last steps to sigma = 0 lose what inversion would need. None keeps the schedule's end.
     gradient: None, "implicit", "phantom", "residual", or an `Implicit` or `Phantom` of `deqkern.gradients`: makes
@@ -184,7 +185,7 @@ def _undo(
         )
     if method == "stepwise":
         return run(every, table, stepwise(), max_iterations or STEP_LIMIT * steps, rtol=rtol, callback=callback)
-    limit = max_iterations or JOINT_LIMIT
+    limit = max_iterations or JOINT_LIMIT * math.ceil(steps / solver.width(steps))
     found = run(every, table, solver, limit, rtol=rtol, callback=callback, cuda_graph=cuda_graph)
     left = (~found.converged).nonzero().flatten()
     if len(left) and max_iterations is None:
