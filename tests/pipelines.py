@@ -17,6 +17,7 @@ diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers", reason="the pipelines need it")
 
 STEPS, TOKENS, WIDTH = 12, 5, 16
+AT_ONCE = deqkern.solvers.default().width(STEPS)  # steps in the first call
 
 
 def sharpened(network: torch.nn.Module) -> torch.nn.Module:

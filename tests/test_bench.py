@@ -114,7 +114,7 @@ def test_six_joint_iterations_come_nearer_than_twenty_steps(quality: ModuleType)
     noise = torch.randn(8, *loaded.shape, generator=torch.Generator().manual_seed(1000))[:3]
     exact = quality.chain(loaded, noise, "DPM-Solver++ 2M", "even in log-SNR", 100)
     problem = quality.Problem(loaded, noise, exact=exact, ddim=exact)
-    solver = solvers.default(profile=loaded.profile)
+    solver = solvers.default(loaded.profile, window=None)
     joint = quality.joint(problem, "DPM-Solver++ 2M", "even in t", 50, solver)[5]
     stepped = [quality.sequential(problem, sampler, "even in t", 20) for sampler in quality.SAMPLERS]
     assert (joint.calls, joint.steps) == (6, 50)

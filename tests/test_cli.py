@@ -135,9 +135,10 @@ def test_json_is_strict_and_alone_on_stdout(model: Path, tmp_path: Path) -> None
         "spacing": "leading",
         "seed": 5,
         "rtol": 0.01,
+        "window": None,
         "out": str(tmp_path / "grid.png"),
     }
-    assert (only["iterations"], only["nfe"], only["true_error"]) == (1, [10] * 3, None)
+    assert (only["iterations"], only["nfe"], only["true_error"]) == (1, [8] * 3, None)
     assert 0 < only["residual"]["max"] == max(only["residual"]["per_sample"])
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from asserts import relative_error
 from pipelines import (
+    AT_ONCE,
     STEPS,
     TOKENS,
     WIDTH,
@@ -294,7 +295,7 @@ def test_max_batch_bounds_every_call(max_batch: int) -> None:
         actual = result(pipe, call)
     handle.remove()
     assert run.solution is not None
-    assert max(rows) == min(max_batch, 4 * STEPS) and sum(rows) == 2 * int(run.solution.nfe.sum())
+    assert max(rows) == min(max_batch, 4 * AT_ONCE) and sum(rows) == 2 * int(run.solution.nfe.sum())
     assert float(relative_error(actual, expected).max()) <= 2e-3
 
 
@@ -310,7 +311,7 @@ def test_several_devices_share_every_call(name: str, max_batch: int | None) -> N
     handle.remove()
     assert float(relative_error(actual, expected).max()) <= 1e-5
     assert run.solution is not None
-    assert max(rows) == math.ceil((max_batch or 4 * STEPS) / 3) and sum(rows) == 2 * int(run.solution.nfe.sum())
+    assert max(rows) == math.ceil((max_batch or 4 * AT_ONCE) / 3) and sum(rows) == 2 * int(run.solution.nfe.sum())
     assert torch.equal(result(pipe, call), expected)
 
 

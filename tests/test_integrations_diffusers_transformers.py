@@ -14,6 +14,7 @@ import pytest
 import torch
 from asserts import relative_error
 from pipelines import (
+    AT_ONCE,
     STEPS,
     TOKENS,
     WIDTH,
@@ -391,7 +392,7 @@ def test_several_devices_share_every_call(name: str, max_batch: int | None) -> N
     assert float(relative_error(actual, expected).max()) <= 1e-5
     doubled = 2 if name == "hunyuan_dit" else 1
     assert run.solution is not None and sum(rows) == 2 * int(run.solution.nfe.sum())
-    assert max(rows) == -(-(max_batch or 2 * doubled * STEPS) // 3)
+    assert max(rows) == -(-(max_batch or 2 * doubled * AT_ONCE) // 3)
 
 
 def test_flow_matching_with_its_own_sigmas() -> None:
