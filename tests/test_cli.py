@@ -142,6 +142,11 @@ def test_json_is_strict_and_alone_on_stdout(model: Path, tmp_path: Path) -> None
     assert 0 < only["residual"]["max"] == max(only["residual"]["per_sample"])
 
 
+def test_a_window_bounds_the_steps_of_a_call(model: Path, tmp_path: Path) -> None:
+    (only,) = (report := sample_json(model, tmp_path, "--window", 3, "--max-iterations", 2))["runs"]
+    assert (report["window"], only["nfe"]) == (3, [6] * 3)
+
+
 def test_the_summary_holds_the_residuals(model: Path) -> None:
     run = Chains(models.load(model), 10, 3, 0.0, 0).run(Preset.default, None, rtol=1e-4)
     assert run.summary()["residual"]["per_sample"] == run.solution.residual.tolist()
@@ -174,6 +179,9 @@ def test_the_seed_chooses_the_noise(model: Path, tmp_path: Path) -> None:
         (["--rtol", "-1"], "--rtol", "got -1"),
         (["--rtol", "nan"], "--rtol", "got nan"),
         (["--max-iterations", "0"], "--max-iterations", "got 0"),
+        (["--window", "0"], "--window", "got 0"),
+        (["--window", "5", "--solver", "parataa"], "--window", "history_size = 0"),
+        (["--window", "5", "--solver", "auto"], "--window", "has its own"),
         (["--max-batch", "0"], "--max-batch", "got 0"),
         (["--max-batch", "many"], "--max-batch", "Invalid value"),
         (["--out", "grid.txt"], "--out", "must end in one of .png"),

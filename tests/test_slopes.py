@@ -229,6 +229,15 @@ def test_windows_reach_the_same_answer_with_no_more_rows_than_asked(window: int)
     assert relative_error(solution.value, problems.chain(model, noise, SCHEDULE, 30)).max() <= 3e-4
 
 
+def test_a_window_is_a_number_of_steps_or_a_share_of_them() -> None:
+    widths = [(solvers.default(window=window).width(50), window) for window in (None, 7, 80, 0.75, 0.001)]
+    assert widths == [(50, None), (7, 7), (50, 80), (38, 0.75), (1, 0.001)]
+    assert [solvers.default().width(steps) for steps in (1, 2, 3, 4)] == [1, 2, 3, 3]
+    model = problems.mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(3))
+    deqkern.sample(model, torch.randn(2, *SHAPE), SCHEDULE, 30, solver=solvers.default(window=0.2))
+    assert max(model.calls) == model.calls[0] == 2 * 6
+
+
 @pytest.mark.parametrize("scope", ["row", "causal", "joint"])
 @pytest.mark.parametrize("history_size", [1, 2, 16])
 def test_mixing_of_every_scope_and_size_is_exact_when_asked(scope: str, history_size: int) -> None:
