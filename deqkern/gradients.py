@@ -35,8 +35,8 @@ class Implicit:
 
     The implicit function theorem at the solution (arXiv 1909.01377). One more batched VJP gives the
     gradients of `model_kwargs` and parameters.
-    solver: `deqkern.solvers.default()` if None. rtol: relative error of the gradient of the first state; that of the
-        solve if None. max_iterations: S if None, at least 40 for an inversion.
+    solver: `deqkern.solvers.default(window=None)` if None. rtol: relative error of the gradient of the first state;
+        that of the solve if None. max_iterations: S if None, at least 40 for an inversion.
     callback: called with the `Solution` of the transposed chain.
     """
 
