@@ -232,7 +232,7 @@ def measure_iterations(clock: Clock, size: Size) -> Iterator[Row]:
             work.after(k, work.before())
         plain[work.name] = clock.wall(lambda w=work: w.after(HISTORY, w.before()), 50)
     yield from ({"solver": name, "us": 1e6 * spent} for name, spent in plain.items())
-    for solver in (solvers.default(), solvers.parataa(), solvers.deq_ddim()):
+    for solver in (solvers.default(window=None), solvers.parataa(), solvers.deq_ddim()):
         table = SCHEDULE.steps(size.steps)
         system = trajectory.start(network.Network(lambda x, t: x, table, {}, noise), noise, table, solver)
         iteration = _Iteration(system, solver, 0.0)
