@@ -16,7 +16,7 @@ from deqkern.solvers import Solver
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(HAS_CUDA, reason="the kernels run on the GPU: tests/test_gpu.py")
 
-SCHEDULE, STEPS = NoiseSchedule.linear(), 6
+SCHEDULE, STEPS = NoiseSchedule.linear(), 5
 
 
 def solved(triton: bool, shape: tuple[int, ...] = (1, 3, 4), **options: Any) -> deqkern.Solution:
@@ -41,7 +41,7 @@ def assert_same(found: deqkern.Solution, expected: deqkern.Solution) -> None:
         (solvers.default(), {"shape": (3, 2, 2), "order": 2, "eta": 1.0}),
         (solvers.default(), {"shape": (5,), "eta": 1.0}),
         (solvers.parataa(), {}),
-        (solvers.deq_ddim(), {"order": 2}),
+        (solvers.deq_ddim(), {}),
         (solvers.picard(window=3), {}),
     ],
     ids=lambda value: value.name if isinstance(value, Solver) else " ".join(map(str, value)),
