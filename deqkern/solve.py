@@ -328,13 +328,13 @@ class Solve:
 
     def select(self) -> None:
         """Choose the rows that the next iteration evaluates."""
-        steps = self.trajectory.steps
+        steps, window = self.trajectory.steps, self.window.clone()
+        if self.captured is not None:  # a graph goes on evaluating the rows it was captured with, new steps among them
+            window[:, 1] = steps
+        rows = open_rows(window, steps)
         if self.captured is None:
-            self.trajectory.select(open_rows(self.window, steps))
-            return
-        # a graph goes on evaluating the rows it was captured with, those that the window comes to among them
-        rows = open_rows(torch.stack([self.window[:, 0], torch.full_like(self.window[:, 0], steps)], 1), steps)
-        if 2 * len(rows) <= self.trajectory.selected or not self.count:
+            self.trajectory.select(rows)
+        elif 2 * len(rows) <= self.trajectory.selected or not self.count:
             self.trajectory.select(rows)
             self.captured.renew()
 

@@ -89,7 +89,7 @@ class StepTable:
         sigma = sigma.clamp_min(_SMALLEST_SIGMA)
         u, w = _output_mix(prediction_type, alpha, sigma)
         clips = clip_sample_range is not None or thresholding is not None
-        chain = "sample" if order == 2 else "v_prediction" if clips else prediction_type
+        chain = _stand_in(order, clips) or prediction_type
         chain_u, chain_w = _output_mix(chain, alpha, sigma)
         direction = (sigma_next**2 - n**2).clamp_min(0).sqrt()
         det = alpha * chain_w - sigma * chain_u
@@ -161,8 +161,8 @@ class StepTable:
 
         for the output out of step j at the state x that it is called with; both as they enter the chain.
         """
-        chain = "sample" if self.order == 2 else "v_prediction"
-        u, w = _output_mix(chain, self.alpha, self.sigma) if self.converts else (self.u, self.w)
+        chain = _stand_in(self.order, self.clips)
+        u, w = _output_mix(chain, self.alpha, self.sigma) if chain else (self.u, self.w)
         det = self.alpha * w - self.sigma * u
         noisy, clean = (self.alpha, self.sigma), (self.alpha_next, self.direction.clamp_min(_SMALLEST_SIGMA))
         begin, end = (clean, noisy) if self.implicit else (noisy, clean)
@@ -189,7 +189,7 @@ class StepTable:
     @property
     def converts(self) -> bool:
         """Whether `effective_output` stands for the model's output: the table clips, or is written for x0."""
-        return self.clips or self.order == 2
+        return _stand_in(self.order, self.clips) is not None
 
     @property
     def log_snr(self) -> Tensor:
@@ -280,6 +280,11 @@ def check_order(order: int) -> None:
 
 
 _PER_STEP = tuple(item.name for item in fields(StepTable) if item.type == "Tensor")
+
+
+def _stand_in(order: int, clips: bool) -> str | None:
+    """What such a chain is written for where it is not the model's own output: see `StepTable.build`."""
+    return "sample" if order == 2 else "v_prediction" if clips else None
 
 
 def _output_mix(prediction_type: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:

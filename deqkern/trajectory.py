@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -51,7 +52,6 @@ class Trajectory:
         self.scale = self.x[0].double().norm(dim=-1)
         self._images: Tensor | None = None  # (rows, *shape), in the dtype of x
         self._counts = torch.zeros_like(self.nfe)
-        self._held_x0 = [values.tolist() for values in self.table.held_x0()]
 
     @property
     def steps(self) -> int:
@@ -104,6 +104,10 @@ class Trajectory:
             if output.dtype != image.dtype or not output.is_contiguous():
                 output = image.copy_(output)  # the images are not needed any more
             self.basis.forward(output, out.flatten(0, 1), part)
+
+    @cached_property
+    def _held_x0(self) -> list[list[float]]:
+        return [values.tolist() for values in self.table.held_x0()]
 
     def extend(self, sample: int, steps: range, argument: Tensor, output: Tensor) -> None:
         """Guess where `steps`, which come into the window of a sample, lead to: along the chain, with x0 held.
