@@ -115,6 +115,23 @@ void secant_slope(Address moments, Address low, Address high, Address slope, int
                           S, B, K, pull});
 }
 
+void fill_gaps(Address x, Address slope, Address bands, Address rows, Address weights, Address e, int64_t S, int64_t B,
+               int64_t D, int64_t K, int64_t N, int threads) {
+  require(S >= 0 && B >= 0 && D >= 0 && K >= 0 && N >= 0, "sizes must not be negative");
+  if (S == 0 || B == 0 || K == 0 || N == 0) return;
+  const bool data = D > 0;
+  FillGaps op{pointer<const float>(x, data, "x"),
+              pointer<const float>(slope, true, "slope"),
+              pointer<const int64_t>(bands, true, "bands"),
+              pointer<const int64_t>(rows, true, "rows"),
+              pointer<const float>(weights, true, "weights"),
+              pointer<float>(e, data, "e"),
+              S, B, D, K, N, threads};
+  check_bands(op.bands, K, D);
+  check_indices(op.rows, 3 * N, S * B, "rows must be within 0 .. S*B-1");
+  kernels().fill_gaps(op);
+}
+
 void anderson_gram(Address g_ring, Address window, Address gram, Address rhs, int64_t S, int64_t B, int64_t D, int m,
                    int head, int count, int threads) {
   require(S >= 0 && B >= 0 && D >= 0, "sizes must not be negative");
@@ -217,6 +234,8 @@ PYBIND11_MODULE(_C, module) {
              arg("moments"), arg("S"), arg("B"), arg("D"), arg("K"), arg("threads"));
   module.def("secant_slope", &secant_slope, NoGil(), arg("moments"), arg("low"), arg("high"), arg("slope"), arg("S"),
              arg("B"), arg("K"), arg("pull"));
+  module.def("fill_gaps", &fill_gaps, NoGil(), arg("x"), arg("slope"), arg("bands"), arg("rows"), arg("weights"),
+             arg("e"), arg("S"), arg("B"), arg("D"), arg("K"), arg("N"), arg("threads"));
   module.def("progress", &progress, NoGil(), arg("norms"), arg("scale"), arg("errors"), arg("window"), arg("diverged"),
              arg("S"), arg("B"), arg("rtol"), arg("tolerance"), arg("contraction"), arg("growth"), arg("size"),
              arg("implicit"));

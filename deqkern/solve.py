@@ -17,6 +17,7 @@ from .capture import CapturedIterations
 from .planning import Plan
 from .slopes import Secant, slope_of
 from .solvers import Solver
+from .thinning import Gaps, Thinning
 from .trajectory import Trajectory
 
 Callback = Callable[[int, Tensor, Tensor], None]
@@ -42,7 +43,7 @@ class ConvergenceWarning(UserWarning):
 class Solution:
     """What a solve gives back.
 
-    The histories hold 8 (S + 2) bytes per iteration and sample; while a solve runs, 24 (S + 1).
+    The histories hold 8 (S + 2) bytes per iteration and sample; while a solve runs, 25 S + 16.
 
     value: (B, *shape), the clean end of the chain, in the dtype of the input.
     trajectory: (S+1, B, *shape) fp32 (fp64 if the input is), all states, the noise first.
@@ -109,9 +110,9 @@ class _Iteration:
     Nothing in it waits for the device or depends on what it computed, so that it can be captured in a CUDA graph.
     """
 
-    def __init__(self, trajectory: Trajectory, solver: Solver, rtol: float) -> None:
+    def __init__(self, trajectory: Trajectory, solver: Solver, rtol: float, thinned: bool = False) -> None:
         table, device, steps = trajectory.table, trajectory.x.device, trajectory.steps
-        self.size = solver.width(steps)
+        self.size = solver.width(steps, thinned)
         self.trajectory, self.solver, self.work = trajectory, solver, _Workspace(trajectory, solver, self.size)
         self.rtol, self.tolerance = rtol, trajectory.settled(rtol)
         x, self.implicit = trajectory.x, table.implicit
@@ -129,6 +130,9 @@ class _Iteration:
         self.scale = trajectory.scale  # (B,)
         self.fallen_back = torch.zeros(trajectory.batch, dtype=torch.bool, device=device)
         self.any_fallen = False
+        self.gaps: tuple[Tensor, Tensor] | None = None  # what `thin` was told, on the device
+        self.ends: Tensor | None = None
+        self.unmeasured: Tensor | None = None
 
     def phase(self, k: int) -> tuple[int, ...]:
         """Iterations k > 0 of one phase launch the same kernels on the same memory."""
@@ -144,6 +148,17 @@ class _Iteration:
         self.trajectory.evaluate(self.outputs(k))
         self.update(k)
 
+    def thin(self, gaps: Gaps, unmeasured: Tensor) -> None:
+        """The next iteration interpolates the outputs of `gaps`, and takes no secant of steps `unmeasured` (S, B)."""
+
+        def placed(value: Tensor) -> Tensor:
+            return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value
+
+        device, skipped = self.slope.device, gaps.rows.shape[1] > 0
+        self.gaps = (placed(gaps.rows), placed(gaps.weights.to(self.slope.dtype))) if skipped else None
+        self.ends = placed(gaps.ends) if skipped else None
+        self.unmeasured = placed(unmeasured)[..., None, None] if bool(unmeasured.any()) else None
+
     def update(self, k: int) -> None:
         """Iteration k once its `outputs` are there."""
         work, solver, trajectory, bands = self.work, self.solver, self.trajectory, self.trajectory.basis.bands
@@ -153,9 +168,13 @@ class _Iteration:
         if isinstance(solver.slope, Secant) and (k or solver.slope.start is None):
             dx = self.moved if k else self.arguments  # with the first e_prev: from zero to the first states
             op.band_moments(dx, e, e_prev, bands, window, work.moments)
+            if self.unmeasured is not None:
+                work.moments.masked_fill_(self.unmeasured, 0.0)
             solver.slope.refine(self.slope, work.moments, self.low, self.high)
         if self.any_fallen:
             self.slope.copy_(torch.where(self.fallen_back[:, None], self.frozen, self.slope))
+        if self.gaps is not None:
+            op.fill_gaps(x, self.slope, bands, *self.gaps, e)
         head = k % (m + 1)
         f, g = work.f_ring[head], work.g_ring[head]
         op.ddim_scan(
@@ -164,6 +183,8 @@ class _Iteration:
         )
         if m:
             self._mix(op, head, min(k, m))
+        if self.ends is not None:  # no step is settled, and no error known, from there on
+            window[:, 1] = self.ends
         op.progress(
             *(work.norms, self.scale, self.rtol, self.tolerance, CONTRACTION, GROWTH, self.size, self.implicit),
             *(work.errors, window, work.diverged),
@@ -193,17 +214,17 @@ class _Iteration:
         self.trajectory.extend(sample, new, argument, self.outputs(k)[last, sample])
         self.moved[new.start : new.stop, sample] = 0.0  # no secant yet: there is no output to compare with
 
-    def fall_back(self, diverged: Tensor, window: Tensor, k: int) -> None:
+    def fall_back(self, diverged: Tensor, window: Tensor, evaluated: Tensor, k: int) -> None:
         """Go on with plain iteration for the samples `diverged` (B,), from the first state that is exact.
 
-        window: (B, 2), what was active in iteration k. Both are on the CPU. Raises ValueError if it was the map
-        that gave NaN or infinity, at a state that was no overshoot.
+        window: (B, 2), what was active in iteration k; evaluated: (S, B) bool. All are on the CPU. Raises ValueError if
+        it was the map that gave NaN or infinity, at a state that was no overshoot.
         """
         x, work = self.trajectory.x, self.work
         for b in diverged.nonzero().flatten().tolist():
             begin, end = window[b].tolist()
             exact = begin if self.implicit else begin + 1
-            bad = ~self.outputs(k)[begin:end, b].isfinite().all(-1).cpu()
+            bad = evaluated[begin:end, b] & ~self.outputs(k)[begin:end, b].isfinite().all(-1).cpu()
             if not self.implicit:  # the map was called at x[i], of which norms hold |x[i+1]|^2
                 bad[1:] &= work.norms[begin : end - 1, b, 2].sqrt().cpu() <= OVERSHOOT * self.scale[b].cpu()
             if bad.any():
@@ -221,27 +242,26 @@ class _Iteration:
 
 
 class _Mailbox:
-    """The status of the iterations, as the host sees it: one small copy, and the one wait, between two iterations.
+    """What the host sees of the iterations: a few small copies, and the one wait, between two iterations.
 
     The alternative, to read it an iteration late, costs a whole iteration of model evaluations after the last one.
     """
 
-    def __init__(self, status: Tensor) -> None:
-        self.status, self.on_gpu = status, status.is_cuda
+    def __init__(self, *sent: Tensor) -> None:
+        self.sent, self.on_gpu = sent, sent[0].is_cuda
         if self.on_gpu:
-            self.host, self.arrived = torch.empty_like(status, device="cpu", pin_memory=True), torch.cuda.Event()
+            self.hosts = [torch.empty_like(value, device="cpu", pin_memory=True) for value in sent]
+            self.arrived = torch.cuda.Event()
 
-    def read(self) -> tuple[Tensor, Tensor]:
-        """The windows (B, 2) and the samples that diverged (B,), on the CPU."""
-        if self.on_gpu:
-            self.host.copy_(self.status, non_blocking=True)
-            self.arrived.record(torch.cuda.current_stream(self.status.device))
-            self.arrived.synchronize()
-            status = self.host.clone()
-        else:
-            status = self.status.clone()
-        batch = len(status) // 3
-        return status[: 2 * batch].view(batch, 2), status[2 * batch :]
+    def read(self) -> list[Tensor]:
+        """What was `sent`, on the CPU."""
+        if not self.on_gpu:
+            return [value.clone() for value in self.sent]
+        for host, value in zip(self.hosts, self.sent, strict=True):
+            host.copy_(value, non_blocking=True)
+        self.arrived.record(torch.cuda.current_stream(self.sent[0].device))
+        self.arrived.synchronize()
+        return [host.clone() for host in self.hosts]
 
 
 def warn_unless_converged(solution: Solution, of: str = "") -> None:
@@ -260,22 +280,27 @@ def relative_error(value: Tensor, reference: Tensor) -> Tensor:
     return (value - reference).norm(dim=1) / reference.norm(dim=1)
 
 
-def open_rows(window: Tensor, steps: int) -> Tensor:
-    """Flat indices i * B + b of the active (step, sample) pairs of window (B, 2), in the order of the steps."""
-    return _active(window, steps).flatten().nonzero().flatten()
-
-
 def _active(windows: Tensor, steps: int) -> Tensor:
     """Whether a step is in the window of a sample (.., S, B) bool, for windows (.., B, 2)."""
     index = torch.arange(steps, device="cpu")[:, None]
     return (index >= windows[..., None, :, 0]) & (index < windows[..., None, :, 1])
 
 
-def _residuals(norms: Tensor, windows: Tensor) -> Tensor:
-    """`Solution.residual_history` from the norms (iterations, S, B, 3) of the scans in windows (iterations, B, 2)."""
+def _residuals(norms: Tensor, evaluated: Tensor) -> Tensor:
+    """`Solution.residual_history` from the norms (iterations, S, B, 3) of scans, and what was evaluated for them."""
     residual, _, state = norms.sqrt().unbind(-1)
     relative = torch.where(residual == 0, 0.0, (residual / state).nan_to_num(torch.inf, torch.inf))
-    return torch.where(_active(windows, norms.shape[1]).to(norms.device), relative, torch.nan)
+    return torch.where(evaluated.to(norms.device), relative, torch.nan)
+
+
+def _moves(norms: Tensor) -> Tensor:
+    """By what share of itself each state moved where a step begins (S, B), from the norms (S, B, 3) of a scan.
+
+    The first state never moves; one that no scan has come to counts as moving without bound.
+    """
+    _, correction, state = norms.unbind(-1)
+    moved = torch.where(state > 0, (correction / state).sqrt(), torch.inf).nan_to_num(torch.inf, torch.inf)
+    return torch.cat([torch.zeros_like(moved[:1]), moved[:-1]])
 
 
 def _stacked(values: list[Tensor], like: Tensor) -> Tensor:
@@ -300,15 +325,20 @@ class Solve:
         cuda_graph: bool = False,
     ) -> None:
         self.trajectory, self.rtol = trajectory, rtol
-        self.iteration = _Iteration(trajectory, solver, rtol)
-        self.mailbox = _Mailbox(self.iteration.work.status)
+        thinning = Thinning(trajectory.table, solver.thinning) if trajectory.thins and not cuda_graph else None
+        self.thinning = thinning if thinning is not None and thinning.thins else None
+        self.iteration = _Iteration(trajectory, solver, rtol, self.thinning is not None)
+        work = self.iteration.work
+        self.mailbox = _Mailbox(work.status) if self.thinning is None else _Mailbox(work.status, work.norms)
         self.captured = CapturedIterations(self.iteration, trajectory.x.device) if cuda_graph else None
         self.history: list[Tensor] = []
         self.nfe: list[Tensor] = []
         self.norms: list[Tensor] = []
-        self.windows: list[Tensor] = []  # on the CPU
+        self.evaluated: list[Tensor] = []  # (S, B) bool, on the CPU
         self.limit = trajectory.steps if max_iterations is None else max_iterations
-        self.window, _ = self.mailbox.read()
+        self.moves = torch.empty(0)  # (S, B), of `_moves`
+        self.plain = torch.zeros(trajectory.batch, dtype=torch.bool, device="cpu")  # samples that fell back
+        self.window, _ = self._read()
 
     @property
     def count(self) -> int:
@@ -328,29 +358,50 @@ class Solve:
 
     def select(self) -> None:
         """Choose the rows that the next iteration evaluates."""
-        steps, window = self.trajectory.steps, self.window.clone()
+        steps = self.trajectory.steps
+        evaluated = open_steps = _active(self.window, steps)
         if self.captured is not None:  # a graph goes on evaluating the rows it was captured with, new steps among them
-            window[:, 1] = steps
-        rows = open_rows(window, steps)
+            open_steps = torch.arange(steps, device="cpu")[:, None] >= self.window[:, 0]
+        elif self.thinning is not None:
+            evaluated = open_steps = self._thin(self.thinning, open_steps)
+        rows = open_steps.flatten().nonzero().flatten()
         if self.captured is None:
             self.trajectory.select(rows)
         elif 2 * len(rows) <= self.trajectory.selected or not self.count:
             self.trajectory.select(rows)
             self.captured.renew()
+        self.evaluated.append(evaluated)
+
+    def _thin(self, thinning: Thinning, open_steps: Tensor) -> Tensor:
+        """Which of the open steps (S, B) bool the next iteration evaluates."""
+        evaluated = thinning.evaluated(self.window, self.moves)
+        measured = evaluated & self.evaluated[-1] if self.evaluated else evaluated
+        self.iteration.thin(thinning.gaps(evaluated, self.window), open_steps & ~measured)
+        return evaluated
 
     def settle(self) -> None:
         """Wait for what the iteration reached, and take note of it."""
         self.trajectory.count()
-        before, (self.window, diverged) = self.window, self.mailbox.read()
+        before, (self.window, diverged) = self.window, self._read()
         if bool(diverged.any()):
-            self.iteration.fall_back(diverged, before, self.count)
+            self.iteration.fall_back(diverged, before, self.evaluated[-1], self.count)
         for b in ((self.window[:, 1] > before[:, 1]) & (diverged == 0)).nonzero().flatten().tolist():
             begin, end = before[b].tolist()
             self.iteration.enter(b, range(begin, end), range(end, int(self.window[b, 1])), self.count)
         self.history.append(self.iteration.work.errors[:, 0].clone())
         self.nfe.append(self.trajectory.nfe.clone())
         self.norms.append(self.iteration.work.norms.clone())
-        self.windows.append(before)
+
+    def _read(self) -> tuple[Tensor, Tensor]:
+        """The windows (B, 2) and the samples that diverged (B,), on the CPU; and how far the states moved."""
+        status, *norms = self.mailbox.read()
+        batch = len(status) // 3
+        window, diverged = status[: 2 * batch].view(batch, 2), status[2 * batch :]
+        self.plain |= diverged != 0
+        if norms:
+            self.moves = _moves(norms[0])
+            self.moves[:, self.plain] = 0.0  # plain iteration evaluates all of its steps
+        return window, diverged
 
     def value(self, dtype: torch.dtype) -> Tensor:
         """The last state as it is now (B, *shape)."""
@@ -365,7 +416,7 @@ class Solve:
         steps, batch = trajectory.steps, trajectory.batch
         converged = (self.window[:, 0] >= steps).to(trajectory.x.device)
         estimate, residual = errors[:, 0].clone(), errors[:, 4].clone()
-        norms = _stacked(self.norms, self.iteration.work.norms)
+        norms, evaluated = _stacked(self.norms, self.iteration.work.norms), _active(self.window, steps)
         fallen_back = int(self.iteration.fallen_back.sum())
         del self.iteration, self.captured, self.mailbox, errors  # their memory makes room for the states
         states = trajectory.x.new_empty(steps + 1, batch, *trajectory.basis.shape)
@@ -385,7 +436,7 @@ class Solve:
             nfe=trajectory.nfe,
             history=_stacked(history, estimate),
             nfe_history=_stacked(self.nfe, trajectory.nfe),
-            residual_history=_residuals(norms, _stacked(self.windows, self.window)),
+            residual_history=_residuals(norms, _stacked(self.evaluated, evaluated)),
             message=message,
         )
 

@@ -9,7 +9,7 @@ from .numeric import check_number, is_int
 from .ops import MAX_HISTORY, SCOPES
 from .slopes import Frozen, Secant, Slope, SlopeProfile
 
-WINDOW = 0.75  # of the default solver
+WINDOW, THINNING = 0.75, 0.25  # of the default solver
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,10 @@ class Solver:
     scope: which steps share one least-squares problem: "row" (DEQ-DDIM), "causal" (ParaTAA), "joint" (classical).
     ridge, ridge_absolute: regularisation, relative to the mean of the Gram diagonal and absolute.
     beta: damping of the correction, 0 < beta <= 1.
-    window: evaluate at most so many steps of a sample at once, or this share of them if it is a float below 1; None for
-        all. 1 is the sequential chain.
+    window: evaluate at most so many steps of a sample at once, or, if it is a float below 1, this share of them where
+        they are not thinned; None for all. 1 is the sequential chain.
+    thinning: along a chain without noise, evaluate only steps that lie thinning S sqrt(m) apart where a state moved by
+        a share m of itself in the last iteration, and interpolate the outputs between them; 0 for all of them.
     start: the first guess of the states, "chain" (the chain of the initial slope) or "constant" (the noise everywhere).
         Of steps that come into a window: the chain with x0 held, or the last state (ParaDiGMS).
     basis: "spectral" (samples of shape (C, H, W); others fall back to one band) or "identity".
@@ -36,6 +38,7 @@ class Solver:
     ridge_absolute: float = 0.0
     beta: float = 1.0
     window: int | float | None = None
+    thinning: float = 0.0
     start: str = "chain"
     basis: str = "spectral"
     name: str = "custom"
@@ -45,7 +48,7 @@ class Solver:
             raise TypeError(f"slope must be one of deqkern.slopes, got {type(self.slope).__name__}")
         if not is_int(self.history_size) or not 0 <= self.history_size <= MAX_HISTORY:
             raise ValueError(f"history_size must be an int in 0 .. {MAX_HISTORY}, got {self.history_size!r}")
-        for name in ("ridge", "ridge_absolute", "beta"):
+        for name in ("ridge", "ridge_absolute", "beta", "thinning"):
             check_number(name, getattr(self, name))
         if self.scope not in SCOPES:
             raise ValueError(f"scope must be one of {SCOPES}, got {self.scope!r}")
@@ -58,6 +61,10 @@ class Solver:
         share = isinstance(self.window, float) and 0 < self.window < 1
         if not (self.window is None or share or (is_int(self.window) and self.window >= 1)):
             raise ValueError(f"window must be None, an int >= 1, or a float in (0, 1), got {self.window!r}")
+        if not 0 <= self.thinning < math.inf:
+            raise ValueError(f"thinning must be finite and >= 0, got {self.thinning}")
+        if self.thinning and (self.history_size or self.start != "chain"):
+            raise ValueError("thinning needs history_size = 0 and start = 'chain': all steps enter a history")
         if self.start not in ("chain", "constant"):
             raise ValueError(f"start must be 'chain' or 'constant', got {self.start!r}")
         if self.basis not in ("spectral", "identity"):
@@ -69,24 +76,26 @@ class Solver:
         if self.history_size and self.window is not None:
             raise ValueError("window needs history_size = 0: the history of a step that enters later is not defined")
 
-    def width(self, steps: int) -> int:
-        """The steps of a chain of so many that a window holds."""
-        if self.window is None:
+    def width(self, steps: int, thinned: bool = False) -> int:
+        """The steps of a chain of so many that a window holds. Where they are thinned, a share of them is all."""
+        if self.window is None or (thinned and isinstance(self.window, float)):
             return steps
         return min(math.ceil(self.window * steps) if isinstance(self.window, float) else self.window, steps)
 
 
-def default(profile: SlopeProfile | None = None, window: int | float | None = WINDOW) -> Solver:
+def default(
+    profile: SlopeProfile | None = None, window: int | float | None = WINDOW, thinning: float = THINNING
+) -> Solver:
     """Secant slopes on 8 frequency bands per channel, no mixing; started from a model's `profile` if there is one.
 
     A smaller `window` takes fewer evaluations and more iterations; that of three quarters of the steps about as many
     as all of them at once (docs/convergence.md).
     """
     if profile is None:
-        return Solver(slope=Secant(), window=window, name="default")
+        return Solver(slope=Secant(), window=window, thinning=thinning, name="default")
     if not isinstance(profile, SlopeProfile):
         raise TypeError(f"profile must be a SlopeProfile, got {type(profile).__name__}")
-    return Solver(slope=Secant(start=profile), window=window, name="default+profile")
+    return Solver(slope=Secant(start=profile), window=window, thinning=thinning, name="default+profile")
 
 
 def deq_ddim() -> Solver:

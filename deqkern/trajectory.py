@@ -65,6 +65,11 @@ class Trajectory:
         """B."""
         return self.x.shape[1]
 
+    @property
+    def thins(self) -> bool:
+        """Whether outputs can be interpolated: along an explicit chain without noise, of states that start from it."""
+        return self.guess == "chain" and not self.table.implicit and self.z is None
+
     def settled(self, rtol: float) -> float:
         """A step whose one-step residual, relative to its state, is at most this is not evaluated again."""
         return max(rtol / (2 * self.steps), ROUNDINGS * torch.finfo(self.x.dtype).eps)

@@ -25,7 +25,7 @@ KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 ARCHITECTURES = (80, 90)
 TYPES = {
     **dict.fromkeys(("x", "e", "z", "a", "b", "c", "n", "slope", "f", "g", "f_ring", "gamma", "out"), "*fp32"),
-    **dict.fromkeys(("dx", "e_prev", "g_ring", "image", "spectrum", "source", "target"), "*fp32"),
+    **dict.fromkeys(("dx", "e_prev", "g_ring", "image", "spectrum", "source", "target", "weights"), "*fp32"),
     **dict.fromkeys(("matrix", "dct_h", "dct_w", "colour", "partial"), "*fp32"),
     **dict.fromkeys(("norms", "moments", "gram", "rhs", "low", "high", "scale", "errors"), "*fp64"),
     **dict.fromkeys(("window", "bands", "rows", "place", "diverged"), "*i64"),
@@ -82,6 +82,8 @@ CASES = [
     Case("band_moments_kernel", {"BLOCK": 256, "BANDS": 32}, 1, 4, 0, FP16),
     Case("band_moments_finish_kernel", {"BLOCK": 256, "BANDS": 32, "PARTIALS": 8}, 1),
     Case("secant_slope_kernel", {"BLOCK": 512}, 4),
+    Case("fill_gaps_kernel", {"BLOCK": 512}, 4, 5, 1),
+    Case("fill_gaps_kernel", {"BLOCK": 512}, 4, aligned=False),
     Case("progress_kernel", {"IMPLICIT": False, "BLOCK": 64}, 1),
     Case("progress_kernel", {"IMPLICIT": True, "BLOCK": 256}, 1),
     Case("anderson_gram_kernel", {"LENGTH": 6, "COUNT": 1, "BLOCK": 512}, 1, 8),

@@ -17,7 +17,7 @@ LAYERS = [
     ["deqkern.ops", "deqkern.guidance", "deqkern.version", "deqkern.timesteps", "deqkern.scheduler"],
     ["deqkern.step_table"],
     ["deqkern.schedule", "deqkern.walks", "deqkern.replication"],
-    ["deqkern.spectral"],
+    ["deqkern.spectral", "deqkern.thinning"],
     ["deqkern.slopes"],
     ["deqkern.solvers", "deqkern.network"],
     ["deqkern.trajectory", "deqkern.checks"],

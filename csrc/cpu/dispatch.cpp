@@ -12,6 +12,7 @@ namespace deqkern {
   void ddim_scan(const DdimScan&);             \
   void band_moments(const BandMoments&);       \
   void secant_slope(const SecantSlope&);       \
+  void fill_gaps(const FillGaps&);             \
   void anderson_gram(const AndersonGram&);     \
   void anderson_solve(const AndersonSolve&);   \
   void anderson_mix(const AndersonMix&);       \
@@ -22,6 +23,7 @@ namespace deqkern {
                                         ISA::ddim_scan,      \
                                         ISA::band_moments,   \
                                         ISA::secant_slope,   \
+                                        ISA::fill_gaps,      \
                                         ISA::anderson_gram,  \
                                         ISA::anderson_solve, \
                                         ISA::anderson_mix,   \

@@ -29,6 +29,7 @@ __all__ = [
     "band_moments",
     "dct2",
     "ddim_scan",
+    "fill_gaps",
     "progress",
     "secant_slope",
     "use_backend",
@@ -146,6 +147,22 @@ def secant_slope(moments: Tensor, low: Tensor, high: Tensor, pull: float, slope:
 
 
 @_documented
+def fill_gaps(x: Tensor, slope: Tensor, bands: Tensor, rows: Tensor, weights: Tensor, e: Tensor) -> None:
+    dtype, device = check.state("x", x), x.device
+    shape = check.sizes("e", e, 3)
+    steps, batch, size = shape
+    count = check.sizes("slope", slope, 3)[2]
+    number = rows.shape[-1] if isinstance(rows, Tensor) and rows.ndim else 0
+    check.array("x", x, (steps + 1, batch, size), dtype, device)
+    check.array("slope", slope, (steps, batch, count), dtype, device)
+    check.array("bands", bands, (count + 1,), torch.int64, device)
+    check.array("rows", rows, (3, number), torch.int64, device)
+    check.array("weights", weights, (number, 8), dtype, device)
+    check.array("e", e, shape, dtype, device)
+    _fill_gaps(x, slope, bands, rows, weights, e)
+
+
+@_documented
 def anderson_gram(g_ring: Tensor, head: int, count: int, window: Tensor, gram: Tensor, rhs: Tensor) -> None:
     dtype, device = check.state("g_ring", g_ring), g_ring.device
     size, steps, batch = _ring("g_ring", g_ring, dtype, device, head, count, 1)
@@ -237,6 +254,7 @@ def _ring(
 unchecked = SimpleNamespace(
     ddim_scan=torch.ops.deqkern.ddim_scan.default,
     band_moments=torch.ops.deqkern.band_moments.default,
+    fill_gaps=torch.ops.deqkern.fill_gaps.default,
     progress=torch.ops.deqkern.progress.default,
     anderson_gram=torch.ops.deqkern.anderson_gram.default,
     anderson_solve=torch.ops.deqkern.anderson_solve.default,
@@ -247,6 +265,7 @@ _dct2_inverse = torch.ops.deqkern.dct2.inverse
 _ddim_scan = torch.ops.deqkern.ddim_scan.default
 _band_moments = torch.ops.deqkern.band_moments.default
 _secant_slope = torch.ops.deqkern.secant_slope.default
+_fill_gaps = torch.ops.deqkern.fill_gaps.default
 _progress = torch.ops.deqkern.progress.default
 _anderson_gram = torch.ops.deqkern.anderson_gram.default
 _anderson_solve = torch.ops.deqkern.anderson_solve.default

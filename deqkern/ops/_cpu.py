@@ -110,6 +110,21 @@ def secant_slope(moments: Tensor, low: Tensor, high: Tensor, pull: float, slope:
     _C.secant_slope(moments.data_ptr(), low.data_ptr(), high.data_ptr(), slope.data_ptr(), *slope.shape, pull)
 
 
+def fill_gaps(x: Tensor, slope: Tensor, bands: Tensor, rows: Tensor, weights: Tensor, e: Tensor) -> None:
+    _C.fill_gaps(
+        x.data_ptr(),
+        slope.data_ptr(),
+        bands.data_ptr(),
+        rows.data_ptr(),
+        weights.data_ptr(),
+        e.data_ptr(),
+        *e.shape,
+        slope.shape[2],
+        rows.shape[1],
+        get_num_threads(),
+    )
+
+
 def anderson_gram(g_ring: Tensor, head: int, count: int, window: Tensor, gram: Tensor, rhs: Tensor) -> None:
     ring, steps, batch, size = g_ring.shape
     _C.anderson_gram(

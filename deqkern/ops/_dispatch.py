@@ -27,6 +27,7 @@ OPS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "ddim_scan": ("x", {"": ("f", "g", "norms")}),
     "band_moments": ("dx", {"": ("moments",)}),
     "secant_slope": ("slope", {"": ("slope",)}),
+    "fill_gaps": ("x", {"": ("e",)}),
     "anderson_gram": ("g_ring", {"": ("gram", "rhs")}),
     "anderson_solve": ("gamma", {"": ("gamma",)}),
     "anderson_mix": ("f_ring", {"": ("out",)}),

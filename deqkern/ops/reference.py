@@ -151,6 +151,29 @@ def secant_slope(
     slope.copy_(torch.minimum(torch.maximum(kept, low[:, None, None]), high[:, None, None]))
 
 
+def fill_gaps(
+    x: Tensor,  # (S+1, B, D)
+    slope: Tensor,  # (S, B, K)
+    bands: Tensor,  # (K+1,) int64
+    rows: Tensor,  # (3, N) int64, i * B + b: of a step that was not evaluated, and of the two around it that were
+    weights: Tensor,  # (N, 8)
+    e: Tensor,  # (S, B, D), updated
+) -> None:
+    """The outputs of steps that were not evaluated, between those of two evaluated steps of the same sample.
+
+        y = w0 x[left] + w1 e[left] + w2 x[right] + w3 e[right]                     where the chain between them leads
+        e[row] = w4 x[left] + w5 e[left] + w6 x[right] + w7 e[right] + slope[row] (x[row] - y)
+
+    for rows[:, n] = row, left, right and weights[n] = w0 .. w7. No row is among the left or right ones.
+    """
+    row, left, right = rows
+    states, outputs = x.flatten(0, 1), e.view(-1, e.shape[2])
+    ends = torch.stack([states[left], outputs[left], states[right], outputs[right]])  # (4, N, D)
+    y, output = (torch.einsum("nj,jnd->nd", part, ends) for part in (weights[:, :4], weights[:, 4:]))
+    bend = torch.repeat_interleave(slope.flatten(0, 1)[row], bands.diff(), dim=-1)  # (N, D)
+    outputs[row] = output + bend * (states[row] - y)
+
+
 def anderson_gram(
     g_ring: Tensor,  # (m+1, S, B, D), the last corrections
     head: int,  # the newest is g_ring[head], the one before it g_ring[head-1], and so on around the ring

@@ -28,6 +28,7 @@ WRITTEN = {
     "anderson_solve": ("gamma",),
     "anderson_mix": ("out",),
     "secant_slope": ("slope",),
+    "fill_gaps": ("e",),
     "progress": ("errors", "window", "diverged"),
 }
 HAS_CUDA = torch.cuda.is_available()
@@ -40,6 +41,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "ddim_scan": ("triton",),
     "band_moments": ("triton",),
     "secant_slope": ("triton",),
+    "fill_gaps": ("triton",),
     "anderson_gram": ("triton",),
     "anderson_solve": ("cuda", "lanes"),
     "anderson_mix": ("triton",),
@@ -241,6 +243,27 @@ def secant_slope(steps: int, batch: int, count: int) -> Arguments:
     }
 
 
+def fill_gaps(steps: int, batch: int, size: int, count: int) -> Arguments:
+    """Not quite half of the steps of each sample, between any two others; NaN in all that is not to be read."""
+    x, e = torch.full((steps + 1, batch, size), NAN), torch.full((steps, batch, size), NAN)
+    slope = torch.full((steps, batch, count), NAN)
+    rows = []
+    for b in range(batch):
+        missing, known = torch.randperm(steps).tensor_split([(steps - 1) // 2])
+        x[:steps, b], slope[missing, b] = torch.randn(steps, size), torch.randn(len(missing), count)
+        e[known, b] = torch.randn(len(known), size)
+        ends = known[torch.randint(0, len(known), (2, len(missing)))]
+        rows.append(torch.cat([missing[None], ends]) * batch + b)
+    return {
+        "x": x,
+        "slope": slope,
+        "bands": bands(size, count),
+        "rows": torch.cat(rows, 1),
+        "weights": torch.randn(sum(part.shape[1] for part in rows), 8),
+        "e": e,
+    }
+
+
 def _ring(steps: int, batch: int, size: int, history: int, head: int, count: int, window: Tensor) -> Tensor:
     """(m+1, S, B, D), with NaN where nothing may be read: outside the windows and beyond the age `count`."""
     ring = torch.randn(history + 1, steps, batch, size)
@@ -383,7 +406,7 @@ def large(op: str) -> Arguments:
     """Enough work for a second thread."""
     if op == "dct2":
         return dct2(24, 3, 32, 32, inverse=False)
-    if op in ("ddim_scan", "band_moments"):
+    if op in ("ddim_scan", "band_moments", "fill_gaps"):
         return globals()[op](50, 3, 3072, 24)
     if op == "anderson_solve":
         return anderson_solve(20, 10, 16)
@@ -406,6 +429,8 @@ def example(op: str) -> Arguments:
         arguments = anderson_solve(4, 1, 3)
     elif op == "secant_slope":
         arguments = secant_slope(4, 1, 3)
+    elif op == "fill_gaps":
+        arguments = fill_gaps(4, 1, 10, 3)
     elif op == "progress":
         arguments = progress(4, 1)
     else:

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import inputs
+import pytest
+import torch
+from asserts import assert_close
+
+BACKENDS = inputs.backends("fill_gaps")
+
+
+@BACKENDS
+@pytest.mark.parametrize(("steps", "batch", "size", "count"), inputs.SIZES)
+def test_equals_the_reference(backend: str, steps: int, batch: int, size: int, count: int) -> None:
+    inputs.skip_slow(backend, steps, batch, size)
+    inputs.check("fill_gaps", inputs.fill_gaps(steps, batch, size, count), backend)
+
+
+@BACKENDS
+def test_nothing_is_missing(backend: str) -> None:
+    arguments = inputs.fill_gaps(5, 2, 7, 3)
+    arguments["rows"], arguments["weights"] = arguments["rows"][:, :0].contiguous(), arguments["weights"][:0]
+    inputs.check("fill_gaps", arguments, backend)
+
+
+@BACKENDS
+def test_between_two_outputs(backend: str) -> None:
+    """A state where the chain leads takes the mean of the outputs; one off it, its own slope times how far."""
+    x, e = torch.zeros(4, 1, 5), torch.zeros(3, 1, 5)
+    x[0], x[2], e[0], e[2] = 1.0, 5.0, 2.0, 4.0
+    x[1] = torch.tensor([3.0, 3.0, 4.0, 3.0, 5.0])
+    arguments = {
+        "x": x,
+        "slope": torch.tensor([10.0, 100.0]).expand(3, 1, 2).contiguous(),
+        "bands": torch.tensor([0, 4, 5]),
+        "rows": torch.tensor([[1], [0], [2]]),
+        "weights": torch.tensor([[0.5, 0.0, 0.5, 0.0, 0.0, 0.5, 0.0, 0.5]]),
+        "e": e,
+    }
+    inputs.run("fill_gaps", backend, arguments)
+    assert_close(arguments["e"][1, 0], torch.tensor([3.0, 3.0, 13.0, 3.0, 203.0]))
+    assert_close(arguments["e"][::2, 0, 0], torch.tensor([2.0, 4.0]))
