@@ -17,7 +17,7 @@ from torch.func import functional_call
 from .guidance import Guided
 from .nested import rebuilt
 
-_OF_MODULES = frozenset(vars(torch.nn.Module())) - {"training"}
+_OF_MODULES = frozenset(vars(torch.nn.Module())) - {"training", "_modules"}  # what is no state of a module
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # its arguments
 
 
