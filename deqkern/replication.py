@@ -198,7 +198,7 @@ def _state_of(model: torch.nn.Module) -> list[Any]:
 
 
 def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
         return tuple(map(_plain, value))

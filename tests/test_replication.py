@@ -30,12 +30,14 @@ class Denoiser(torch.nn.Module):
         self.first, self.last = torch.nn.Conv2d(2, 6, 3, padding=1), torch.nn.Conv2d(6, 2, 3, padding=1)
         self.drop, self.act = torch.nn.Dropout(0.5), torch.nn.Tanh()
         self.register_buffer("gain", torch.tensor(0.5))
+        self.scales = {"adapter": [1.0]}
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor | None = None, added: Any = None) -> Any:
         Denoiser.calls.append((id(self), len(x), threading.get_ident()))
         hidden = self.first(x) + (t.to(x) / 1000)[:, None, None, None]
         if text is not None:
             hidden = hidden + text[:, :, None, None] + added["bias"][0]
+        hidden = self.scales["adapter"][0] * hidden
         return SimpleNamespace(sample=self.gain * x + self.last(self.act(self.drop(hidden))))
 
 
@@ -192,7 +194,11 @@ def change_activation(model: Denoiser) -> None:
     model.act = torch.nn.Sigmoid().eval()  # which has no values of its own, as little as Tanh
 
 
-@pytest.mark.parametrize("change", [change_parameter, change_buffer, add_module, change_activation])
+def change_scale(model: Denoiser) -> None:
+    model.scales["adapter"][0] = 3.0
+
+
+@pytest.mark.parametrize("change", [change_parameter, change_buffer, add_module, change_activation, change_scale])
 @pytest.mark.parametrize("grad", [False, True])
 def test_the_copies_follow_the_model(model: Denoiser, change: Any, grad: bool) -> None:
     spread, x, t = replicated(model, THREE), noise(6), torch.arange(6)
@@ -290,17 +296,24 @@ def test_without_devices_it_takes_all_gpus(model: Denoiser, monkeypatch: pytest.
         replicated(model)
 
 
-def test_a_model_that_returns_a_tuple(model: Denoiser) -> None:
+def test_a_model_that_returns_a_tuple_and_takes_a_number(model: Denoiser) -> None:
     class Tuple(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.inner = model
 
-        def forward(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            return self.inner(x, t).sample, t
+        def forward(self, x: Tensor, t: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+            return factor * self.inner(x, t).sample, t
 
-    x, t = noise(4), torch.arange(4)
-    torch.testing.assert_close(replicated(Tuple(), THREE)(x, t), model(x, t).sample, rtol=1e-5, atol=1e-6)
+    x, t, factor = noise(4), torch.arange(4), torch.tensor(2.0)
+    torch.testing.assert_close(replicated(Tuple(), THREE)(x, t, factor), 2 * model(x, t).sample, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_made_in_inference_mode() -> None:
+    Denoiser.calls, x, t = [], noise(4), torch.arange(4)
+    with torch.inference_mode():
+        model = Denoiser().eval()
+        torch.testing.assert_close(replicated(model, THREE)(x, t), model(x, t).sample, rtol=1e-5, atol=1e-6)
 
 
 def test_the_plan_measures_all_devices(model: Denoiser) -> None:
