@@ -428,6 +428,8 @@ def test_path_independence_compares_all_pairs() -> None:
         found = deqkern.path_independence(lambda z: z, starts)
         assert found.converged.all() and found.path_independent.tolist() == [False, True, False]
         assert found.distance.tolist() == [1.5, 0.0, 1.0] and found.alignment.tolist() == [-1.0, 1.0, 0.0]
+    near = deqkern.path_independence(lambda z: z, [torch.ones(2, 1), torch.tensor([[1.005], [1.02]])])
+    assert near.path_independent.tolist() == [True, False]
 
 
 @pytest.mark.parametrize("first", [0.0, 1.0])
@@ -445,7 +447,7 @@ def test_path_independence_warns_once_and_takes_tuples_and_one_sample() -> None:
             lambda state: (-state[0] + 1, 0.5 * state[1] + 1), (torch.zeros(1, 2), torch.zeros(1)),
             solver=solvers.picard(), max_iterations=5,
         )  # fmt: skip
-    assert len(caught) == 1 and not found.path_independent.any()
+    assert len(caught) == 1 and caught[0].filename == __file__ and not found.path_independent.any()
     assert isinstance(found.solutions[0].value, tuple)
     assert found.distance.dtype is found.alignment.dtype is WIDE
 
