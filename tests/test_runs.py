@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -144,6 +145,8 @@ def test_another_kind_of_file_is_an_error_that_names_it(change: str, tmp_path: P
 def test_a_missing_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         runs.load(tmp_path / "nowhere.safetensors")
+    with pytest.raises(ValueError, match="does not hold a run"):
+        runs.load(os.devnull)
     monkeypatch.chdir(tmp_path)  # a long path is broken over lines
     assert "nowhere" in plain(run("plot", "nowhere.safetensors", code=2).stderr)
     assert "--out" in plain(run("plot", "nowhere.safetensors", "--out", "a.txt", code=2).stderr)
