@@ -77,6 +77,15 @@ def test_what_is_left_is_no_less_than_the_residual_of_an_explicit_chain(backend:
 
 
 @BACKENDS
+@pytest.mark.parametrize(("ratio", "least"), [(0.5, 0.5), (0.85, 0.15), (0.95, 0.1), (1.5, 0.1)])
+def test_a_slow_contraction_leaves_at_most_ten_times_as_much(backend: str, ratio: float, least: float) -> None:
+    before = (1.0, 1.0, 1.0, 1.0, 1.0)
+    errors, _, _ = reached(backend, sample([1.0] * 2, [0.1, ratio], [2.0] * 2, errors=before, implicit=True))
+    left = ratio * min(ratio, 1.0) ** 0.5 / least
+    assert_close(errors[:3], torch.tensor([left, ratio, min(ratio, 1.0)], dtype=torch.float64))
+
+
+@BACKENDS
 def test_no_contraction_is_believed_to_be_better_than_the_best(backend: str) -> None:
     errors, window, _ = reached(
         backend, sample([1.0, 1e-3], [1e-9, 0.05], [1.0, 1.0], errors=(1.0, 1.0, 0.1, 1.0, 1.0))
