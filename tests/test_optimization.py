@@ -11,8 +11,9 @@ from problems import GaussianMixture
 from torch import Tensor
 
 import deqkern
-from deqkern import NoiseSchedule, Optimize, models, solvers
+from deqkern import NoiseSchedule, Optimize, models, optimization, solvers
 from deqkern.gradients import Implicit
+from deqkern.solve import solve
 
 SCHEDULE, SHAPE, STEPS = NoiseSchedule.linear(), (1, 6, 6), 15
 HALF = (torch.arange(6) < 3).float()
@@ -63,6 +64,39 @@ def test_a_masked_loss_leaves_the_rest_free_and_each_sample_stops_for_itself() -
     assert (found.history.amin(0) <= 0.05).all() and (found.history[-1].amin() <= 0.05)
 
 
+def test_each_sample_keeps_its_best_noise_and_what_its_solve_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first sample the second noise, the second one the first."""
+    model, sample, start = problem(2)
+    noises, solves = [start, start + 0.1, start - 0.1], list[deqkern.Solution]()
+    losses = [[3.0, 1.0], [2.0, 5.0], [4.0, 4.0]]
+
+    def recorded(*arguments: Any, **options: Any) -> deqkern.Solution:
+        solves.append(solve(*arguments, **options))
+        return solves[-1]
+
+    class Scripted:
+        def __init__(self, parameters: list[Tensor]) -> None:
+            (self.noise,), self.rest = parameters, iter(noises[1:])
+
+        def step(self, closure: Callable[[], float]) -> None:
+            assert closure() == sum(losses[len(solves) - 1])
+            self.noise.copy_(next(self.rest))
+
+    def loss(value: Tensor, target: Tensor) -> Tensor:
+        return torch.tensor(losses[len(solves) - 1]) + 0 * value.flatten(1).sum(1)
+
+    monkeypatch.setattr(optimization, "solve", recorded)
+    method: Any = Optimize(loss=loss, noise=start, optimizer=Scripted)  # type: ignore[arg-type]
+    found = deqkern.invert(model, sample, SCHEDULE, STEPS, method=method, sigma_min=0.3, max_iterations=2)
+    assert found.history.tolist() == losses and "loss 1 (median), 2 (largest) after 2 steps" in found.message
+    for b, best in enumerate((1, 0)):
+        torch.testing.assert_close(found.value[b], noises[best][b], rtol=1e-5, atol=1e-5)
+        assert torch.equal(found.trajectory[:, b], solves[best].trajectory[:, b])
+        for name in ("converged", "error_estimate", "residual"):
+            assert getattr(found, name)[b] == getattr(solves[best], name)[b], name
+    assert len({float(solve.residual[b]) for solve in solves for b in range(2)}) == 6
+
+
 def test_a_scalar_loss_and_lbfgs() -> None:
     model, sample, start = problem(2)
     calls: list[int] = []
@@ -99,6 +133,18 @@ def test_the_start_is_drawn_from_the_generator() -> None:
     assert torch.equal(values[0], values[1]) and not torch.equal(values[0], values[2])
     drawn = Optimize(generator=torch.Generator().manual_seed(1)).first(sample.bfloat16())
     assert torch.equal(drawn, torch.randn(sample.shape, generator=torch.Generator().manual_seed(1)))
+
+
+def test_a_given_start_stays_as_it_is_and_adam_moves_by_a_fifth() -> None:
+    model, sample, start = problem(2)
+    noises: list[Tensor] = []
+    given = start.clone().requires_grad_()
+    deqkern.invert(
+        model, sample, SCHEDULE, STEPS, method=Optimize(noise=given), sigma_min=0.3, max_iterations=1,
+        callback=lambda step, noise, loss: noises.append(noise),
+    )  # fmt: skip
+    assert torch.equal(given, start) and given.grad is None
+    torch.testing.assert_close((noises[0] - start).abs(), torch.full_like(start, 0.2), rtol=1e-3, atol=0)
 
 
 def test_it_works_where_the_schedule_clips_and_leaves_parameters_alone() -> None:
@@ -146,6 +192,9 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: Optimize(gradient="ift"), ValueError, "gradient must be"),
     (lambda: Optimize(gradient=None), ValueError, "gradient must not be None"),  # type: ignore[arg-type]
     (lambda: Optimize(noise=torch.zeros(3)), ValueError, "noise must have shape"),
+    (lambda: Optimize(noise=torch.zeros(1, *SHAPE, device="meta")), ValueError, "noise must have shape .* on meta"),
+    (lambda: Optimize(noise=torch.full((1, *SHAPE), float("nan"))), ValueError, "noise must be finite"),
+    (lambda: Optimize(noise=[0.0]), TypeError, "noise must be a tensor"),  # type: ignore[arg-type]
     (lambda: Optimize(generator=1), TypeError, "generator must be"),  # type: ignore[arg-type]
     (lambda: Optimize(stop=float("nan")), ValueError, "stop must not be NaN"),
     (lambda: Optimize(loss=lambda v, s: (v - s).square()), ValueError, "loss must return a scalar or"),
