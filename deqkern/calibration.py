@@ -72,9 +72,6 @@ def calibrate(
     table = schedule.steps(num_inference_steps)
     cross, square = torch.stack(recorder.sums).sum(0).cpu().unbind(-1)  # (S, K)
     low, width = table.slope_0[:, None], (table.slope_1 - table.slope_0)[:, None]
-    # The first state never moves, and a step whose two slopes agree has no shrinkage: nothing is known of them.
-    measured = (square.sum(1) > 0) & (width[:, 0] != 0)
-    slope = torch.where(square > 0, cross / square.clamp_min(1e-300), low)
-    shrinkage = ((slope - low) / torch.where(width != 0, width, 1.0)).clamp(0, 1)
-    order = table.log_snr[measured].argsort()
-    return SlopeProfile(table.log_snr[measured][order], shrinkage[measured][order], tuple(shape))
+    shrinkage = ((cross / square - low) / width).clamp(0, 1)
+    measured = width[:, 0] != 0  # a step whose two slopes agree has no shrinkage
+    return SlopeProfile(table.log_snr[measured], shrinkage[measured], tuple(shape))

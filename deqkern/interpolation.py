@@ -21,8 +21,8 @@ def slerp(first: Tensor, second: Tensor, t: Tensor) -> Tensor:
         raise ValueError(f"t must be a tensor (F,), got {tuple(t.shape) if isinstance(t, Tensor) else t!r}")
     a, b = first.double().flatten(1), second.double().flatten(1)
     cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))  # (B,)
-    theta, t = torch.arccos(cosine.clamp(-1, 1)), t.to(a)[:, None]  # (B,), (F, 1)
-    arc = theta.sin() > 1e-6  # not so for NaN, of a sample that is zero
+    theta, t = torch.arccos(cosine), t.to(a)[:, None]  # (B,), (F, 1)
+    arc = theta.sin() > 1e-6  # not so for NaN: a sample is zero, or rounding leaves a cosine beyond 1
     of_first = torch.where(arc, ((1 - t) * theta).sin() / theta.sin(), 1 - t)  # (F, B)
     of_second = torch.where(arc, (t * theta).sin() / theta.sin(), t)
     between = of_first[..., None] * a + of_second[..., None] * b

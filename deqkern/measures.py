@@ -48,7 +48,7 @@ def spectral_radius(f: Function, z: State, iterations: int = 20, generator: torc
     v, tiny = normal(linear.z, generator), torch.finfo(layout.dtype).tiny
     logs = []
     for _ in range(iterations):
-        v = linear.pull(v / v.norm(dim=1, keepdim=True).clamp_min(tiny)).detach()
+        v = linear.pull(v / v.norm(dim=1, keepdim=True).clamp_min(tiny))
         logs.append(v.norm(dim=1).log())
     return torch.stack(logs[iterations // 2 :]).mean(0).exp()
 

@@ -143,7 +143,7 @@ class _Search:
         if self.best is None:
             self.best = _Best(
                 torch.full_like(each, torch.inf),
-                found.trajectory.clone(),
+                found.trajectory,
                 found.converged,
                 found.error_estimate,
                 found.residual,

@@ -136,11 +136,11 @@ def planned(
         latencies, out_of_memory = _measure(network, example, min(max_batch or most_rows, most_rows), repeats)
         # The sequential chain takes the smallest S times: once more, for as long as the largest was measured.
         fewest, most = min(latencies), max(latencies)
-        longer = min(latencies[most] / max(latencies[fewest], 1e-9), steps)
+        longer = min(latencies[most] / latencies[fewest], steps)
         again = _latency(network, example, fewest, max(repeats, math.ceil(repeats * longer)))
         latencies[fewest] = min(latencies[fewest], again)
 
-    one_by_one = steps * _seconds(latencies, batch, min(max_batch or batch, batch))
+    one_by_one = steps * _seconds(latencies, batch, max_batch or batch)
     ways = _ways(latencies, steps, batch, count, evals, max_batch)
     best = _fastest(ways)
     speedup = one_by_one / best.seconds
@@ -266,14 +266,12 @@ def _ways(
     widest, found = default().width(steps), list[Way]()
     for parts, (more_iterations, fewer_evaluations) in {1: (1.0, 1.0), **WINDOWS}.items():
         window = min(math.ceil(steps / parts), widest)
-        if parts > 1 and not 2 <= window < widest:
+        if parts > 1 and window < 2:
             continue
         count = min(round(iterations * more_iterations), steps)
         evals = min(max(evaluations * fewer_evaluations, steps), window * count)
-        sizes = sorted(latencies, reverse=True)
-        enough = sum(size >= window * batch for size in sizes)
         ways = []
-        for size in sizes[max(enough - 1, 0) :]:  # the smallest that holds all rows, then those that cut them
+        for size in sorted(latencies, reverse=True):  # those that hold all rows, which are equal, then those that cut
             seconds = sum(_seconds(latencies, rows, size) for rows in _rows(window, batch, count, evals))
             limit = max_batch if size >= window * batch else size
             ways.append(Way(window, limit, count, evals, seconds))

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from .guidance import Guided
 from .nested import rebuilt
 
-_OF_MODULES = frozenset(vars(torch.nn.Module())) - {"training"}
+_OF_MODULES = frozenset(vars(torch.nn.Module())) - {"training", "_modules"}  # what is no state of a module
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # its arguments
 
 
@@ -198,7 +198,7 @@ def _state_of(model: torch.nn.Module) -> list[Any]:
 
 
 def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
         return tuple(map(_plain, value))

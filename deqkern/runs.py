@@ -81,13 +81,13 @@ def save(
     if isinstance(true_error, Tensor) and true_error.is_floating_point():
         true_error = true_error.double()
     histories = {name: getattr(solution, name) for name in _HISTORIES}
-    run = StoredRun(**histories, true_error=true_error, metadata={"deqkern": version(), **(metadata or {})})
+    run = StoredRun(**histories, true_error=true_error, metadata={**(metadata or {}), "deqkern": version()})
     tensors = histories | ({} if true_error is None else {"true_error": true_error})
     try:
         written = json.dumps(run.metadata, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise type(error)(f"metadata cannot be written as JSON: {error}") from error
-    clones = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    clones = {name: tensor.cpu().clone().contiguous() for name, tensor in tensors.items()}
     if Path(path).is_dir():
         raise IsADirectoryError(f"path {path} is a folder")
     if not Path(path).parent.is_dir():

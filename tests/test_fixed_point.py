@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import hypothesis
 import hypothesis.strategies as st
@@ -269,7 +270,8 @@ def test_the_gradient_of_half_precision() -> None:
     for cell in (wide, narrow):
         dtype = cell.weight.dtype
         z0 = torch.zeros(BATCH, SIZE, dtype=dtype)
-        deqkern.fixed_point(lambda z: cell(z, x.to(dtype)), z0).value.float().square().sum().backward()  # noqa: B023
+        with warnings.catch_warnings(action="error"):
+            deqkern.fixed_point(lambda z: cell(z, x.to(dtype)), z0).value.float().square().sum().backward()  # noqa: B023
     assert narrow.weight.grad is not None and wide.weight.grad is not None
     assert (narrow.weight.grad.float() - wide.weight.grad).norm() <= 0.1 * wide.weight.grad.norm()
 
@@ -324,6 +326,18 @@ def test_parameters_changed_in_place_raise() -> None:
         value.sum().backward()
 
 
+def test_a_gradient_has_a_solver_and_a_tolerance_of_its_own() -> None:
+    cell, x, z0 = Cell(), torch.randn(BATCH, 3, dtype=WIDE), torch.zeros(BATCH, SIZE, dtype=WIDE)
+    counts = []
+    for options in ({"rtol": 1e-2}, {}, {"solver": solvers.picard()}):
+        seen: list[deqkern.Solution] = []
+        gradient = Implicit(callback=seen.append, **options)
+        solution = deqkern.fixed_point(lambda z: cell(z, x), z0, rtol=1e-10, max_iterations=200, gradient=gradient)
+        solution.value.sum().backward()
+        counts.append(seen[0].iterations)
+    assert counts[0] < counts[1] < counts[2], counts
+
+
 def test_a_gradient_that_does_not_converge_warns() -> None:
     cell, x, seen = Cell(), torch.randn(BATCH, 3, dtype=WIDE), []
     gradient = Implicit(solver=solvers.picard(), rtol=1e-9, max_iterations=2, callback=seen.append)
@@ -352,8 +366,12 @@ def test_jacobian_regularization_is_the_frobenius_norm() -> None:
     assert (found - exact).abs() <= 0.03 * exact
     for grad, expected in zip(torch.autograd.grad(found, list(cell.parameters())), wanted, strict=True):
         assert (grad - expected).norm() <= 0.1 * expected.norm()
+    again = z.clone().requires_grad_()
+    once = deqkern.jacobian_regularization(lambda z: cell(z, x), again, generator=generator.manual_seed(1))
+    assert torch.autograd.grad(once, [cell.weight, again], allow_unused=True)[1] is None, "z is a place"
     with torch.no_grad():
-        assert not deqkern.jacobian_regularization(lambda z: cell(z, x), z).requires_grad
+        plain = deqkern.jacobian_regularization(lambda z: cell(z, x), z, 1, generator.manual_seed(1))
+    assert not plain.requires_grad and torch.equal(plain, once)
 
 
 def test_jacobian_regularization_of_a_tuple_in_half_precision() -> None:
@@ -366,6 +384,10 @@ def test_spectral_radius_is_that_of_the_eigenvalues() -> None:
     matrices = torch.randn(8, SIZE, SIZE, dtype=WIDE)
     matrices[1] = torch.block_diag(*[torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=WIDE)] * 3)  # complex pairs only
     matrices[2] = 0
+    matrices[3] *= 1e-6
+    matrices[4] = torch.block_diag(
+        *[torch.tensor([[0.0, 4.0], [-0.25, 0.0]], dtype=WIDE)] * 3
+    )  # grows every other time
     expected = torch.linalg.eigvals(matrices).abs().amax(-1)
     generator = torch.Generator().manual_seed(0)
     found = deqkern.spectral_radius(
@@ -373,6 +395,14 @@ def test_spectral_radius_is_that_of_the_eigenvalues() -> None:
     )
     assert found.shape == (8,) and not found.requires_grad and found[2] == 0
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
+
+
+def test_spectral_radius_forgets_how_the_iteration_began() -> None:
+    """J = 0.1 + N, N^2 = 0, |N| = 100: |J^T^k v| = k 0.1^(k - 1) 100 from the first of 20 iterations on."""
+    matrix = torch.tensor([[0.1, 0.0], [100.0, 0.1]], dtype=WIDE)
+    with torch.no_grad():
+        found = deqkern.spectral_radius(lambda z: z @ matrix, torch.ones(1, 2, dtype=WIDE))
+    assert abs(float(found) - 0.1 * 2**0.1) <= 1e-3
 
 
 def test_the_measures_in_inference_mode_are_the_same() -> None:
@@ -405,18 +435,47 @@ def test_a_contraction_is_path_independent_and_a_bistable_map_is_not() -> None:
     torch.testing.assert_close(found.alignment[0], torch.tensor(-1.0, dtype=WIDE), rtol=1e-3, atol=0)
 
 
+def test_path_independence_compares_all_pairs() -> None:
+    """Of the identity every start is a solution; the first and the last are the furthest from each other."""
+    places = torch.tensor([[[3.0, 0.0], [0.0, 0.0], [1.0, 0.0]], [[0.0, 4.0], [0.0, 0.0], [0.0, 0.0]]])
+    last = torch.tensor([[-6.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
+    for starts in ([*places, last], [last, *places.flip(0)]):
+        found = deqkern.path_independence(lambda z: z, starts)
+        assert found.converged.all() and found.path_independent.tolist() == [False, True, False]
+        assert found.distance.tolist() == [1.5, 0.0, 1.0] and found.alignment.tolist() == [-1.0, 1.0, 0.0]
+    near = deqkern.path_independence(lambda z: z, [torch.ones(2, 1), torch.tensor([[1.005], [1.02]])])
+    assert near.path_independent.tolist() == [True, False]
+
+
+@pytest.mark.parametrize("first", [0.0, 1.0])
+def test_path_independence_needs_all_starts_to_converge(first: float) -> None:
+    starts = [torch.full((1, 2), first), torch.ones(1, 2)]
+    with pytest.warns(deqkern.ConvergenceWarning, match="0 of 1 samples converged from all 2 starts"):
+        found = deqkern.path_independence(lambda z: 1.001 * z, starts, solver=solvers.picard(), max_iterations=2)
+    assert [bool(solution.converged) for solution in found.solutions] == [first == 0, False]
+    assert not found.converged.any() and not found.path_independent.any()
+
+
 def test_path_independence_warns_once_and_takes_tuples_and_one_sample() -> None:
     with pytest.warns(deqkern.ConvergenceWarning, match="0 of 1 samples converged from all 2 starts") as caught:
         found = deqkern.path_independence(
             lambda state: (-state[0] + 1, 0.5 * state[1] + 1), (torch.zeros(1, 2), torch.zeros(1)),
             solver=solvers.picard(), max_iterations=5,
         )  # fmt: skip
-    assert len(caught) == 1 and not found.path_independent.any()
+    assert len(caught) == 1 and caught[0].filename == __file__ and not found.path_independent.any()
     assert isinstance(found.solutions[0].value, tuple)
+    assert found.distance.dtype is found.alignment.dtype is WIDE
 
 
 def cell(z: Tensor) -> Tensor:
     raise AssertionError("f was called")
+
+
+class Pair(NamedTuple):
+    """It could not be made again of a list of its parts."""
+
+    first: Tensor
+    second: Tensor
 
 
 @pytest.mark.parametrize(
@@ -430,7 +489,9 @@ def cell(z: Tensor) -> Tensor:
         ({"z0": [1.0, 2.0]}, TypeError, "z0 must be a tensor, or"),
         ({"z0": ()}, ValueError, "z0 is an empty tuple"),
         ({"z0": (torch.zeros(2, 3), torch.zeros(3, 2))}, ValueError, "z0 must hold tensors of one batch size"),
+        ({"z0": (torch.zeros(2, 3), torch.zeros(2, 3, device="meta"))}, ValueError, "z0 must hold .* one device"),
         ({"z0": {"z": torch.zeros(2, 3)}}, TypeError, "z0 must be a tensor, or"),
+        ({"z0": Pair(torch.zeros(2, 3), torch.zeros(2))}, TypeError, "z0 must be a tensor, or .*, got Pair"),
         ({"solver": "anderson"}, TypeError, "solver must be a Solver"),
         ({"solver": solvers.default()}, ValueError, "solver of a fixed point must have the slope"),
         ({"solver": Solver(slope=Secant())}, ValueError, "solver of a fixed point must have the slope"),
@@ -466,6 +527,7 @@ def test_bad_arguments(arguments: dict[str, Any], kind: type[Exception], words: 
         (lambda z: (z[0],), (torch.zeros(2, 3), torch.zeros(2)), TypeError, "tuple or list of 2 tensors"),
         (lambda z: z > 0, torch.zeros(2, 3), TypeError, "f must return floating-point tensors, got torch.bool"),
         (lambda z: None, torch.zeros(2, 3), TypeError, "got NoneType"),
+        (lambda z: z.to("meta"), torch.zeros(2, 3), ValueError, "a tensor on meta for an input on cpu"),
     ],
 )
 def test_a_map_that_returns_no_state(f: Any, z0: Any, kind: type[Exception], words: str) -> None:
@@ -482,7 +544,14 @@ def test_a_map_that_returns_no_state(f: Any, z0: Any, kind: type[Exception], wor
         (lambda: deqkern.path_independence(cell, [torch.zeros(2, 3)]), "starts must be a list of at least two"),
         (lambda: deqkern.path_independence(cell, torch.zeros(2, 0)), "starts must have shape"),
         (lambda: deqkern.path_independence(cell, [torch.zeros(2, 3), torch.zeros(2, 4)]), "starts must have the same"),
+        (
+            lambda: deqkern.path_independence(cell, [torch.zeros(2, 3), torch.zeros(2, 3, dtype=WIDE)]),
+            "starts must have the same",
+        ),
         (lambda: deqkern.path_independence(cell, torch.zeros(2, 3), tolerance=0.0), "tolerance must be finite"),
+        (lambda: deqkern.path_independence(cell, torch.zeros(2, 3), tolerance=math.inf), "tolerance must be finite"),
+        (lambda: deqkern.path_independence(cell, torch.zeros(2, 3), solver=solvers.default()), "solver of a fixed"),
+        (lambda: deqkern.spectral_radius(3, torch.zeros(2, 3)), "f must be callable"),  # type: ignore[arg-type]
         (lambda: deqkern.path_independence(cell, torch.zeros(2, 3), tolerance=True), "tolerance must be a number"),
     ],
 )

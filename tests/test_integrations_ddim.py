@@ -10,7 +10,7 @@ import torch
 from asserts import relative_error
 from torch import Tensor
 
-from deqkern import NoiseSchedule, models
+from deqkern import ConvergenceWarning, NoiseSchedule, models
 from deqkern.integrations.ddim import generalized_steps
 
 SCHEDULE, SHAPE = NoiseSchedule.linear(), (3, 8, 8)
@@ -77,14 +77,37 @@ def test_the_estimates_come_in_batches_too() -> None:
         assert relative_error(part, all_at_once).max() <= 1e-4
 
 
+def test_the_noise_levels_are_in_the_precision_of_the_betas() -> None:
+    narrow, x = torch.linspace(0.02, 0.2, 30).half().requires_grad_(), torch.randn(2, *SHAPE)
+    abar = (1 - narrow.detach()).cumprod(0).float()
+    betas = 1 - abar / torch.cat([torch.ones(1), abar[:-1]])
+    model = lambda x, t: torch.tanh(x)  # noqa: E731
+    expected = by_hand(x, list(range(30)), model, betas, 0.0)[0][-1]
+    found = generalized_steps(x, range(30), model, narrow, rtol=0)[0][-1]
+    assert not found.requires_grad and relative_error(found, expected).max() <= 1e-5
+
+
+def test_all_states_are_in_the_dtype_of_x_and_what_has_not_converged_is_said() -> None:
+    x, model = torch.randn(2, *SHAPE).bfloat16(), torch.nn.Conv2d(3, 3, 1).bfloat16()
+    with pytest.warns(ConvergenceWarning) as caught:
+        xs, x0_preds = generalized_steps(x, range(0, 1000, 100), lambda x, t: model(x), BETAS, max_iterations=1)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert {(value.dtype, value.requires_grad) for value in (*xs, *x0_preds)} == {(torch.bfloat16, False)}
+
+
 @pytest.mark.parametrize(
     ("change", "error", "name"),
     [
         ({"seq": []}, ValueError, "seq"),
         ({"seq": [5, 5]}, ValueError, "seq"),
         ({"seq": [0, 1000]}, ValueError, "seq"),
-        ({"b": torch.zeros(10)}, ValueError, "b must"),
+        ({"seq": [-1, 5]}, ValueError, "seq must ascend within 0"),
+        ({"b": torch.zeros(1000)}, ValueError, "b must"),
+        ({"b": torch.ones(1000)}, ValueError, "b must"),
+        ({"b": torch.full((1000, 1), 0.01)}, ValueError, "b must"),
         ({"eta": 2.0}, ValueError, "eta"),
+        ({"eta": -0.5}, ValueError, "eta"),
+        ({"eta": float("nan")}, ValueError, "eta"),
         ({"eta": "1"}, TypeError, "eta"),
         ({"x": torch.zeros(3)}, ValueError, "x must"),
         ({"model": None}, TypeError, "model"),

@@ -9,7 +9,7 @@ import torch
 from asserts import relative_error
 from torch import Tensor
 
-from deqkern import models
+from deqkern import ConvergenceWarning, models, solvers
 from deqkern.integrations.edm import edm_sampler
 
 
@@ -77,12 +77,43 @@ def test_equals_the_sequential_loop_on_digits() -> None:
         assert relative_error(found.double(), expected).max() <= bar, rtol
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_step_in_the_dtype_of_the_latents(dtype: torch.dtype) -> None:
+    latents = torch.randn(2, 2, 8, 8).to(dtype)
+
+    def net(x: Tensor, sigma: Tensor, labels: None) -> Tensor:
+        assert x.dtype is sigma.dtype is dtype and sigma.tolist() == [80.0, 80.0]
+        return torch.tanh(x)
+
+    found, expected = edm_sampler(net, latents, num_steps=1), torch.tanh(80 * latents)
+    assert found.dtype is dtype and relative_error(found, expected).max() <= 10 * torch.finfo(dtype).eps
+
+
+def test_it_has_the_defaults_of_edm_and_says_what_has_not_converged() -> None:
+    calls: list[list[float]] = []
+
+    def net(x: Tensor, sigma: Tensor, labels: None) -> Tensor:
+        calls.append(sigma.tolist())
+        return torch.tanh(x)
+
+    edm_sampler(net, torch.randn(2, 2, 8, 8), solver=solvers.sequential(), rtol=0.0)
+    low, high = 0.002 ** (1 / 7), 80.0 ** (1 / 7)
+    levels = torch.tensor([[(high + i / 17 * (low - high)) ** 7] * 2 for i in range(18)])
+    torch.testing.assert_close(torch.tensor(calls), levels, rtol=1e-5, atol=0)
+    calls.clear()
+    with pytest.warns(ConvergenceWarning) as caught:
+        edm_sampler(net, torch.randn(2, 2, 8, 8), max_iterations=1, max_batch=7)
+    assert len(caught) == 1 and caught[0].filename == __file__ and max(map(len, calls)) == 7
+
+
 @pytest.mark.parametrize(
     ("change", "error", "name"),
     [
         ({"latents": [1.0]}, TypeError, "latents"),
         ({"num_steps": 0}, ValueError, "num_steps"),
         ({"sigma_min": 90.0}, ValueError, "sigma_min"),
+        ({"sigma_min": 50.0}, ValueError, "sigma_min=50"),
+        ({"sigma_min": -1.0, "net": lambda x, s, labels: x}, ValueError, "sigma_min=0"),
         ({"rho": 0.0}, ValueError, "rho"),
         ({"sigma_max": torch.inf, "net": lambda x, s, labels: x}, ValueError, "sigma_max"),
     ],

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import deqkern
 from deqkern import NoiseSchedule, models
+from deqkern.integrations import guided_diffusion
 from deqkern.integrations.guided_diffusion import (
     ddim_reverse_sample_loop,
     ddim_sample_loop,
@@ -86,7 +88,7 @@ def towards_class(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         logits = torch.stack([(x - level).square().mean((1, 2, 3)) for level in (-0.5, 0.0, 0.5)], 1).mul(-20)
-        chosen = torch.log_softmax(logits, 1)[torch.arange(len(x)), y].sum() * (1 + t.float().mean() * 0)
+        chosen = torch.log_softmax(logits, 1)[torch.arange(len(x)), y] @ (0.5 + t.float() / 1000)
         return torch.autograd.grad(chosen, x)[0]
 
 
@@ -152,6 +154,54 @@ def test_the_reverse_loop_equals_its_steps(kind: str, clip_denoised: bool) -> No
         assert relative_error(found, expected).max() <= bar, rtol
 
 
+def test_the_reverse_loop_has_options_too() -> None:
+    d, model, x = diffusion(), Net(), torch.randn(3, *SHAPE).clamp(-1, 1)
+    options: dict[str, Any] = {"denoised_fn": torch.tanh, "model_kwargs": {"y": CLASSES}}
+    expected = by_hand(d, model, x, reverse=True, **options)
+    assert relative_error(by_hand(d, model, x, reverse=True), expected).max() > 0.05
+    rows: list[int] = []
+    model.register_forward_pre_hook(lambda module, given: rows.append(len(given[0])))
+    assert (
+        relative_error(ddim_reverse_sample_loop(d, model, x, rtol=1e-4, max_batch=7, **options), expected).max() < 2e-3
+    )
+    assert max(rows) == 7
+
+
+def test_what_has_not_converged_is_said() -> None:
+    d, model, x = diffusion(), Net(), torch.randn(3, *SHAPE)
+    for run in (
+        lambda **given: ddim_sample_loop(d, model, x.shape, x, **given),
+        lambda **given: ddim_reverse_sample_loop(d, model, x, **given),
+    ):
+        with pytest.warns(deqkern.ConvergenceWarning) as caught:
+            run(max_iterations=1)
+        assert len(caught) == 1 and caught[0].filename == __file__
+
+
+def test_progress_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    d, model, noise, made = diffusion(), Net(), torch.randn(3, *SHAPE), list[bool | None]()
+
+    class Bar:
+        n = 0
+
+        def __init__(self, total: int, disable: bool | None) -> None:
+            made.append(disable)
+
+        def update(self, count: int) -> None:
+            self.n += count
+
+        def close(self) -> None:
+            assert self.n == STEPS
+
+    fake = ModuleType("tqdm.auto")
+    fake.tqdm = Bar  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tqdm.auto", fake)
+    for progress, bars in ((False, []), (True, [False, False])):
+        ddim_sample_loop(d, model, noise.shape, noise, progress=progress)
+        list(ddim_sample_loop_progressive(d, model, noise.shape, noise, progress=progress))
+        assert made == bars
+
+
 def test_progressive_yields_each_iteration() -> None:
     d, model, noise = diffusion(), Net(), torch.randn(3, *SHAPE)
     seen = []
@@ -162,6 +212,7 @@ def test_progressive_yields_each_iteration() -> None:
     errors = [float(relative_error(entry["sample"], expected).max()) for entry in seen]
     assert 1 < len(seen) < STEPS and errors[-1] < 2e-3 < errors[0]
     assert all(torch.equal(entry["sample"], entry["pred_xstart"]) for entry in seen)
+    assert len({value.data_ptr() for entry in seen for value in entry.values()}) == 2 * len(seen), "shared memory"
     with pytest.warns(deqkern.ConvergenceWarning) as caught:
         list(ddim_sample_loop_progressive(d, model, noise.shape, noise, max_iterations=1))
     assert len(caught) == 1 and caught[0].filename == __file__
@@ -173,6 +224,44 @@ def test_noise_is_drawn_as_the_sequential_loop_draws_it() -> None:
     expected = by_hand(d, model, torch.randn(2, *SHAPE), eta=1.0)
     torch.manual_seed(7)
     assert relative_error(ddim_sample_loop(d, model, (2, *SHAPE), eta=1.0, rtol=0), expected).max() <= 1e-5
+
+
+def test_noise_is_drawn_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+
+    def chain(call: Any, table: Any, model: Any, name: str, first: Tensor, *options: Any) -> None:
+        drawn.append(first.device.type)
+        raise InterruptedError
+
+    monkeypatch.setattr(guided_diffusion, "Chain", chain)
+    for model, device in (
+        *((Net(), None), (Net().to("meta"), None), (Net().to("meta"), "cpu")),
+        *((torch.nn.Identity(), None), (lambda x, t: x, None), (lambda x, t: x, "meta")),
+    ):
+        with pytest.raises(InterruptedError):
+            ddim_sample_loop(diffusion(), model, (1, *SHAPE), device=device)
+    assert drawn == ["cpu", "meta", "cpu", "cpu", "cpu", "meta"]
+
+
+def test_what_a_diffusion_may_lack() -> None:
+    """Its mean type is then EPSILON; and 1000 steps are only the default of those that it was spaced from."""
+    model, noise = Net(), torch.randn(3, *SHAPE)
+    expected = ddim_sample_loop(diffusion(rescale=True), model, list(noise.shape), noise)
+    plain = diffusion(rescale=True)
+    del plain.model_mean_type, plain.original_num_steps
+    assert torch.equal(ddim_sample_loop(plain, model, noise.shape, noise), expected)
+    fewer = diffusion(rescale=True)
+    fewer.original_num_steps = 100
+    found = ddim_sample_loop(fewer, model, noise.shape, noise, rtol=0.0)
+    assert relative_error(found, by_hand(fewer, model, noise)).max() <= 1e-5
+    assert relative_error(found, expected).max() > 0.01
+
+
+def test_x0_of_half_precision_is_rounded_once() -> None:
+    d, x = diffusion(), torch.randn(3, *SHAPE).bfloat16()
+    found = guided_diffusion._Denoiser(d, lambda x, t: x, False, None, None)(x, torch.tensor([STEPS // 2] * 3))
+    abar = float(d.alphas_cumprod[STEPS // 2])
+    assert relative_error(found.double(), x.double() * (1 - (1 - abar) ** 0.5) / abar**0.5).max() <= 1e-5
 
 
 def test_max_batch_and_tensors_of_the_batch() -> None:
@@ -194,6 +283,10 @@ def test_max_batch_and_tensors_of_the_batch() -> None:
         ({"diffusion": object()}, TypeError, "diffusion"),
         ({"diffusion": diffusion(mean_type="PREVIOUS_X")}, ValueError, "PREVIOUS_X"),
         ({"diffusion": SimpleNamespace(alphas_cumprod=np.array([0.9, 0.95]))}, ValueError, "alphas_cumprod"),
+        ({"diffusion": SimpleNamespace(alphas_cumprod=np.array([1.0, 0.95]))}, ValueError, "alphas_cumprod"),
+        ({"diffusion": SimpleNamespace(alphas_cumprod=np.array([0.9, 0.0]))}, ValueError, "alphas_cumprod"),
+        ({"diffusion": SimpleNamespace(alphas_cumprod=np.array([]))}, ValueError, "alphas_cumprod"),
+        ({"diffusion": SimpleNamespace(alphas_cumprod=np.array([[0.9], [0.8]]))}, ValueError, "alphas_cumprod"),
         ({"diffusion": SimpleNamespace(alphas_cumprod=np.array([0.9]), timestep_map=[0, 1])}, ValueError, "_map"),
         ({"noise": torch.randn(2, 3, 8, 8)}, ValueError, "noise"),
         ({"noise": [1.0]}, TypeError, "noise"),
@@ -204,6 +297,7 @@ def test_max_batch_and_tensors_of_the_batch() -> None:
         ({"eta": -1.0}, ValueError, "eta"),
         ({"rtol": torch.nan}, ValueError, "rtol"),
         ({"model": lambda x, t: x[:, :1]}, ValueError, "model returned shape"),
+        ({"model": lambda x, t: x[:, 0, 0, 0]}, ValueError, "model returned shape"),
         ({"model": lambda x, t: None}, TypeError, "model must return"),
     ],
 )  # fmt: skip

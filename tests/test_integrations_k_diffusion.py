@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -167,6 +168,15 @@ def test_the_callback_ends_at_what_that_of_the_loop_ends_at(end: float) -> None:
         assert relative_error(seen[-1][key], expected[-1][key]).max() <= 1e-5, key
 
 
+def test_the_callback_of_a_last_step_that_does_not_move() -> None:
+    """What it took for the clean sample is not in its ends."""
+    sigmas, seen = torch.tensor([10.0, 3.0, 1.0, 1.0]).requires_grad_(), []
+    with warnings.catch_warnings(action="error"):
+        found = sample_deq(Convolutions(), torch.randn(2, *SHAPE) * 10, sigmas, None, seen.append, True, rtol=0)
+    assert not found.requires_grad and found.isfinite().all()
+    assert torch.equal(seen[-1]["denoised"], found) and torch.equal(seen[-1]["x"], found)
+
+
 def test_half_precision_and_double() -> None:
     """The model gets x and sigma in the dtype of x, whatever its parameters are."""
     model, sigmas = Convolutions(), karras(8)
@@ -234,6 +244,8 @@ def test_a_guided_model_keeps_its_conditions() -> None:
         ({"sigmas": torch.tensor([1.0, 2.0, 0.0])}, ValueError, "sigmas"),
         ({"sigmas": torch.tensor([1.0, 0.0, 0.0])}, ValueError, "sigmas"),
         ({"sigmas": torch.tensor([torch.nan, 0.0])}, ValueError, "sigmas"),
+        ({"sigmas": torch.tensor([torch.inf, 1.0])}, ValueError, "sigmas"),
+        ({"sigmas": torch.tensor([1.0, -0.5])}, ValueError, "sigmas"),
         ({"x": torch.zeros(2)}, ValueError, "x must"),
         ({"extra_args": [1]}, TypeError, "extra_args"),
         ({"callback": 1}, TypeError, "callback"),

@@ -36,6 +36,19 @@ def test_without_an_arc_it_is_a_straight_line(factor: float) -> None:
     assert_close(frames, torch.stack([first, (0.75 + 0.25 * factor) * first, factor * first]), 1e-6)
 
 
+def test_an_arc_that_is_almost_a_straight_line_is_an_arc() -> None:
+    angle = torch.tensor(math.pi - 1e-4, dtype=torch.float64)
+    first, second = torch.tensor([[1.0, 0.0]], dtype=torch.float64), torch.stack([angle.cos(), angle.sin()])[None]
+    middle = slerp(first, second, torch.tensor([0.5]))[0]
+    assert_close(middle, torch.stack([(angle / 2).cos(), (angle / 2).sin()])[None], 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_keeps_the_dtype(dtype: torch.dtype) -> None:
+    first, second = torch.randn(2, 1, 4, 4).to(dtype).unbind()
+    assert slerp(first, second, torch.tensor([0.0, 0.5], dtype=torch.float64)).dtype is dtype
+
+
 def test_shapes_must_agree() -> None:
     with pytest.raises(ValueError, match="second must have the shape of first"):
         slerp(torch.zeros(1, 4), torch.zeros(2, 4), torch.tensor([0.5]))

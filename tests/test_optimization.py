@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,9 @@ from problems import GaussianMixture
 from torch import Tensor
 
 import deqkern
-from deqkern import NoiseSchedule, Optimize, models, solvers
-from deqkern.gradients import Implicit
+from deqkern import NoiseSchedule, Optimize, models, optimization, solvers
+from deqkern.gradients import Implicit, Pullback
+from deqkern.solve import solve
 
 SCHEDULE, SHAPE, STEPS = NoiseSchedule.linear(), (1, 6, 6), 15
 HALF = (torch.arange(6) < 3).float()
@@ -63,6 +65,111 @@ def test_a_masked_loss_leaves_the_rest_free_and_each_sample_stops_for_itself() -
     assert (found.history.amin(0) <= 0.05).all() and (found.history[-1].amin() <= 0.05)
 
 
+def test_each_sample_keeps_its_best_noise_and_what_its_solve_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first sample the second noise, the second one the first."""
+    model, sample, start = problem(2)
+    noises, solves = [start, start + 0.1, start - 0.1], list[deqkern.Solution]()
+    losses = [[3.0, 1.0], [2.0, 5.0], [4.0, 4.0]]
+
+    def recorded(*arguments: Any, **options: Any) -> deqkern.Solution:
+        solves.append(solve(*arguments, **options))
+        return solves[-1]
+
+    class Scripted:
+        def __init__(self, parameters: list[Tensor]) -> None:
+            (self.noise,), self.rest = parameters, iter(noises[1:])
+
+        def step(self, closure: Callable[[], float]) -> None:
+            assert closure() == sum(losses[len(solves) - 1])
+            self.noise.copy_(next(self.rest))
+
+    def loss(value: Tensor, target: Tensor) -> Tensor:
+        return torch.tensor(losses[len(solves) - 1]) + 0 * value.flatten(1).sum(1)
+
+    class Counted(Pullback):
+        def __init__(self, network: Any, gradient: Any, rtol: float, max_batch: int | None) -> None:
+            assert (rtol, max_batch) == (1e-3, 7)
+            super().__init__(network, gradient, rtol, max_batch)
+
+        def __call__(self, *arguments: Any) -> Any:
+            pulls.append(super().__call__(*arguments))
+            return pulls[-1]
+
+    def counted(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        assert len(x) == len(label) <= 7
+        return model(x, t)
+
+    pulls: list[Any] = []
+    monkeypatch.setattr(optimization, "solve", recorded)
+    monkeypatch.setattr(optimization, "Pullback", Counted)
+    method: Any = Optimize(loss=loss, noise=start, optimizer=Scripted, gradient="exact")  # type: ignore[arg-type]
+    options: Any = {
+        "sigma_min": 0.3,
+        "max_iterations": 2,
+        "rtol": 1e-3,
+        "max_batch": 7,
+        "model_kwargs": {"label": torch.arange(2)},
+    }
+    found = deqkern.invert(counted, sample, SCHEDULE, STEPS, method=method, **options)
+    assert found.iterations == sum(solved.iterations for solved in solves)
+    each = torch.stack([solved.nfe + pulled.products for solved, pulled in zip(solves, pulls, strict=True)])
+    assert torch.equal(found.nfe_history, each.cumsum(0)) and torch.equal(found.nfe, each.sum(0))
+    assert all((pulled.products > 0).all() for pulled in pulls)
+    assert found.history.tolist() == losses and "loss 1 (median), 2 (largest) after 2 steps" in found.message
+    for b, best in enumerate((1, 0)):
+        torch.testing.assert_close(found.value[b], noises[best][b], rtol=1e-5, atol=1e-5)
+        assert torch.equal(found.trajectory[:, b], solves[best].trajectory[:, b])
+        for name in ("converged", "error_estimate", "residual"):
+            assert getattr(found, name)[b] == getattr(solves[best], name)[b], name
+    assert len({float(solved.residual[b]) for solved in solves for b in range(2)}) == 6
+
+
+@pytest.mark.parametrize(
+    ("losses", "stop", "count", "converged"),
+    [
+        ([[0.5, 3.0], [3.0, 0.5], [3.0, 3.0]], 1.0, 2, [True, True]),  # when each has been there
+        ([[3.0, 1.0], [torch.nan, 1.0], [0.0, 0.0]], None, 2, [True, True]),  # or one will not come back
+        ([[3.0, 1.0], [torch.nan, 1.0], [0.0, 0.0]], 1.0, 2, [False, True]),
+        ([[3.0, 1.0], [2.0, 2.0], [2.0, 2.0]], 1.0, 3, [False, True]),
+    ],
+)
+def test_where_the_search_ends(
+    losses: list[list[float]], stop: float | None, count: int, converged: list[bool]
+) -> None:
+    model, sample, start = problem(2)
+    told, seen = iter(losses), list[Tensor]()
+
+    def loss(value: Tensor, target: Tensor) -> Tensor:
+        return torch.tensor(next(told)) + 0 * value.flatten(1).sum(1)
+
+    method = Optimize(loss=loss, noise=start, stop=stop)
+    with warnings.catch_warnings(action="ignore"):
+        found = deqkern.invert(
+            model, sample, SCHEDULE, STEPS, method=method, sigma_min=0.3, max_iterations=2,
+            callback=lambda step, noise, losses: (seen.append(losses.clone()), losses.fill_(-1)),
+        )  # fmt: skip
+    expected = torch.tensor(losses[:count], dtype=torch.float64)
+    torch.testing.assert_close(found.history, expected, rtol=0, atol=0, equal_nan=True)
+    assert found.converged.tolist() == converged and torch.equal(seen[0], expected[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtypes(dtype: torch.dtype) -> None:
+    model, sample, start = problem(2)
+    wide, noises = torch.promote_types(dtype, torch.float32), list[Tensor]()
+
+    def loss(value: Tensor, target: Tensor) -> Tensor:
+        assert value.dtype is target.dtype is wide
+        return (value - target).flatten(1).square().sum(1)
+
+    found = deqkern.invert(
+        model, sample.to(dtype), SCHEDULE, STEPS, method=Optimize(loss=loss, noise=start.to(dtype)), sigma_min=0.3,
+        max_iterations=2, callback=lambda step, noise, losses: noises.append(noise),
+    )  # fmt: skip
+    assert found.value.dtype is dtype and found.trajectory.dtype is wide and [n.dtype for n in noises] == [dtype] * 2
+    assert not torch.equal(*noises) and (found.value.data_ptr() != found.trajectory.data_ptr())
+
+
 def test_a_scalar_loss_and_lbfgs() -> None:
     model, sample, start = problem(2)
     calls: list[int] = []
@@ -101,6 +208,18 @@ def test_the_start_is_drawn_from_the_generator() -> None:
     assert torch.equal(drawn, torch.randn(sample.shape, generator=torch.Generator().manual_seed(1)))
 
 
+def test_a_given_start_stays_as_it_is_and_adam_moves_by_a_fifth() -> None:
+    model, sample, start = problem(2)
+    noises: list[Tensor] = []
+    given = start.clone().requires_grad_()
+    deqkern.invert(
+        model, sample, SCHEDULE, STEPS, method=Optimize(noise=given), sigma_min=0.3, max_iterations=1,
+        callback=lambda step, noise, loss: noises.append(noise),
+    )  # fmt: skip
+    assert torch.equal(given, start) and given.grad is None
+    torch.testing.assert_close((noises[0] - start).abs(), torch.full_like(start, 0.2), rtol=1e-3, atol=0)
+
+
 def test_it_works_where_the_schedule_clips_and_leaves_parameters_alone() -> None:
     loaded = models.load("digits")
     schedule = NoiseSchedule.linear(clip_sample=True)
@@ -123,12 +242,23 @@ def test_the_search_in_inference_mode_is_the_same(gradient: str) -> None:
     model, sample, start = problem(2)
 
     def search(sample: Tensor, noise: Tensor) -> Tensor:
-        method = Optimize(gradient=gradient, noise=noise)
+        method = Optimize(loss=weighted, gradient=gradient, noise=noise)
         return deqkern.invert(model, sample, SCHEDULE, STEPS, method=method, sigma_min=0.3, max_iterations=3).history
+
+    def weighted(value: Tensor, sample: Tensor) -> Tensor:
+        return (value * sample - sample.square()).flatten(1).square().sum(1)
 
     expected = search(sample, start)
     with torch.inference_mode():
         assert torch.equal(search(sample.clone(), start.clone()), expected)
+
+
+def test_an_inexact_gradient_on_the_way_is_not_said() -> None:
+    model, sample, start = problem(1)
+    gradient = Implicit(solver=solvers.picard(), rtol=1e-9, max_iterations=1)
+    with warnings.catch_warnings(action="error"):
+        method = Optimize(noise=start, gradient=gradient)
+        deqkern.invert(model, sample, SCHEDULE, STEPS, method=method, sigma_min=0.3, max_iterations=2)
 
 
 def test_an_unreached_stop_is_said() -> None:
@@ -146,6 +276,9 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: Optimize(gradient="ift"), ValueError, "gradient must be"),
     (lambda: Optimize(gradient=None), ValueError, "gradient must not be None"),  # type: ignore[arg-type]
     (lambda: Optimize(noise=torch.zeros(3)), ValueError, "noise must have shape"),
+    (lambda: Optimize(noise=torch.zeros(1, *SHAPE, device="meta")), ValueError, "noise must have shape .* on meta"),
+    (lambda: Optimize(noise=torch.full((1, *SHAPE), float("nan"))), ValueError, "noise must be finite"),
+    (lambda: Optimize(noise=[0.0]), TypeError, "noise must be a tensor"),  # type: ignore[arg-type]
     (lambda: Optimize(generator=1), TypeError, "generator must be"),  # type: ignore[arg-type]
     (lambda: Optimize(stop=float("nan")), ValueError, "stop must not be NaN"),
     (lambda: Optimize(loss=lambda v, s: (v - s).square()), ValueError, "loss must return a scalar or"),

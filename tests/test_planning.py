@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -85,14 +86,23 @@ def test_a_full_device_says_no_and_is_not_measured_further(timed: Build, batch: 
     assert "sequential()" in found.message
 
 
-def test_one_slow_size_is_not_a_full_device(timed: Build) -> None:
-    found = plan(timed(lambda rows: 0.01 if rows == 1 else 0.05), noise(), SCHEDULE, 50)
+def test_slow_sizes_that_do_not_follow_each_other_are_no_full_device(timed: Build) -> None:
+    found = plan(timed(lambda rows: 0.01 if rows == 1 else 0.05 if rows < 8 else 0.25), noise(), SCHEDULE, 50)
     assert list(found.latencies) == [1, 2, 4, 8, 16, 32, 38]
 
 
-def test_sizes_are_measured_after_a_warm_up_and_the_fastest_call_counts(timed: Build) -> None:
+@pytest.mark.parametrize(("factor", "sizes"), [(1.75, [1, 2, 4, 8, 15]), (1.85, [1, 2, 4])])
+def test_twice_the_rows_for_almost_twice_the_time_is_a_full_device(
+    timed: Build, factor: float, sizes: list[int]
+) -> None:
+    found = plan(timed(lambda rows: 0.01 * factor ** math.log2(rows)), noise(), SCHEDULE, 20)
+    assert list(found.latencies) == sizes
+
+
+@pytest.mark.parametrize("smallest", [[0.5, 4.0, 5.0, 4.0, 0.5, 7.0, 1.0, 2.0], [0.5, 2.0, 1.0, 4.0, 0.5, 7.0, 8.0, 9]])
+def test_sizes_are_measured_after_a_warm_up_and_the_fastest_call_counts(timed: Build, smallest: list[float]) -> None:
     """The first of each four is the warm-up, here the fastest of all, and does not count."""
-    seconds = iter([0.5, 4.0, 5.0, 4.0] + [0.5, 7.0, 1.0, 2.0] * 3)
+    seconds = iter(smallest[:4] + [0.5, 7.0, 1.0, 2.0] * 2 + smallest[4:])
     model = timed(lambda rows: next(seconds))
     found = plan(model, noise(2), SCHEDULE, 3, repeats=3)
     assert model.calls == [2] * 4 + [4] * 4 + [6] * 4 + [2] * 4  # the smallest once more
@@ -100,9 +110,15 @@ def test_sizes_are_measured_after_a_warm_up_and_the_fastest_call_counts(timed: B
 
 
 def test_the_smallest_size_is_measured_again_for_as_long_as_the_largest(timed: Build) -> None:
-    model = timed(lambda rows: {1: 1.0, 2: 1.5, 4: 2.0, 6: 2.5}[rows])
+    model = timed(lambda rows: {1: 1.0, 2: 1.5, 4: 2.0, 6: 2.6}[rows])
     plan(model, noise(1), SCHEDULE, 8, repeats=2)
-    assert model.calls == [1] * 3 + [2] * 3 + [4] * 3 + [6] * 3 + [1] * 6
+    assert model.calls == [1] * 3 + [2] * 3 + [4] * 3 + [6] * 3 + [1] * (1 + 6)  # 2 * 2.6, rounded up
+
+
+def test_the_smallest_size_is_measured_again_for_no_longer_than_the_chain(timed: Build) -> None:
+    model = timed(lambda rows: 1.0 if rows == 1 else 10.0)
+    plan(model, noise(1), SCHEDULE, 3, repeats=2)
+    assert model.calls == [1] * 3 + [2] * 3 + [3] * 3 + [1] * (1 + 2 * 3)
 
 
 def test_time_that_others_took_does_not_count(timed: Build) -> None:
@@ -120,6 +136,7 @@ def test_time_is_linear_between_sizes(timed: Build) -> None:
     assert found.ways[0].seconds == pytest.approx(10 + 300 / 8, rel=0.02)
     assert found.sequential_seconds == pytest.approx(50 * (1 + 1 / 8))
     assert "as given" in found.message
+    assert "as given" in plan(timed(lambda rows: 1.0), noise(), SCHEDULE, 50, evaluations=300).message
 
 
 def test_time_beyond_and_below_what_was_measured() -> None:
@@ -134,7 +151,7 @@ def test_time_beyond_and_below_what_was_measured() -> None:
 def test_rows_fall_and_add_up_to_the_evaluations(window: int, batch: int) -> None:
     rows = planning._rows(window, batch, 25, 150)
     assert rows == sorted(rows, reverse=True)
-    assert max(rows) <= window * batch
+    assert max(rows) <= window * batch and min(rows) >= 1
     assert sum(rows) == pytest.approx(150 * batch, rel=0.05)
 
 
@@ -145,6 +162,8 @@ def test_counts_are_those_that_can_be() -> None:
     assert planning._effort(50, 0.0, 1, None) == (1, 50)
     assert planning._effort(50, 0.0, 18, None) == (18, pytest.approx(430))
     assert planning._effort(50, 1.0, None, 400) == (12, 400)
+    assert [planning._effort(50, 0.0, 9, evaluations)[1] for evaluations in (50, 450)] == [50, 450]
+    assert planning._effort(50, 0.0, 50, None, 1e-7) == (50, sum(range(51)))
 
 
 def test_a_tighter_tolerance_takes_more() -> None:
@@ -153,6 +172,7 @@ def test_a_tighter_tolerance_takes_more() -> None:
         round(9 + 2 * more[0]),
         pytest.approx(50 * (4.3 + 2 * more[1])),
     )
+    assert [planning._effort(50, 0.0, None, None, 10**-exponent)[0] for exponent in (2.2, 2.5)] == [9, 10]
     assert planning._effort(50, 1.0, None, None, 0.5) == (12, 265)
     assert planning._effort(50, 0.0, None, None, 0.0) == planning._effort(50, 0.0, None, None, 1e-7)
     assert planning._effort(50, 0.0, 9, 250, 1e-4) == (9, 250)
@@ -189,6 +209,24 @@ def test_a_window_where_more_rows_suddenly_cost(timed: Build) -> None:
     assert found.pays
     assert found.solver == solvers.default(window=7)
     assert "a window of 7 steps" in found.message
+
+
+@pytest.mark.parametrize(
+    ("steps", "iterations", "evaluations", "ways"),
+    [
+        (10, 8, 20.0, [(8, 8, 20), (5, 8, 16.4), (3, 10, 12.6), (2, 10, 10.4)]),
+        (50, 30, 60.0, [(38, 30, 60), (25, 32, 50), (13, 42, 50), (7, 50, 50)]),  # each step is evaluated once
+        (4, 1, 4.0, [(3, 1, 3), (2, 1, 2)]),  # and no step more often than there are iterations
+    ],
+)
+def test_narrower_windows_take_more_iterations_and_fewer_evaluations(
+    timed: Build, steps: int, iterations: int, evaluations: float, ways: list[tuple[int, int, float]]
+) -> None:
+    found = plan(
+        timed(lambda rows: 0.01), noise(), SCHEDULE, steps, iterations=iterations, evaluations=evaluations
+    ).ways
+    assert [(way.window, way.iterations) for way in found] == [way[:2] for way in ways]
+    assert [way.evaluations for way in found] == pytest.approx([way[2] for way in ways])
 
 
 def test_smaller_calls_where_larger_ones_are_slow(timed: Build) -> None:
@@ -242,6 +280,22 @@ def test_other_errors_and_no_memory_at_all_are_raised(timed: Build, limit: int) 
 
     with pytest.raises(RuntimeError, match="unrelated" if limit else "none"):
         plan(timed(cost), noise(), SCHEDULE, 50)
+
+
+def test_the_message(timed: Build) -> None:
+    found = plan(timed(lambda rows: 0.01), noise(), SCHEDULE, 1)
+    assert found.message == (
+        "No: parallel sampling does not pay here. 1 sequential steps of 1 sample take 0.01 s; a window of 1 step: "
+        "0.01 s, 1.00 times as fast, with 1 iterations and 1 evaluations per sample (as the shipped models need at "
+        "rtol 0.01, yours may differ). Use deqkern.solvers.sequential()."
+    )
+    found = plan(timed(lambda rows: 0.01 * (1 if rows <= 16 else rows)), noise(2), SCHEDULE, 50, max_batch=16)
+    assert found.message == (
+        "Yes: parallel sampling pays here. 50 sequential steps of 2 samples take 0.5 s; a window of 7 steps, max_batch "
+        "16: 0.19 s, 2.63 times as fast, with 19 iterations and 112 evaluations per sample (as the shipped models need "
+        "at rtol 0.01, yours may differ). A call with 16 rows takes 0.01 s, 1 times that with 2. The solver's own work "
+        "is not counted."
+    )
 
 
 def test_what_it_says_is_what_sample_takes(timed: Build) -> None:
@@ -362,6 +416,20 @@ def test_a_guided_model_and_per_sample_arguments() -> None:
     assert rows[:4] == [(4, 4)] * 2 + [(8, 8)] * 2
     plain_model = plan(model, noise(2), SCHEDULE, 4, repeats=1, model_kwargs=cond)
     assert min(plain_model.latencies) == 2
+
+
+def test_rows_are_the_first_steps_of_all_samples() -> None:
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def model(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        seen.append((x, t, label))
+        return x
+
+    example = noise(2)
+    plan(model, example, SCHEDULE, 4, max_batch=6, repeats=1, model_kwargs={"label": torch.tensor([3, 5])})
+    x, t, label = max(seen, key=lambda call: len(call[0]))
+    assert torch.equal(x, example.repeat(3, 1, 1, 1)) and label.tolist() == [3, 5] * 3
+    assert torch.equal(t, SCHEDULE.steps(4).timesteps[:3].repeat_interleave(2))
 
 
 def test_the_model_and_the_random_state_stay_as_they_are() -> None:

@@ -13,8 +13,8 @@ from asserts import relative_error
 from torch import Tensor
 
 import deqkern
-from deqkern import NoiseSchedule, models, replicated, solvers
-from deqkern.replication import is_replicated
+from deqkern import NoiseSchedule, models, replicated, replication, solvers
+from deqkern.replication import autocast_of, is_replicated
 
 SHAPE, STEPS, SCHEDULE = (2, 6, 5), 12, NoiseSchedule.linear()
 THREE = ["cpu"] * 3
@@ -28,15 +28,17 @@ class Denoiser(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = torch.nn.Conv2d(2, 6, 3, padding=1), torch.nn.Conv2d(6, 2, 3, padding=1)
-        self.drop = torch.nn.Dropout(0.5)
+        self.drop, self.act = torch.nn.Dropout(0.5), torch.nn.Tanh()
         self.register_buffer("gain", torch.tensor(0.5))
+        self.scales = {"adapter": [1.0]}
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor | None = None, added: Any = None) -> Any:
         Denoiser.calls.append((id(self), len(x), threading.get_ident()))
         hidden = self.first(x) + (t.to(x) / 1000)[:, None, None, None]
         if text is not None:
             hidden = hidden + text[:, :, None, None] + added["bias"][0]
-        return SimpleNamespace(sample=self.gain * x + self.last(torch.tanh(self.drop(hidden))))
+        hidden = self.scales["adapter"][0] * hidden
+        return SimpleNamespace(sample=self.gain * x + self.last(self.act(self.drop(hidden))))
 
 
 @pytest.fixture
@@ -67,10 +69,32 @@ def test_rows_are_shared_out(model: Denoiser, rows: int) -> None:
     assert len(set(copies)) == min(rows, 3)
     here = [thread == threading.get_ident() for thread in threads]
     assert here == [copy == id(model) for copy in copies]
+    assert torch.equal(replicated(model, THREE)(x=x, t=t, **given), found)
 
 
 def test_no_rows(model: Denoiser) -> None:
     assert replicated(model, THREE)(noise(0), torch.arange(0)).shape == (0, *SHAPE)
+    assert [copy for copy, _, _ in Denoiser.calls] == [id(model)]
+
+
+def test_all_devices_work_at_the_same_time(model: Denoiser) -> None:
+    met, order = threading.Barrier(3, timeout=30), list[int]()
+    model.first.register_forward_pre_hook(lambda module, args: order.append(met.wait()))
+    replicated(model, THREE)(noise(3), torch.arange(3))
+    assert sorted(order) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_copy_and_its_rows_are_on_its_device(model: Denoiser, grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = autocast_of(torch.device("cpu"))
+    monkeypatch.setattr(replication, "autocast_of", lambda device: here)  # there is none for meta
+    seen: list[set[str]] = []
+    model.last.register_forward_hook(
+        lambda module, args, output: seen.append({value.device.type for value in (module.weight, *args, output)})
+    )
+    with torch.set_grad_enabled(grad), pytest.raises(NotImplementedError, match="copy out of meta"):
+        replicated(model, ["cpu", "meta"])(noise(), torch.arange(2))  # no data comes back from there
+    assert sorted(map(sorted, seen)) == [["cpu"], ["meta"]]
 
 
 @pytest.mark.parametrize("max_batch", [None, 5])
@@ -166,7 +190,15 @@ def add_module(model: Denoiser) -> None:
     model.last = torch.nn.Sequential(model.last, torch.nn.Conv2d(2, 2, 1))
 
 
-@pytest.mark.parametrize("change", [change_parameter, change_buffer, add_module])
+def change_activation(model: Denoiser) -> None:
+    model.act = torch.nn.Sigmoid().eval()  # which has no values of its own, as little as Tanh
+
+
+def change_scale(model: Denoiser) -> None:
+    model.scales["adapter"][0] = 3.0
+
+
+@pytest.mark.parametrize("change", [change_parameter, change_buffer, add_module, change_activation, change_scale])
 @pytest.mark.parametrize("grad", [False, True])
 def test_the_copies_follow_the_model(model: Denoiser, change: Any, grad: bool) -> None:
     spread, x, t = replicated(model, THREE), noise(6), torch.arange(6)
@@ -223,6 +255,67 @@ def test_a_compiled_model() -> None:
         torch.testing.assert_close(found, model(x, y), rtol=1e-5, atol=1e-6)
 
 
+class Bound(torch.nn.Linear):
+    """Its forward is a method that it sets itself."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 4)
+        self.forward = self.doubled
+
+    def doubled(self, x: Tensor) -> Tensor:
+        return 2 * torch.nn.functional.linear(x, self.weight, self.bias)
+
+
+def test_a_forward_that_the_module_sets_itself_goes_along() -> None:
+    model, x = Bound(), torch.randn(6, 3)
+    found = replicated(model, THREE)
+    with torch.no_grad():
+        model.weight.mul_(3)
+        torch.testing.assert_close(found(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: setattr(module, "forward", lambda x: x),
+        lambda module: setattr(module, "forward", torch.nn.Identity().forward),
+        lambda module: setattr(module, "_hf_hook", object()),
+    ],
+)
+def test_a_forward_that_was_replaced_is_refused(model: Denoiser, change: Any) -> None:
+    change(model.last)
+    with pytest.raises(ValueError, match="model has a Conv2d whose forward was replaced"):
+        replicated(model, THREE)
+
+
+def test_without_devices_it_takes_all_gpus(model: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert replicated(model).devices == (torch.device("cpu"),)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="must hold the model's own, cpu, got cuda:0, cuda:1"):
+        replicated(model)
+
+
+def test_a_model_that_returns_a_tuple_and_takes_a_number(model: Denoiser) -> None:
+    class Tuple(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor, t: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+            return factor * self.inner(x, t).sample, t
+
+    x, t, factor = noise(4), torch.arange(4), torch.tensor(2.0)
+    torch.testing.assert_close(replicated(Tuple(), THREE)(x, t, factor), 2 * model(x, t).sample, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_made_in_inference_mode() -> None:
+    Denoiser.calls, x, t = [], noise(4), torch.arange(4)
+    with torch.inference_mode():
+        model = Denoiser().eval()
+        torch.testing.assert_close(replicated(model, THREE)(x, t), model(x, t).sample, rtol=1e-5, atol=1e-6)
+
+
 def test_the_plan_measures_all_devices(model: Denoiser) -> None:
     deqkern.plan(replicated(model, THREE), noise(), SCHEDULE, STEPS, repeats=1)
     assert len({copy for copy, _, _ in Denoiser.calls}) == 3
@@ -232,7 +325,7 @@ def test_one_device_copies_nothing(model: Denoiser) -> None:
     replicated(model, ["cpu"])(noise(), torch.arange(2))
     assert [copy for copy, _, _ in Denoiser.calls] == [id(model)]
     assert not is_replicated(replicated(model, ["cpu"])) and not is_replicated(lambda x, t: x)
-    assert is_replicated(deqkern.guided(replicated(model, THREE), 1.0, {}, {}))
+    assert is_replicated(deqkern.guided(replicated(model, ["cpu", "cpu"]), 1.0, {}, {}))
 
 
 @pytest.mark.parametrize(
@@ -243,6 +336,7 @@ def test_one_device_copies_nothing(model: Denoiser) -> None:
         (lambda model: replicated(model, THREE), THREE, ValueError, "model must be the network itself"),
         (lambda model: torch.nn.Identity(), THREE, ValueError, "model must have its parameters on one device, got 0"),
         (lambda model: model, "cpu", TypeError, "devices must be a sequence of devices"),
+        (lambda model: model, torch.device("cpu"), TypeError, "devices must be a sequence of devices"),
         (lambda model: model, [], ValueError, "devices must hold the model's own, cpu, got none"),
         (lambda model: model, ["meta", "meta"], ValueError, "devices must hold the model's own, cpu, got meta, meta"),
     ],

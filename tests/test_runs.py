@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from deqkern import NoiseSchedule, plots, runs, solvers
 from deqkern.cli.files import Noise
 from deqkern.runs import StoredRun
 from deqkern.solve import relative_error
+from deqkern.version import version
 
 SCHEDULE = NoiseSchedule.linear()
 SHAPE = (3, 8, 8)
@@ -47,7 +49,19 @@ def test_a_run_is_read_as_it_was_written(measured: bool, tmp_path: Path) -> None
         )
     assert found.nfe_history.dtype is torch.int64
     assert found.true_error is None if error is None else torch.equal(found.true_error, error)
-    assert found.metadata.pop("deqkern") and found.metadata == metadata
+    written = found.metadata.pop("deqkern")
+    assert written == version() and found.metadata == metadata
+    runs.save(tmp_path / "again.safetensors", solution, metadata | {"deqkern": "0.0"})
+    assert runs.load(tmp_path / "again.safetensors").metadata["deqkern"] == written
+
+
+def test_a_true_error_may_lie_anywhere_in_memory(tmp_path: Path) -> None:
+    solution = solved()
+    turned = torch.rand(2, solution.iterations, dtype=torch.float64, requires_grad=True).T
+    for error in (solution.history, turned, turned[:1].expand_as(turned), turned.float()):
+        runs.save(tmp_path / "run.safetensors", solution, true_error=error)
+        found = runs.load(tmp_path / "run.safetensors").true_error
+        assert found is not None and torch.equal(found, error.double())
 
 
 def test_what_cannot_be_stored_is_refused(tmp_path: Path) -> None:
@@ -86,11 +100,17 @@ def spoil(path: Path, change: str) -> None:
         path.unlink()
         path.mkdir()
     elif change == "format":
-        save_file(tensors, path, {"format": "deqkern.Noise.1"})
+        save_file(tensors, path, metadata | {"format": "deqkern.Noise.1"})
+    elif change == "plain":
+        save_file(tensors, path)
+    elif change == "unsaid":
+        save_file(tensors, path, {"format": metadata["format"]})
     elif change == "tensor":
         save_file({name: tensor for name, tensor in tensors.items() if name != "nfe_history"}, path, metadata)
     elif change == "shape":
         save_file(tensors | {"history": tensors["history"][:1].clone()}, path, metadata)
+    elif change == "empty":
+        save_file({name: tensor[:0].clone() for name, tensor in tensors.items()}, path, metadata)
     elif change == "rank":
         save_file(tensors | {"residual_history": tensors["history"].clone()}, path, metadata)
     elif change == "ranks":
@@ -106,7 +126,7 @@ def spoil(path: Path, change: str) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        *("text", "folder", "format", "tensor", "shape", "rank", "ranks"),
+        *("text", "folder", "format", "plain", "unsaid", "tensor", "shape", "empty", "rank", "ranks"),
         *("bfloat16", "complex64", "int64", "json", "list"),
     ],
 )
@@ -125,6 +145,8 @@ def test_another_kind_of_file_is_an_error_that_names_it(change: str, tmp_path: P
 def test_a_missing_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         runs.load(tmp_path / "nowhere.safetensors")
+    with pytest.raises(ValueError, match="does not hold a run"):
+        runs.load(os.devnull)
     monkeypatch.chdir(tmp_path)  # a long path is broken over lines
     assert "nowhere" in plain(run("plot", "nowhere.safetensors", code=2).stderr)
     assert "--out" in plain(run("plot", "nowhere.safetensors", "--out", "a.txt", code=2).stderr)

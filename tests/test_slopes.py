@@ -12,9 +12,10 @@ import pytest
 import torch
 from asserts import relative_error
 from safetensors.torch import save_file
+from torch import Tensor
 
 import deqkern
-from deqkern import NoiseSchedule, SlopeProfile, slopes, solvers
+from deqkern import NoiseSchedule, SlopeProfile, calibration, slopes, solvers
 from deqkern.spectral import Basis
 from deqkern.trajectory import start
 
@@ -112,6 +113,44 @@ def test_calibrate_finds_the_slopes_of_a_gaussian_and_saves_iterations() -> None
     after = deqkern.sample(model, noise, SCHEDULE, 50, solver=solvers.default(profile, window=None), rtol=1e-4)
     assert after.iterations < before.iterations
     assert relative_error(after.value, problems.chain(model, noise, SCHEDULE, 50)).max() <= 3e-4
+
+
+def test_calibrate_of_flow_matching_leaves_out_the_first_step() -> None:
+    """There alpha = 0, and both slopes agree."""
+    schedule = NoiseSchedule.flow()
+    profile = deqkern.calibrate(lambda x, t: 0.3 * x.tanh(), (4,), schedule, 10, samples=1, etas=(0.0,))
+    assert torch.equal(profile.log_snr, schedule.steps(10).log_snr[1:])
+    assert profile.shrinkage.shape == (9, 1) and ((profile.shrinkage > 0) & (profile.shrinkage < 1)).all()
+
+
+def test_calibrate_averages_over_what_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sample of each iteration counts the same at a step, however far it moved, but for those that stood still."""
+    solves: list[dict[str, Any]] = []
+
+    def sample(model: Any, noise: Tensor, schedule: Any, steps: int, *, solver: Any, **options: Any) -> None:
+        assert noise.dtype is torch.bfloat16 and noise.shape == (2, *SHAPE) and noise.std() > 0.5
+        moments = torch.ones(steps, 2, 3, 2, dtype=torch.float64)  # square 1 in each of three bands
+        moments[:, :, 0, 0] = 0.9 * len(solves)
+        moments[:, :, 2, 0] = 0.0
+        moments[:, 1] *= 1000
+        moments[0, 1] = 0.0
+        solves.append(options)
+        ends = torch.full((2, steps), 2.0, dtype=torch.float64).unbind()
+        solver.slope.refine(torch.zeros(steps, 2, 3), moments, *ends)
+
+    monkeypatch.setattr(calibration, "sample", sample)
+    generator, given = torch.Generator(), {"label": torch.zeros(2)}
+    profile = deqkern.calibrate(
+        problems.digits_density(SCHEDULE), SHAPE, SCHEDULE, 10, generator=generator, dtype=torch.bfloat16,
+        model_kwargs=given, max_batch=5,
+    )  # fmt: skip
+    expected = {"rtol": 1e-3, "generator": generator, "model_kwargs": given, "max_batch": 5}
+    assert solves == [expected | {"eta": 0.0}, expected | {"eta": 1.0}]
+    table = SCHEDULE.steps(10)
+    assert torch.equal(profile.log_snr, table.log_snr)
+    slope = torch.tensor([0.45, 1.0, 0.0], dtype=torch.float64)
+    shrinkage = (slope / table.slope_1[:, None]).clamp_max(1)  # the output is epsilon: slope_0 is 0
+    torch.testing.assert_close(profile.shrinkage, shrinkage, rtol=1e-9, atol=0)
 
 
 def test_calibrate_refuses_bad_arguments() -> None:

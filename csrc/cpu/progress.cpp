@@ -11,7 +11,6 @@ namespace DEQKERN_ISA {
 namespace {
 
 DEQKERN_INLINE bool finite(double value) { return __builtin_fabs(value) <= DBL_MAX; }
-DEQKERN_INLINE double root(double value) { return value < 0.0 ? NAN : __builtin_sqrt(value); }
 
 struct Chain {
   double change = 0.0;    // the largest relative correction
@@ -27,7 +26,7 @@ Chain look(const Progress& op, int64_t b, Window window, int64_t exact) {
   for (int64_t i = 0; i < op.S; ++i) {
     const double* norms = op.norms + (i * op.B + b) * 3;
     chain.is_finite = chain.is_finite && finite(norms[0]) && finite(norms[1]) && finite(norms[2]);
-    const double residual = root(norms[0]), correction = root(norms[1]), state = root(norms[2]);
+    const double residual = sqrt(norms[0]), correction = sqrt(norms[1]), state = sqrt(norms[2]);
     // A state that is larger than the noise is taken for an overshoot, not for the scale of the data.
     const double relative = correction / (state < op.scale[b] ? state : op.scale[b]);
     if (relative > chain.change) chain.change = relative;  // 0 / 0 is not
@@ -48,11 +47,11 @@ void advance(const Progress& op, int64_t b, Window window) {
   double ratio = change / before;
   ratio = ratio < op.contraction ? op.contraction : ratio > 1.0 ? 1.0 : ratio;
   const double square = ratio * errors[2];  // rho^2
-  double left = change * root(square) / (square < 0.9 ? 1.0 - square : 0.1);
+  double left = change * sqrt(square) / (square < 0.9 ? 1.0 - square : 0.1);
   if (!op.implicit && chain.unsolved > left) left = chain.unsolved;
   const bool diverged = !chain.is_finite || (whole && chain.last > op.growth * errors[3]);
   const int64_t frontier = diverged ? exact : larger(chain.frontier, exact);
-  if (frontier >= op.S && !(left < op.tolerance)) left = op.tolerance;
+  if (frontier >= op.S && left > op.tolerance) left = op.tolerance;
   const bool converged = frontier >= op.S || (!diverged && op.rtol > 0.0 && left <= op.rtol);
   errors[0] = left;
   errors[1] = change;

@@ -145,7 +145,7 @@ __device__ inline double minimum_norm(const Column<M>& column, int lane, bool us
   const double factor = ldexp(1.0, -exponent);
   double w[M];
 #pragma unroll
-  for (int k = 0; k < M; ++k) w[k] = factor * column.matrix[k] + (used && k == lane ? 1.0 : 0.0);
+  for (int k = 0; k < M; ++k) w[k] = factor * column.matrix[k] + (k == lane ? 1.0 : 0.0);
   bool rotated = true;
   for (int sweep = 0; sweep < kSweeps && rotated; ++sweep) {
     rotated = false;
@@ -217,13 +217,10 @@ __device__ inline float solve(Column<M> column, int lane, const AndersonSolve& o
   double answer;
   const bool good = eliminate(column, lane, largest, answer);
   if (__ballot_sync(kWarp, !good) != 0u) {
-#pragma unroll
-    for (int k = 0; k < M; ++k)
-      if (k == lane && !used) column.matrix[k] = 0.0;
     const double other = minimum_norm(column, lane, used);
     if (!good) answer = other;
   }
-  return solvable && used && fabs(answer) <= FLT_MAX ? static_cast<float>(answer) : 0.0f;
+  return solvable && fabs(answer) <= FLT_MAX ? static_cast<float>(answer) : 0.0f;
 }
 
 // Blocks b, b + B, ... do sample b. A sum of S terms in the unit 2^unit, 2^unit >= S, cannot overflow.

@@ -54,11 +54,10 @@ def edm_sampler(
     labels: dict[str, Any] = {"class_labels": class_labels}
 
     def call(states: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
-        return net(states, sigma.to(states.dtype), class_labels).to(states.dtype)
+        return net(states, sigma.to(states.dtype), class_labels)
 
     table = sigma_table("sigma_min .. sigma_max, rounded by net,", sigmas)
-    noise = latents * sigmas[0].to(latents.dtype)
-    chain = Chain(call, table, net, "latents", noise, labels, solver, rtol, max_iterations, max_batch)
+    chain = Chain(call, table, net, "latents", latents * sigmas[0], labels, solver, rtol, max_iterations, max_batch)
     solution = chain.solve()
     warn_unless_converged(solution)
     return solution.value

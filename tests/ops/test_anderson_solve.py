@@ -284,6 +284,42 @@ def test_subnormal_systems_stay_finite(backend: str, exponent: int) -> None:
 
 
 @BACKENDS
+def test_a_ridge_far_beyond_the_system_leaves_nothing(backend: str) -> None:
+    gram = 2.0**-900 * torch.eye(2, dtype=torch.float64).expand(3, 1, 2, 2)
+    assert not solve(backend, gram, gram[..., 0], "row", ridge_absolute=1e300).any()
+
+
+@BACKENDS
+def test_a_singular_system_changes_none_beside_it(backend: str) -> None:
+    """Bit for bit, though the lanes of a warp go the same way: what solves that one is less exact."""
+    *_, gram, rhs = least_squares(9, 1, 9, 3)
+    length = torch.tensor([1.0, 1e-2, 3e-5], dtype=torch.float64)
+    gram, rhs = gram * length * length[:, None], rhs * length
+    expected = solve(backend, gram, rhs, "row")
+    gram[4], rhs[4] = 1.0, 1.0
+    found = solve(backend, gram, rhs, "row")
+    assert_close(found[4], torch.full((1, 3), 1 / 3))
+    others = torch.arange(9) != 4
+    assert torch.equal(found[others], expected[others])
+
+
+@BACKENDS
+@pytest.mark.parametrize("ridge", [0.0, 0.1])
+def test_a_diagonal_of_zeros_leaves_the_positive_part(backend: str, ridge: float) -> None:
+    gram = torch.tensor([[0.0, 2.0], [2.0, 0.0]], dtype=torch.float64).expand(2, 1, 2, 2)
+    rhs = torch.tensor([3.0, 1.0], dtype=torch.float64).expand(2, 1, 2)
+    assert_close(solve(backend, gram, rhs, "row", ridge)[1], torch.ones(1, 2))
+
+
+@BACKENDS
+@pytest.mark.parametrize("power", [-1000, -1030])
+def test_subnormal_systems_have_their_answer(backend: str, power: int) -> None:
+    gram = 2.0**power * torch.diag(torch.tensor([1.0, 4.0], dtype=torch.float64)).expand(2, 1, 2, 2)
+    rhs = 2.0**power * torch.tensor([0.5, 6.0], dtype=torch.float64).expand(2, 1, 2)
+    assert solve(backend, gram, rhs, "row")[1].tolist() == [[0.5, 1.5]]
+
+
+@BACKENDS
 def test_answers_beyond_float32_stay_finite(backend: str) -> None:
     gram = 1e-30 * torch.eye(2, dtype=torch.float64).expand(3, 1, 2, 2)
     rhs = torch.tensor([1e30, 1e-30], dtype=torch.float64).expand(3, 1, 2)

@@ -77,12 +77,31 @@ def test_what_is_left_is_no_less_than_the_residual_of_an_explicit_chain(backend:
 
 
 @BACKENDS
+@pytest.mark.parametrize(("ratio", "least"), [(0.5, 0.5), (0.85, 0.15), (0.95, 0.1), (1.5, 0.1)])
+def test_a_slow_contraction_leaves_at_most_ten_times_as_much(backend: str, ratio: float, least: float) -> None:
+    before = (1.0, 1.0, 1.0, 1.0, 1.0)
+    errors, _, _ = reached(backend, sample([1.0] * 2, [0.1, ratio], [2.0] * 2, errors=before, implicit=True))
+    left = ratio * min(ratio, 1.0) ** 0.5 / least
+    assert_close(errors[:3], torch.tensor([left, ratio, min(ratio, 1.0)], dtype=torch.float64))
+
+
+@BACKENDS
 def test_no_contraction_is_believed_to_be_better_than_the_best(backend: str) -> None:
     errors, window, _ = reached(
         backend, sample([1.0, 1e-3], [1e-9, 0.05], [1.0, 1.0], errors=(1.0, 1.0, 0.1, 1.0, 1.0))
     )
     assert_close(errors[:3], torch.tensor([0.05 * 0.1 / 0.99, 0.05, 0.1], dtype=torch.float64))
     assert window == [2, 2]
+
+
+@BACKENDS
+def test_no_change_after_no_change_is_the_best_contraction(backend: str) -> None:
+    errors, window, _ = reached(backend, sample([1.0, 0.5], [0.0] * 2, [1.0] * 2, errors=(0.0, 0.0, 0.5, 1.0, 1.0)))
+    assert_close(errors, torch.tensor([0.5, 0.0, 0.1, 0.0, 0.5], dtype=torch.float64))
+    assert window == [1, 2]
+    arguments = sample([1.0, 0.5], [0.0] * 2, [1.0] * 2, errors=(0.0, 0.0, 0.5, 1.0, 1.0), rtol=0.0, implicit=True)
+    errors, window, _ = reached(backend, arguments)
+    assert errors[0] == 0.0 and window == [0, 2], "rtol = 0 asks for the residuals alone"
 
 
 @BACKENDS
@@ -108,8 +127,11 @@ def test_exact_mode_ends_with_the_last_step_only(backend: str) -> None:
 
 @BACKENDS
 def test_nothing_is_known_before_the_window_reaches_the_end(backend: str) -> None:
-    errors, window, diverged = reached(backend, sample([1.0] * 4, [1e9] * 4, [1.0] * 4, window=(0, 2), size=2))
-    assert errors[:2].tolist() == [INF, INF] and errors[3] == INF and window == [1, 3] and not diverged
+    for smallest in (INF, 1e10, 1.0):  # of the last corrections before
+        before = (INF, INF, 1.0, smallest, INF)
+        arguments = sample([1.0] * 4, [1e9] * 4, [1.0] * 4, errors=before, window=(0, 2), size=2)
+        errors, window, diverged = reached(backend, arguments)
+        assert errors[[0, 1, 3]].tolist() == [INF, INF, smallest] and window == [1, 3] and not diverged
 
 
 @BACKENDS
