@@ -87,7 +87,7 @@ class _Kernels(Work):
         window = self.window.clone()
         errors = torch.ones(len(window), 5, dtype=torch.float64)
         ops.progress(
-            *(self.norms, self.scale, 0.0, 0.0, 0.1, 1e3, SIZE.steps, False, errors, window, self.diverged),
+            *(self.norms, self.scale, None, 0.0, 0.0, 0.1, 1e3, SIZE.steps, False, errors, window, self.diverged),
         )
 
 

@@ -199,6 +199,7 @@ def _progress(size: Size) -> Callable[[torch.device], Arguments]:
         return {
             "norms": norms,
             "scale": torch.ones(size.batch, **double),
+            "gap": None,
             "rtol": 0.0,
             "tolerance": 0.0,
             "contraction": 0.1,

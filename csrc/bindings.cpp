@@ -176,12 +176,13 @@ void anderson_mix(Address f_ring, Address gamma, Address window, Address out, in
                           S, B, D, m, head, count, threads});
 }
 
-void progress(Address norms, Address scale, Address errors, Address window, Address diverged, int64_t S, int64_t B,
+void progress(Address norms, Address scale, Address gap, Address errors, Address window, Address diverged, int64_t S, int64_t B,
               double rtol, double tolerance, double contraction, double growth, int64_t size, bool implicit) {
   require(S >= 0 && B >= 0, "sizes must not be negative");
   if (S == 0 || B == 0) return;
   kernels().progress({pointer<const double>(norms, true, "norms"),
                       pointer<const double>(scale, true, "scale"),
+                      pointer<const int64_t>(gap, false, "gap"),
                       pointer<double>(errors, true, "errors"),
                       pointer<int64_t>(window, true, "window"),
                       pointer<int64_t>(diverged, true, "diverged"),
@@ -236,7 +237,7 @@ PYBIND11_MODULE(_C, module) {
              arg("B"), arg("K"), arg("pull"));
   module.def("fill_gaps", &fill_gaps, NoGil(), arg("x"), arg("slope"), arg("bands"), arg("rows"), arg("weights"),
              arg("e"), arg("S"), arg("B"), arg("D"), arg("K"), arg("N"), arg("threads"));
-  module.def("progress", &progress, NoGil(), arg("norms"), arg("scale"), arg("errors"), arg("window"), arg("diverged"),
+  module.def("progress", &progress, NoGil(), arg("norms"), arg("scale"), arg("gap"), arg("errors"), arg("window"), arg("diverged"),
              arg("S"), arg("B"), arg("rtol"), arg("tolerance"), arg("contraction"), arg("growth"), arg("size"),
              arg("implicit"));
   module.def("anderson_gram", &anderson_gram, NoGil(), arg("g_ring"), arg("window"), arg("gram"), arg("rhs"), arg("S"),

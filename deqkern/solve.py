@@ -131,7 +131,7 @@ class _Iteration:
         self.fallen_back = torch.zeros(trajectory.batch, dtype=torch.bool, device=device)
         self.any_fallen = False
         self.gaps: tuple[Tensor, Tensor] | None = None  # what `thin` was told, on the device
-        self.ends: Tensor | None = None
+        self.gap: Tensor | None = None
         self.unmeasured: Tensor | None = None
 
     def phase(self, k: int) -> tuple[int, ...]:
@@ -156,7 +156,7 @@ class _Iteration:
 
         device, skipped = self.slope.device, gaps.rows.shape[1] > 0
         self.gaps = (placed(gaps.rows), placed(gaps.weights.to(self.slope.dtype))) if skipped else None
-        self.ends = placed(gaps.ends) if skipped else None
+        self.gap = placed(gaps.first) if skipped else None
         self.unmeasured = placed(unmeasured)[..., None, None] if bool(unmeasured.any()) else None
 
     def update(self, k: int) -> None:
@@ -183,10 +183,18 @@ class _Iteration:
         )
         if m:
             self._mix(op, head, min(k, m))
-        if self.ends is not None:  # no step is settled, and no error known, from there on
-            window[:, 1] = self.ends
         op.progress(
-            *(work.norms, self.scale, self.rtol, self.tolerance, CONTRACTION, GROWTH, self.size, self.implicit),
+            *(
+                work.norms,
+                self.scale,
+                self.gap,
+                self.rtol,
+                self.tolerance,
+                CONTRACTION,
+                GROWTH,
+                self.size,
+                self.implicit,
+            ),
             *(work.errors, window, work.diverged),
         )
         if self.c is not None and e_prev is not e:  # the next scan reads the output before its window
@@ -325,7 +333,7 @@ class Solve:
         cuda_graph: bool = False,
     ) -> None:
         self.trajectory, self.rtol = trajectory, rtol
-        thinning = Thinning(trajectory.table, solver.thinning) if trajectory.thins and not cuda_graph else None
+        thinning = Thinning(trajectory.table, solver.thinning, rtol) if trajectory.thins and not cuda_graph else None
         self.thinning = thinning if thinning is not None and thinning.thins else None
         self.iteration = _Iteration(trajectory, solver, rtol, self.thinning is not None)
         work = self.iteration.work

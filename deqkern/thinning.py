@@ -18,6 +18,8 @@ from .step_table import StepTable
 
 # A state that moves by more than this share of itself, or has not moved yet, counts as moving by so much.
 LARGEST_MOVE = 0.1
+# Of one that moved by less than this, times rtol, nothing is left out: the end is near, and no error is known before.
+LEAST_MOVE = 2.0
 # The distance between evaluated steps is at most that to the first open step over this, and one more.
 APPROACH = 2
 
@@ -27,7 +29,7 @@ class Gaps:
     """The steps of an iteration that are not evaluated; all on the CPU."""
 
     evaluated: Tensor  # (S, B) bool
-    ends: Tensor  # (B,) int64, the first open step that is not evaluated, or the end of the window
+    first: Tensor  # (B,) int64, the first open step that is not evaluated, or the end of the window
     rows: Tensor  # (3, N) int64, i * B + b: one that is not, and the evaluated ones before and after it
     weights: Tensor  # (N, 8) float64, of the op `fill_gaps`
 
@@ -35,8 +37,9 @@ class Gaps:
 class Thinning:
     """Steps of an explicit chain without noise, `share` S sqrt(m) apart where a state moves by a share m of itself."""
 
-    def __init__(self, table: StepTable, share: float) -> None:
+    def __init__(self, table: StepTable, share: float, rtol: float) -> None:
         self.distance, self.level = share * table.num_inference_steps, table.log_snr
+        self.least_move = LEAST_MOVE * rtol
         keep, pull, self.of_x, self.of_out = table.held_x0()
         # the state before step i is scale[i] (x[j] / scale[j] + sum of pull[m] x0[m] / scale[m+1] over j <= m < i)
         self.scale = torch.cat([torch.ones_like(keep[:1]), keep.cumprod(0)])  # (S+1,)
@@ -55,7 +58,8 @@ class Thinning:
         window: (B, 2). moves: (S, B), the last change of the state where a step begins, relative to that state.
         """
         chosen = torch.zeros(moves.shape, dtype=torch.bool, device="cpu")
-        distances = (self.distance * moves.clamp_max(LARGEST_MOVE).sqrt()).mT.tolist()
+        moves = torch.where(moves < self.least_move, 0.0, moves.clamp_max(LARGEST_MOVE))
+        distances = (self.distance * moves.sqrt()).mT.tolist()
         for b, (begin, end) in enumerate(window.tolist()):
             i = begin
             while i < end:

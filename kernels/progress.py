@@ -13,6 +13,7 @@ from .launch import next_power_of_2
 def progress_kernel(
     norms,
     scale,
+    gap,  # None: nothing was filled in
     rtol,
     tolerance,
     contraction,
@@ -31,7 +32,9 @@ def progress_kernel(
     rho = sqrt(ratio last_ratio),  left = change rho / max(1 - rho^2, 0.1), explicit: and no less than residual;
     and the next window.
 
-    norms (S, B, 3), scale (B,), errors (B, 5) float64; window (B, 2), diverged (B,) int64. Grid (B,): a program walks
+    and from the first filled step on, `gap`, no step settles, no residual counts, and change is inf.
+
+    norms (S, B, 3), scale (B,), errors (B, 5) float64; window (B, 2), gap, diverged (B,) int64. Grid (B,): a program walks
     its steps BLOCK at a time. In float64.
     """
     sample = tl.program_id(0)
@@ -43,6 +46,9 @@ def progress_kernel(
     exact = begin
     if not IMPLICIT:
         exact = tl.minimum(begin + 1, end)
+    known = end
+    if gap is not None:
+        known = tl.minimum(end, tl.load(gap + sample))
     largest = tl.load(scale + sample)
     change = tl.zeros([BLOCK], tl.float64)
     unsolved = tl.zeros([BLOCK], tl.float64)  # the largest relative residual of an active step that is not exact now
@@ -62,15 +68,15 @@ def progress_kernel(
         relative = correction / tl.where(state < largest, state, largest)
         change = tl.where(relative > change, relative, change)  # 0 / 0 is not larger
         relative = residual / state
-        unsolved = tl.where((i >= exact) & (i < end) & (relative > unsolved), relative, unsolved)
-        settled = (i < begin) | ((i < end) & (residual <= tolerance * state)) | (i >= steps)
+        unsolved = tl.where((i >= exact) & (i < known) & (relative > unsolved), relative, unsolved)
+        settled = (i < begin) | ((i < known) & (residual <= tolerance * state)) | (i >= steps)
         first = tl.where(settled, first, tl.minimum(first, i))
     last = tl.sqrt(tl.load(norms + ((steps - 1) * batch + sample) * 3 + 1))
     whole = end == steps
     smallest = tl.load(errors + 5 * sample + 3)
     broken = tl.min(finite, 0) == 0
     failed = broken | (whole & (last > growth * smallest))
-    reached = tl.where(whole, tl.max(change, 0), float("inf"))
+    reached = tl.where(known == steps, tl.max(change, 0), float("inf"))
     before = tl.load(errors + 5 * sample + 1)
     before = tl.where(before < 1e-300, 1e-300, tl.where(before > 1.0, 1.0, before))
     ratio = reached / before
@@ -96,6 +102,7 @@ def progress_kernel(
 def progress(
     norms: torch.Tensor,  # (S, B, 3) float64
     scale: torch.Tensor,  # (B,) float64
+    gap: torch.Tensor | None,  # (B,) int64
     rtol: float,
     tolerance: float,
     contraction: float,
@@ -109,6 +116,6 @@ def progress(
     steps, batch, _ = norms.shape
     block = min(next_power_of_2(steps), 256)
     progress_kernel[(batch,)](
-        norms, scale, rtol, tolerance, contraction, growth, size, errors, window, diverged, steps, batch,
+        norms, scale, gap, rtol, tolerance, contraction, growth, size, errors, window, diverged, steps, batch,
         implicit, block, num_warps=1,
     )  # fmt: skip

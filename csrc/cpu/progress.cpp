@@ -20,7 +20,7 @@ struct Chain {
   bool is_finite = true;
 };
 
-Chain look(const Progress& op, int64_t b, Window window, int64_t exact) {
+Chain look(const Progress& op, int64_t b, Window window, int64_t exact, int64_t known) {
   Chain chain;
   chain.frontier = window.begin;
   for (int64_t i = 0; i < op.S; ++i) {
@@ -30,8 +30,8 @@ Chain look(const Progress& op, int64_t b, Window window, int64_t exact) {
     // A state that is larger than the noise is taken for an overshoot, not for the scale of the data.
     const double relative = correction / (state < op.scale[b] ? state : op.scale[b]);
     if (relative > chain.change) chain.change = relative;  // 0 / 0 is not
-    if (i >= exact && i < window.end && residual / state > chain.unsolved) chain.unsolved = residual / state;
-    if (i == chain.frontier && i < window.end && residual <= op.tolerance * state) ++chain.frontier;
+    if (i >= exact && i < known && residual / state > chain.unsolved) chain.unsolved = residual / state;
+    if (i == chain.frontier && i < known && residual <= op.tolerance * state) ++chain.frontier;
     chain.last = correction;
   }
   return chain;
@@ -41,8 +41,9 @@ void advance(const Progress& op, int64_t b, Window window) {
   double* errors = op.errors + 5 * b;
   const bool whole = window.end == op.S;
   const int64_t exact = op.implicit ? window.begin : smaller(window.begin + 1, window.end);
-  const Chain chain = look(op, b, window, exact);
-  const double change = whole ? chain.change : INFINITY;
+  const int64_t known = op.gap ? smaller(op.gap[b], window.end) : window.end;
+  const Chain chain = look(op, b, window, exact, known);
+  const double change = known == op.S ? chain.change : INFINITY;
   const double before = errors[1] < 1e-300 ? 1e-300 : errors[1] > 1.0 ? 1.0 : errors[1];
   double ratio = change / before;
   ratio = ratio < op.contraction ? op.contraction : ratio > 1.0 ? 1.0 : ratio;

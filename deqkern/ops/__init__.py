@@ -212,6 +212,7 @@ def anderson_mix(f_ring: Tensor, head: int, count: int, gamma: Tensor, window: T
 def progress(
     norms: Tensor,
     scale: Tensor,
+    gap: Tensor | None,
     rtol: float,
     tolerance: float,
     contraction: float,
@@ -226,6 +227,8 @@ def progress(
     device = norms.device
     check.array("norms", norms, (steps, batch, 3), torch.float64, device)
     check.array("scale", scale, (batch,), torch.float64, device)
+    if gap is not None:
+        check.array("gap", gap, (batch,), torch.int64, device)
     check.real("rtol", rtol, 0.0)
     check.real("tolerance", tolerance, 0.0)
     check.real("contraction", contraction, 0.0)
@@ -234,7 +237,7 @@ def progress(
     check.array("errors", errors, (batch, 5), torch.float64, device)
     check.array("window", window, (batch, 2), torch.int64, device)
     check.array("diverged", diverged, (batch,), torch.int64, device)
-    _progress(norms, scale, rtol, tolerance, contraction, growth, size, implicit, errors, window, diverged)
+    _progress(norms, scale, gap, rtol, tolerance, contraction, growth, size, implicit, errors, window, diverged)
 
 
 def _ring(

@@ -186,6 +186,7 @@ def anderson_mix(f_ring: Tensor, head: int, count: int, gamma: Tensor, window: T
 def progress(
     norms: Tensor,
     scale: Tensor,
+    gap: Tensor | None,
     rtol: float,
     tolerance: float,
     contraction: float,
@@ -199,6 +200,7 @@ def progress(
     _C.progress(
         norms.data_ptr(),
         scale.data_ptr(),
+        0 if gap is None else gap.data_ptr(),
         errors.data_ptr(),
         window.data_ptr(),
         diverged.data_ptr(),

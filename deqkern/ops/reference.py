@@ -276,6 +276,7 @@ def anderson_mix(
 def progress(
     norms: Tensor,  # (S, B, 3) float64, of ddim_scan: |r|^2, |g|^2, |x|^2
     scale: Tensor,  # (B,) float64, |x[0]|
+    gap: Tensor | None,  # (B,) int64, the first active step whose output was filled in, but never the first; None: none
     rtol: float,
     tolerance: float,  # a step whose residual is below it, relative to the state, is settled
     contraction: float,  # no contraction from one iteration to the next is believed to be better
@@ -288,7 +289,7 @@ def progress(
 ) -> None:
     """What an iteration reached: the error that is left in each sample, and the steps that are still open.
 
-        change = max_i |g[i+1]| / min(|x[i+1]|, |x[0]|)             inf while the window does not reach the end
+        change = max_i |g[i+1]| / min(|x[i+1]|, |x[0]|)             inf while gap or window do not reach the end
         ratio = change / min(last change, 1), held within contraction .. 1
         residual = max_i |r[i+1]| / |x[i+1]|                        of steps that are not exact now; inf if not finite
         rho = sqrt(ratio last_ratio),     left = change rho / max(1 - rho^2, 0.1); explicit: and no less than residual
@@ -299,26 +300,29 @@ def progress(
     superlinear end. The new window begins at the first step that is not settled, |r[i+1]| > tolerance |x[i+1]|, but
     past the first active step of an explicit chain, which took the plain step and is exact. A sample has converged when
     its window is empty, or left <= rtol, rtol > 0. It diverged if a norm is not finite, or by `growth`, and keeps what
-    is exact. Samples that had converged before keep everything.
+    is exact. Samples that had converged before keep everything. From the gap on no step settles and no residual counts.
     """
     steps = norms.shape[0]
     residual, correction, state = norms.sqrt().unbind(-1)  # (S, B) each
     _, change_before, ratio_before, smallest, _ = errors.unbind(1)
     begin, end = window.unbind(1)
     active, whole = begin < steps, end == steps
+    known = end if gap is None else torch.minimum(gap, end)
     index = torch.arange(steps, device=norms.device)[:, None]
     relative = correction / torch.where(state < scale, state, scale)
-    change = torch.where(whole, relative.nan_to_num(0.0, torch.inf).amax(0), torch.inf)
+    change = torch.where(known == steps, relative.nan_to_num(0.0, torch.inf).amax(0), torch.inf)
     ratio = (change / change_before.clamp(1e-300, 1.0)).clamp(contraction, 1.0)
     rho = (ratio * ratio_before).sqrt()
     left = change * rho / (1 - rho.square()).clamp_min(0.1)
     finite = norms.isfinite().all(-1).all(0)
     failed = active & (~finite | (whole & (correction[-1] > growth * smallest)))
     exact = begin if implicit else torch.minimum(begin + 1, end)
-    settled = (index < begin) | ((index < end) & (residual <= tolerance * state))
+    settled = (index < begin) | ((index < known) & (residual <= tolerance * state))
     frontier = torch.maximum(settled.long().cumprod(0).sum(0), exact)
     frontier = torch.where(failed, exact, frontier)
-    unsolved = torch.where((index >= exact) & (index < end), (residual / state).nan_to_num(0.0, torch.inf), 0.0).amax(0)
+    unsolved = torch.where((index >= exact) & (index < known), (residual / state).nan_to_num(0.0, torch.inf), 0.0).amax(
+        0
+    )
     left = left if implicit else torch.maximum(left, unsolved)
     left = torch.where(frontier >= steps, left.clamp_max(tolerance), left)
     converged = (frontier >= steps) | (~failed & (rtol > 0) & (left <= rtol))

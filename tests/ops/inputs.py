@@ -328,9 +328,16 @@ def anderson_mix(steps: int, batch: int, size: int, history: int, head: int, cou
     }
 
 
-def progress(steps: int, batch: int, first: int = 0, implicit: bool = False, rtol: float = 1e-2) -> Arguments:
-    """Some steps at the start are settled; now and then a norm is zero or not finite, or a correction large."""
+def progress(
+    steps: int, batch: int, first: int = 0, implicit: bool = False, rtol: float = 1e-2, gaps: bool = False
+) -> Arguments:
+    """Some steps at the start are settled; now and then a norm is zero or not finite, or a correction large.
+
+    gaps: steps were filled in, of every second sample none.
+    """
     window = windows(steps, batch, first)
+    gap = window[:, 0] + 1 + torch.randint(0, steps + 1, (batch,))
+    gap[::2] = window[::2, 1]
     norms = torch.rand(steps, batch, 3, dtype=torch.float64) + 0.1
     norms[..., 1] *= 10.0 ** -torch.randint(0, 9, (batch,))
     norms[: torch.randint(0, steps + 1, ()), :, 0] = 1e-12
@@ -343,6 +350,7 @@ def progress(steps: int, batch: int, first: int = 0, implicit: bool = False, rto
     return {
         "norms": norms,
         "scale": torch.rand(batch, dtype=torch.float64) + 0.5,
+        "gap": torch.minimum(gap, window[:, 1]) if gaps else None,
         "rtol": rtol,
         "tolerance": 1e-4,
         "contraction": 0.1,
@@ -432,7 +440,7 @@ def example(op: str) -> Arguments:
     elif op == "fill_gaps":
         arguments = fill_gaps(4, 1, 10, 3)
     elif op == "progress":
-        arguments = progress(4, 1)
+        arguments = progress(4, 1, gaps=True)
     else:
         arguments = globals()[op](4, 1, 10, 3, 1, 2)
     return {name: value.nan_to_num() if isinstance(value, Tensor) else value for name, value in arguments.items()}

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in divide")  # num
 @pytest.mark.parametrize(("steps", "batch"), [(1, 1), (1, 7), (2, 5), (7, 5), (50, 9), (1000, 3)])
 def test_equals_the_reference(backend: str, steps: int, batch: int, implicit: bool, rtol: float) -> None:
     for first in inputs.some(range(5), backend):
-        inputs.check("progress", inputs.progress(steps, batch, first, implicit, rtol), backend)
+        for gaps in (False, True):
+            inputs.check("progress", inputs.progress(steps, batch, first, implicit, rtol, gaps), backend)
 
 
 def sample(
@@ -37,6 +38,7 @@ def sample(
     return {
         "norms": norms,
         "scale": torch.ones(1, dtype=torch.float64),
+        "gap": None,
         "rtol": 1e-2,
         "tolerance": 1e-3,
         "contraction": 0.1,
@@ -232,3 +234,14 @@ def test_the_residual_is_kept_once_a_sample_has_converged(backend: str) -> None:
         assert_close(arguments["errors"][:, 4], torch.tensor([7.0, 2e-4], dtype=torch.float64))
         assert arguments["window"].tolist() == [[2, 2], [2, 2]]
         arguments["norms"].fill_(torch.nan)
+
+
+@BACKENDS
+def test_from_a_gap_on_nothing_is_known(backend: str) -> None:
+    """Steps settle before it, no residual behind it counts, and no error is known; growth is."""
+    norms = [1e-4, 1e-4, 1e-4, 0.5, 1e-4], [0.1] * 5, [1.0] * 5
+    errors, window, diverged = reached(backend, sample(*norms, gap=torch.tensor([3])))
+    assert errors[[0, 1]].tolist() == [INF, INF] and window == [3, 5] and not diverged
+    assert_close(errors[3:], torch.tensor([0.1, 1e-4], dtype=torch.float64))
+    grown = sample(*norms, gap=torch.tensor([3]), errors=(0.1, 0.1, 0.5, 0.1 / 2e3, 0.1))
+    assert reached(backend, grown)[1:] == ([1, 5], True)
