@@ -34,8 +34,8 @@ def progress_kernel(
 
     and from the first filled step on, `gap`, no step settles, no residual counts, and change is inf.
 
-    norms (S, B, 3), scale (B,), errors (B, 5) float64; window (B, 2), gap, diverged (B,) int64. Grid (B,): a program walks
-    its steps BLOCK at a time. In float64.
+    norms (S, B, 3), scale (B,), errors (B, 5) float64; window (B, 2), gap, diverged (B,) int64. Grid (B,): a program
+    walks its steps BLOCK at a time. In float64.
     """
     sample = tl.program_id(0)
     begin = tl.load(window + 2 * sample)
