@@ -80,7 +80,7 @@ def compare(works: list[Work], noise: Tensor, caches: str) -> tuple[dict[str, li
             if k > HISTORY:
                 found[work.name].append(spent)
         if caches == "warm":
-            for solver in (solvers.deq_ddim(), solvers.default(window=None)):
+            for solver in (solvers.deq_ddim(), solvers.default(window=None, thinning=0)):
                 found[f"sample(solver={solver.name}())"] = solver_seconds(solver, noise, ITERATIONS)
         for name, times in found.items():
             medians[name].append(statistics.median(times))

@@ -310,7 +310,8 @@ def end_to_end(clock: Clock, network: Network, model: Any, mode: str, steps: int
     one, all_rows = (functools.partial(model, *inputs_of(network, count)) for count in (1, steps))
     if graph:
         one, all_rows = graphed([one], clock.device), graphed([all_rows], clock.device)
-    options: Row = {"rtol": 0.0, "max_iterations": iterations, "cuda_graph": graph}
+    solver = solvers.default(window=None, thinning=0)
+    options: Row = {"solver": solver, "rtol": 0.0, "max_iterations": iterations, "cuda_graph": graph}
     parallel = functools.partial(deqkern.sample, model, noise, SCHEDULE, steps, **options)
     chain = functools.partial(deqkern.sample, model, noise, SCHEDULE, steps, rtol=0.0, solver=solvers.sequential())
     with warnings.catch_warnings():

@@ -226,9 +226,9 @@ def measure(
             counts = {*(budgets or BUDGETS), *(joint_steps or JOINT.get((sampler, spacing), ()))}
             points += [sequential(problem, sampler, spacing, steps) for steps in sorted(counts)]
     print("", sequential_table(points), "", sep="\n", flush=True)
-    presets = [solvers.default(window=None)]
+    presets = [solvers.default(window=None, thinning=0)]
     if profile and loaded.profile is not None:
-        presets.append(solvers.default(loaded.profile, window=None))
+        presets.append(solvers.default(loaded.profile, window=None, thinning=0))
     for (sampler, spacing), counts in JOINT.items():
         for steps in joint_steps or counts:
             for solver in presets:

@@ -55,7 +55,7 @@ def sample(
     schedule: see `NoiseSchedule`. eta: 0 is DDIM, 1 is DDPM-like (arXiv 2010.02502, eq. 16).
     order: 1 is DDIM; 2 is DPM-Solver++ 2M (arXiv 2211.01095), whose S steps come closer to the ODE's solution; with
         eta = 1 its SDE variant. Timesteps as in `NoiseSchedule.steps`.
-    solver: `deqkern.solvers.default()` if None, with a `guess` without its window. "auto" measures the model first,
+    solver: `deqkern.solvers.default()` if None, with a `guess` all steps at once. "auto" measures the model first,
         as `deqkern.plan` does, and takes the solver and the `max_batch` of that plan, which is `Solution.plan`: the
         sequential chain where parallel does not pay. Every call measures again, which may cost as much as three
         solves: in a loop, keep the plan of one and pass its `solver` and `max_batch`. The calls that measure do not

@@ -184,18 +184,8 @@ class _Iteration:
         if m:
             self._mix(op, head, min(k, m))
         op.progress(
-            *(
-                work.norms,
-                self.scale,
-                self.gap,
-                self.rtol,
-                self.tolerance,
-                CONTRACTION,
-                GROWTH,
-                self.size,
-                self.implicit,
-            ),
-            *(work.errors, window, work.diverged),
+            *(work.norms, self.scale, self.gap, self.rtol, self.tolerance, CONTRACTION, GROWTH, self.size),
+            *(self.implicit, work.errors, window, work.diverged),
         )
         if self.c is not None and e_prev is not e:  # the next scan reads the output before its window
             before = (window[:, 0] - 1).clamp_min(0)

@@ -28,7 +28,6 @@ APPROACH = 2
 class Gaps:
     """The steps of an iteration that are not evaluated; all on the CPU."""
 
-    evaluated: Tensor  # (S, B) bool
     first: Tensor  # (B,) int64, the first open step that is not evaluated, or the end of the window
     rows: Tensor  # (3, N) int64, i * B + b: one that is not, and the evaluated ones before and after it
     weights: Tensor  # (N, 8) float64, of the op `fill_gaps`
@@ -79,7 +78,7 @@ class Thinning:
         left, right = before[i, b], after[i, b]
         first = torch.where(missing, index, steps).amin(0)
         rows = torch.stack([i, left, right]) * batch + b
-        return Gaps(evaluated, torch.minimum(first, window[:, 1]), rows, self._weights(i, left, right))
+        return Gaps(torch.minimum(first, window[:, 1]), rows, self._weights(i, left, right))
 
     def _weights(self, i: Tensor, left: Tensor, right: Tensor) -> Tensor:  # (N,) each -> (N, 8)
         """Of x and out at both ends, in the state at i and in its output: x0 is linear in log-SNR between them."""

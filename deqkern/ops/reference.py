@@ -320,9 +320,8 @@ def progress(
     settled = (index < begin) | ((index < known) & (residual <= tolerance * state))
     frontier = torch.maximum(settled.long().cumprod(0).sum(0), exact)
     frontier = torch.where(failed, exact, frontier)
-    unsolved = torch.where((index >= exact) & (index < known), (residual / state).nan_to_num(0.0, torch.inf), 0.0).amax(
-        0
-    )
+    counted = (index >= exact) & (index < known)
+    unsolved = torch.where(counted, (residual / state).nan_to_num(0.0, torch.inf), 0.0).amax(0)
     left = left if implicit else torch.maximum(left, unsolved)
     left = torch.where(frontier >= steps, left.clamp_max(tolerance), left)
     converged = (frontier >= steps) | (~failed & (rtol > 0) & (left <= rtol))
