@@ -16,11 +16,12 @@ from .checks import check_arguments, check_count, check_not_empty
 from .network import Model, Network, arguments_of
 from .numeric import check_number, is_int
 from .schedule import NoiseSchedule
-from .solvers import Solver, default, sequential
+from .solvers import THINNING, Solver, default, sequential
+from .thinning import thins
 
 # Iterations of the default solver at rtol 1e-2, and evaluations per sample and step: the upper end of the medians of
 # docs/convergence.md, and two iterations more at eta 0, since the slowest sample decides. Any eta > 0 counts as 1.
-ITERATIONS, EVALUATIONS = 9, 4.3
+ITERATIONS, EVALUATIONS, EVALUATIONS_THINNED = 9, 4.3, 3.7
 ITERATIONS_WITH_NOISE, EVALUATIONS_WITH_NOISE = 12, 5.3
 # A chain of order 2 takes so many iterations more, each with as many evaluations (docs/convergence.md).
 ITERATIONS_OF_ORDER_2 = 1
@@ -97,8 +98,8 @@ def plan(
     example: (B, *shape), the noise one would sample, on its device. Other arguments as in `sample`.
     iterations, evaluations: what a solve with the default solver needs, such as `solution.iterations` and
         `float(solution.nfe.double().mean())` of one of yours. By default what the shipped models needed at rtol 1e-2:
-        9 iterations and 4.3 S evaluations per sample, 12 and 5.3 S with eta > 0; for a smaller `rtol` 1.5 and 0.8 S
-        more per decade; with order = 2 one iteration more.
+        9 iterations and 3.7 S evaluations per sample, 4.3 S of fewer than 32 steps, 12 and 5.3 S with eta > 0; for a
+        smaller `rtol` 1.5 and 0.8 S more per decade; with order = 2 one iteration more.
     repeats: calls per size, of which the fastest counts: whatever else runs here only adds time. Another one before
         them warms up. The smallest size is measured once more at the end, for as long as the largest.
 
@@ -168,7 +169,9 @@ def _effort(
     order: int = 1,
 ) -> tuple[int, float]:
     """Iterations, and evaluations per sample, of the default solver."""
-    usual = (ITERATIONS, EVALUATIONS) if eta == 0 else (ITERATIONS_WITH_NOISE, EVALUATIONS_WITH_NOISE)
+    usual = (ITERATIONS, EVALUATIONS_THINNED if thins(steps, THINNING) else EVALUATIONS)
+    if eta > 0:
+        usual = (ITERATIONS_WITH_NOISE, EVALUATIONS_WITH_NOISE)
     decades = max(math.log10(USUAL_RTOL / max(rtol, LEAST_RTOL)), 0.0)
     usual = (round(usual[0] + ITERATIONS_PER_DECADE * decades), usual[1] + EVALUATIONS_PER_DECADE * decades)
     if order == 2:

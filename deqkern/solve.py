@@ -17,7 +17,7 @@ from .capture import CapturedIterations
 from .planning import Plan
 from .slopes import Secant, slope_of
 from .solvers import Solver
-from .thinning import Gaps, Thinning
+from .thinning import Gaps, Thinning, thins
 from .trajectory import Trajectory
 
 Callback = Callable[[int, Tensor, Tensor], None]
@@ -323,11 +323,11 @@ class Solve:
         cuda_graph: bool = False,
     ) -> None:
         self.trajectory, self.rtol = trajectory, rtol
-        thinning = Thinning(trajectory.table, solver.thinning, rtol) if trajectory.thins and not cuda_graph else None
-        self.thinning = thinning if thinning is not None and thinning.thins else None
-        self.iteration = _Iteration(trajectory, solver, rtol, self.thinning is not None)
+        thinned = trajectory.thins and thins(trajectory.steps, solver.thinning) and not cuda_graph
+        self.thinning = Thinning(trajectory.table, solver.thinning, rtol) if thinned else None
+        self.iteration = _Iteration(trajectory, solver, rtol, thinned)
         work = self.iteration.work
-        self.mailbox = _Mailbox(work.status) if self.thinning is None else _Mailbox(work.status, work.norms)
+        self.mailbox = _Mailbox(work.status, work.norms) if thinned else _Mailbox(work.status)
         self.captured = CapturedIterations(self.iteration, trajectory.x.device) if cuda_graph else None
         self.history: list[Tensor] = []
         self.nfe: list[Tensor] = []

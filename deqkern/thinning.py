@@ -24,6 +24,11 @@ LEAST_MOVE = 2.0
 APPROACH = 2
 
 
+def thins(steps: int, share: float) -> bool:
+    """Whether a chain has so many steps that some are ever left out."""
+    return share * steps * math.sqrt(LARGEST_MOVE) >= 2
+
+
 @dataclass(frozen=True)
 class Gaps:
     """The steps of an iteration that are not evaluated; all on the CPU."""
@@ -45,11 +50,6 @@ class Thinning:
         pull = pull / self.scale[1:]
         sums = torch.stack([pull, pull * self.level]).cumsum(1)
         self.sums = torch.nn.functional.pad(sums, (1, 0))  # (2, S+1), over m < i
-
-    @property
-    def thins(self) -> bool:
-        """Whether the chain has so many steps that some are ever left out."""
-        return self.distance * math.sqrt(LARGEST_MOVE) >= 2
 
     def evaluated(self, window: Tensor, moves: Tensor) -> Tensor:
         """Whether each open step is evaluated (S, B) bool, on the CPU; the first and the last one are.

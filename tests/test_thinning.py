@@ -19,7 +19,7 @@ from deqkern import NoiseSchedule, solvers
 from deqkern.ops import reference
 from deqkern.solvers import Solver
 from deqkern.step_table import StepTable
-from deqkern.thinning import APPROACH, LARGEST_MOVE, LEAST_MOVE, Thinning
+from deqkern.thinning import APPROACH, LARGEST_MOVE, LEAST_MOVE, Thinning, thins
 
 SCHEDULE = NoiseSchedule.linear()
 SHAPE = (3, 16, 16)
@@ -71,8 +71,12 @@ def test_steps_that_move_little_are_all_evaluated() -> None:
 
 
 def test_a_short_chain_is_not_thinned() -> None:
-    assert [thinning(steps).thins for steps in (1, 10, 31, 32, 1000)] == [False, False, False, True, True]
-    assert not Thinning(SCHEDULE.steps(1000), 0.0, 1e-2).thins
+    assert [thins(steps, 0.2) for steps in (1, 10, 31, 32, 1000)] == [False, False, False, True, True]
+    assert not thins(1000, 0.0)
+    model = problems.mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(3))
+    for steps, whole in ((31, True), (32, False)):
+        solution = deqkern.sample(model, torch.randn(1, *SHAPE), SCHEDULE, steps, solver=solvers.default(window=None))
+        assert (int(solution.nfe_history[0]) == steps) is whole
 
 
 def test_gaps_lie_between_the_evaluated_steps_of_their_sample() -> None:
