@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import ops
 from .capture import CapturedIterations
+from .eager import uncompiled
 from .planning import Plan
 from .slopes import Secant, slope_of
 from .solvers import Solver
@@ -320,6 +321,7 @@ class Solve:
         """Whether there is another iteration to do."""
         return self.count < self.limit and bool((self.window[:, 0] < self.trajectory.steps).any())
 
+    @uncompiled
     def iterate(self) -> None:
         """One iteration."""
         self.select()
@@ -352,6 +354,7 @@ class Solve:
         self.norms.append(self.iteration.work.norms.clone())
         self.windows.append(before)
 
+    @uncompiled
     def value(self, dtype: torch.dtype) -> Tensor:
         """The last state as it is now (B, *shape)."""
         trajectory = self.trajectory
@@ -359,6 +362,7 @@ class Solve:
         rows = torch.arange(first, first + batch, device=trajectory.x.device)
         return trajectory.images(rows).to(dtype, copy=True)
 
+    @uncompiled
     def solution(self, dtype: torch.dtype) -> Solution:
         """The result. Gives the memory of the iteration back: the solve is over."""
         trajectory, history, errors = self.trajectory, self.history, self.iteration.work.errors
@@ -390,6 +394,7 @@ class Solve:
         )
 
 
+@uncompiled
 def solve(
     trajectory: Trajectory,
     solver: Solver,
