@@ -3,9 +3,9 @@
 //   forward:  y[n, c] = sum_d colour[c, d] dct_h image[n, d] dct_w^T,   spectrum[rows[n], k] = y[n].flat[order[k]]
 //   inverse:  the transposed maps in reverse order, writes image
 //
-// Any matrices will do. Those with the symmetry of a DCT-II, bit for bit, are about twice as fast on the CPU:
-// d[k, n-1-p] = (-1)^k d[k, p], and for dct_h the same of the first halves of its even rows, while these are of even
-// length. An `order` that leaves neighbours together is faster there than one at random.
+// The op asks for the symmetry of a DCT-II, d[k, n-1-p] = (-1)^k d[k, p]. Here any matrices will do; those that have
+// it bit for bit, and for dct_h also the first halves of its even rows, while these are of even length, are about twice
+// as fast. An `order` that leaves neighbours together is faster there than one at random.
 #pragma once
 #include <cstdint>
 

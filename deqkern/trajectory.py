@@ -44,12 +44,14 @@ class Trajectory:
     max_batch: int | None = None
     guess: str = "none"  # of states that a window comes to, unless they have one: "chain", "constant" or "none"
     nfe: Tensor = field(init=False)  # (B,) int64, on the CPU
-    rows: Tensor = field(init=False)  # (N,) int64, the selected ones, on the device
+    rows: Tensor = field(init=False)  # (N,) int64, the selected ones, on the device; and here and below
+    row_steps: Tensor = field(init=False)  # their steps
+    row_samples: Tensor = field(init=False)  # and samples
     scale: Tensor = field(init=False)  # (B,) float64, what corrections are relative to where a state is larger: |x[0]|
 
     def __post_init__(self) -> None:
         self.nfe = torch.zeros(self.batch, dtype=torch.int64, device="cpu")
-        self.rows = torch.empty(0, dtype=torch.int64, device="cpu")
+        self.rows = self.row_steps = self.row_samples = torch.empty(0, dtype=torch.int64, device="cpu")
         self.scale = self.x[0].double().norm(dim=-1)
         self._images: Tensor | None = None  # (rows, *shape), in the dtype of x
         self._counts = torch.zeros_like(self.nfe)
@@ -88,10 +90,11 @@ class Trajectory:
 
     def select(self, rows: Tensor) -> None:
         """Choose the states `rows` (N,) int64, on the CPU, that `evaluate` calls the map at."""
-        self._counts = torch.bincount(rows % self.batch, minlength=self.batch)
+        places = torch.stack([rows, rows // self.batch, rows % self.batch])  # here: no kernels for it in an iteration
+        self._counts = torch.bincount(places[2], minlength=self.batch)
         if self.x.is_cuda:
-            rows = rows.pin_memory().to(self.x.device, non_blocking=True)
-        self.rows = rows
+            places = places.pin_memory().to(self.x.device, non_blocking=True)
+        self.rows, self.row_steps, self.row_samples = places.unbind()
 
     def count(self) -> None:
         """Add the selected rows to `nfe`: once per evaluation, also where a captured one is replayed."""
@@ -99,9 +102,11 @@ class Trajectory:
 
     def evaluate(self, out: Tensor) -> None:
         """Call the map at the selected states; what it gives goes to `out` (S, B, D), in the basis."""
-        for part in self.rows.split(self.max_batch or max(self.selected, 1)):
+        size = self.max_batch or max(self.selected, 1)
+        places = (self.rows, self.row_steps, self.row_samples)
+        for part, steps, samples in zip(*(values.split(size) for values in places), strict=True):
             image = self.images(part + self.batch if self.table.implicit else part)
-            output = self.map(image, part // self.batch, part % self.batch)
+            output = self.map(image, steps, samples)
             if output.dtype != image.dtype or not output.is_contiguous():
                 output = image.copy_(output)  # the images are not needed any more
             self.basis.forward(output, out.flatten(0, 1), part)

@@ -1,11 +1,16 @@
 """Orthonormal 2-D DCT of every channel, colour rotation and band order, and the inverse of all three.
 
-Colours are rotated first: they commute with the transforms of the channels, and a channel then is independent work.
-Images of at most 64 x 64 take one kernel that writes nothing but the result; its programs write ROWS rows of a channel
-each and read the whole image for that, after the first time from the second-level cache. Larger ones take two tiled
-products, along W and along H, with one array between them. Both directions find a coefficient by its `place`, so the
-band order costs no pass of its own. No setting of the device or of torch
-changes the products: those of two large matrices by cuBLAS would follow the TF32 switches, and need passes around them.
+Row k of a DCT-II is even or odd about its middle, as k is: d[k, n-1-p] = (-1)^k d[k, p]. Even rows need only the sums
+x[p] + x[n-1-p], odd rows only the differences, and that halves the products. Forward, an image is folded along both
+sides as it is read, and each quarter of the coefficients, by the parities of their two frequencies, is a product of
+half the sides; the inverse unfolds what four such products make. Both find a coefficient by its `place`, so the band
+order costs no pass of its own. Colours are rotated first: they commute with the transforms of the channels, and a
+channel then is independent work.
+
+Images of at most 64 x 64 take one kernel that writes nothing but the result; a channel's programs each read all of it,
+after the first time from the second-level cache. Larger ones take two tiled products, along W and along H, with one
+array between them. No setting of the device or of torch changes the products: those of two large matrices by cuBLAS
+would follow the TF32 switches, and need passes around them.
 """
 
 from __future__ import annotations
@@ -17,37 +22,44 @@ import triton.language as tl
 from .launch import cdiv, next_power_of_2
 
 WHOLE = 64  # the largest side of an image that goes through one kernel
-ROWS = 16  # with 8 results per thread: a product then fits in registers, and three programs in a multiprocessor
-COLUMNS = 16  # per warp
+ROWS = 16  # of a folded image, unfolded by one program of the inverse
+WARPS = 4  # of these kernels where an image is wider than 32; one below
 BLOCK, DEPTH = 64, 16  # of the tiled products
 PRECISION = "ieee"  # or "tf32x3": three tensor-core products, with errors near those of fp32
 
 
 @triton.jit
-def dct2_mixed(source, colour, place, pixel, mask, channel, channels, plane, INVERSE: tl.constexpr):
-    """sum_d colour[c, d] source[d, pixel], or of the transposed colour and of the coefficients at their places."""
+def dct2_mixed(source, colour, pixel, mask, channel, channels, plane):
+    """sum_d colour[c, d] source[d, pixel] of an image (C, H*W) in fp32."""
     if colour is None:
-        spot = channel * plane + pixel
-        if INVERSE:
-            spot = tl.load(place + spot, mask=mask, other=0)
-        mixed = tl.load(source + spot, mask=mask, other=0.0).to(tl.float32)
+        mixed = tl.load(source + channel * plane + pixel, mask=mask, other=0.0).to(tl.float32)
     else:
         mixed = tl.zeros(pixel.shape, tl.float32)
         for d in range(channels):
-            spot = d * plane + pixel
-            if INVERSE:
-                weight = tl.load(colour + d * channels + channel)
-                spot = tl.load(place + spot, mask=mask, other=0)
-            else:
-                weight = tl.load(colour + channel * channels + d)
-            mixed += weight * tl.load(source + spot, mask=mask, other=0.0).to(tl.float32)
+            weight = tl.load(colour + channel * channels + d)
+            mixed += weight * tl.load(source + d * plane + pixel, mask=mask, other=0.0).to(tl.float32)
     return mixed
 
 
 @triton.jit
+def dct2_gathered(source, colour, place, pixel, mask, channel, channels, plane):
+    """sum_d colour[d, c] source[place[d, pixel]] of a spectrum (C*H*W,)."""
+    if colour is None:
+        spot = tl.load(place + channel * plane + pixel, mask=mask, other=0)
+        gathered = tl.load(source + spot, mask=mask, other=0.0)
+    else:
+        gathered = tl.zeros(pixel.shape, tl.float32)
+        for d in range(channels):
+            weight = tl.load(colour + d * channels + channel)
+            spot = tl.load(place + d * plane + pixel, mask=mask, other=0)
+            gathered += weight * tl.load(source + spot, mask=mask, other=0.0)
+    return gathered
+
+
+@triton.jit
 def dct2_kernel(
-    source,
-    target,
+    image,
+    spectrum,
     rows,
     dct_h,
     dct_w,
@@ -56,52 +68,123 @@ def dct2_kernel(
     channels,
     height,
     width,
-    INVERSE: tl.constexpr,
     PRECISION: tl.constexpr,
-    H: tl.constexpr,  # height and width to the next powers of two, at least 16
+    H: tl.constexpr,  # half of the height and width to the next powers of two, at least 16
     W: tl.constexpr,
-    ROWS: tl.constexpr,  # of the result, written by one program
 ):
-    """Forward: y = dct_h (sum_d colour[c, d] image[n, d]) dct_w^T,  spectrum[rows[n], place[c, i, j]] = y[i, j];
-    INVERSE: image[n, c] = dct_h^T (sum_d colour[d, c] y[d]) dct_w,  y[d, i, j] = spectrum[rows[n], place[d, i, j]].
+    """y = dct_h (sum_d colour[c, d] image[n, d]) dct_w^T,  spectrum[rows[n], place[c, i, j]] = y[i, j]
 
-    source, target: image (N, C, H, W) fp32, bf16 or fp16, and spectrum (R, C*H*W) fp32, or the other way round.
-    Grid (N * C * cdiv(H, ROWS),), ROWS rows of a channel each. Accumulates in fp32.
+    image (N, C, H, W) fp32, bf16 or fp16, spectrum (R, C*H*W) fp32. Grid (N * C * 4,): a program writes the frequencies
+    i = 2u + odd_h, j = 2v + odd_w of a channel. Accumulates in fp32.
     """
-    bands = tl.cdiv(height, ROWS)
-    above = tl.program_id(0) % bands * ROWS
-    channel = tl.program_id(0) // bands % channels
-    image = (tl.program_id(0) // (bands * channels)).to(tl.int64)
+    odd_w = tl.program_id(0) % 2
+    odd_h = tl.program_id(0) // 2 % 2
+    channel = tl.program_id(0) // 4 % channels
+    n = (tl.program_id(0) // (4 * channels)).to(tl.int64)
     plane = height * width
-    row = tl.load(rows + image)
-    if INVERSE:
-        source += row * channels * plane
-        target += image * channels * plane
-    else:
-        source += image * channels * plane
-        target += row * channels * plane
+    image += n * channels * plane
+    spectrum += tl.load(rows + n) * channels * plane
     p = tl.arange(0, H)[:, None]
-    j = tl.arange(0, W)[None, :]
-    mask = (p < height) & (j < width)
-    y = dct2_mixed(source, colour, place, p * width + j, mask, channel, channels, plane, INVERSE)
-    i = above + tl.arange(0, ROWS)[:, None]
+    q = tl.arange(0, W)[None, :]
+    below = height - 1 - p  # the mirror image of p, and of q
+    right = width - 1 - q
+    half_h = height - height // 2
+    half_w = width - width // 2
+    inside = (p < half_h) & (q < half_w)
+    two_h = inside & (p < height // 2)  # the middle one of an odd length is its own
+    two_w = inside & (q < width // 2)
+    upper = dct2_mixed(image, colour, p * width + q, inside, channel, channels, plane)
+    lower = dct2_mixed(image, colour, below * width + q, two_h, channel, channels, plane)
+    upper_right = dct2_mixed(image, colour, p * width + right, two_w, channel, channels, plane)
+    lower_right = dct2_mixed(image, colour, below * width + right, two_h & two_w, channel, channels, plane)
+    sign_h = 1.0 - 2.0 * odd_h
+    folded = upper + sign_h * lower + (1.0 - 2.0 * odd_w) * (upper_right + sign_h * lower_right)
+    i = 2 * tl.arange(0, H)[:, None] + odd_h
     p = tl.arange(0, H)[None, :]
     q = tl.arange(0, W)[:, None]
-    left = dct_h + (p * height + i if INVERSE else i * height + p)
-    right = dct_w + (q * width + j if INVERSE else j * width + q)
-    left = tl.load(left, mask=(i < height) & (p < height), other=0.0)
-    right = tl.load(right, mask=(q < width) & (j < width), other=0.0)
-    y = tl.dot(tl.dot(left, y, input_precision=PRECISION), right, input_precision=PRECISION)
-    spot = channel * plane + i * width + j
+    j = 2 * tl.arange(0, W)[None, :] + odd_w
+    left = tl.load(dct_h + i * height + p, mask=(i < height) & (p < half_h), other=0.0)
+    across = tl.load(dct_w + j * width + q, mask=(j < width) & (q < half_w), other=0.0)
+    y = tl.dot(tl.dot(left, folded, input_precision=PRECISION), across, input_precision=PRECISION)
     mask = (i < height) & (j < width)
-    if not INVERSE:
-        spot = tl.load(place + spot, mask=mask, other=0)
-    tl.store(target + spot, y.to(target.dtype.element_ty), mask=mask)
+    spot = tl.load(place + channel * plane + i * width + j, mask=mask, other=0)
+    tl.store(spectrum + spot, y, mask=mask)
+
+
+@triton.jit
+def dct2_inverse_kernel(
+    spectrum,
+    image,
+    rows,
+    dct_h,
+    dct_w,
+    colour,  # None: no rotation
+    place,
+    channels,
+    height,
+    width,
+    PRECISION: tl.constexpr,
+    H: tl.constexpr,  # half of the height and width to the next powers of two, at least 16
+    W: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """image[n, c] = dct_h^T (sum_d colour[d, c] y[d]) dct_w,  y[d, i, j] = spectrum[rows[n], place[d, i, j]]
+
+    spectrum (R, C*H*W) fp32, image (N, C, H, W) fp32, bf16 or fp16. Grid (N * C * cdiv(cdiv(H, 2), ROWS),): a program
+    writes ROWS rows from the top of a channel, and their mirror images. Accumulates in fp32.
+    """
+    half_h = height - height // 2
+    half_w = width - width // 2
+    bands = tl.cdiv(half_h, ROWS)
+    first = tl.program_id(0) % bands * ROWS
+    channel = tl.program_id(0) // bands % channels
+    n = (tl.program_id(0) // (bands * channels)).to(tl.int64)
+    plane = height * width
+    spectrum += tl.load(rows + n) * channels * plane
+    image += (n * channels + channel) * plane
+    p = first + tl.arange(0, ROWS)[:, None]
+    q = tl.arange(0, W)[None, :]
+    upper = tl.zeros([ROWS, W], tl.float32)
+    lower = tl.zeros([ROWS, W], tl.float32)
+    upper_right = tl.zeros([ROWS, W], tl.float32)
+    lower_right = tl.zeros([ROWS, W], tl.float32)
+    for odd_w in tl.range(2, num_stages=1):
+        j = 2 * tl.arange(0, W)[None, :] + odd_w
+        above = tl.zeros([ROWS, W], tl.float32)  # of the rows p, and
+        under = tl.zeros([ROWS, W], tl.float32)  # of their mirror images
+        for odd_h in tl.static_range(2):
+            i = 2 * tl.arange(0, H)[:, None] + odd_h
+            mask = (i < height) & (j < width)
+            y = dct2_gathered(spectrum, colour, place, i * width + j, mask, channel, channels, plane)
+            i = 2 * tl.arange(0, H)[None, :] + odd_h
+            left = tl.load(dct_h + i * height + p, mask=(i < height) & (p < half_h), other=0.0)
+            part = tl.dot(left, y, input_precision=PRECISION)
+            above += part
+            under += part if odd_h == 0 else -part
+        j = 2 * tl.arange(0, W)[:, None] + odd_w
+        across = tl.load(dct_w + j * width + q, mask=(j < width) & (q < half_w), other=0.0)
+        above = tl.dot(above, across, input_precision=PRECISION)
+        under = tl.dot(under, across, input_precision=PRECISION)
+        sign = 1.0 - 2.0 * odd_w
+        upper += above
+        lower += under
+        upper_right += sign * above
+        lower_right += sign * under
+    inside = (p < half_h) & (q < half_w)
+    two_h = inside & (p < height // 2)  # the middle one of an odd length is its own mirror image
+    two_w = inside & (q < width // 2)
+    kind = image.dtype.element_ty
+    below = (height - 1 - p) * width
+    right = width - 1 - q
+    tl.store(image + p * width + q, upper.to(kind), mask=inside)
+    tl.store(image + p * width + right, upper_right.to(kind), mask=two_w)
+    tl.store(image + below + q, lower.to(kind), mask=two_h)
+    tl.store(image + below + right, lower_right.to(kind), mask=two_h & two_w)
 
 
 @triton.jit
 def dct2_side_kernel(
-    source,
+    image,
     target,
     rows,
     matrix,
@@ -113,53 +196,121 @@ def dct2_side_kernel(
     other,  # of the side that stays
     stride,  # between elements along the one
     apart,  # and along the other
-    INVERSE: tl.constexpr,
     FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """target[n, c, i, q] = sum_p matrix[i, p] source[n, c, p, q], INVERSE: matrix[p, i];  i, p along one side, q along
-    the other.
+    """target[n, c, i, q] = sum_p matrix[i, p] image[n, c, p, q], i and p along one side, q along the other.
 
-    The FIRST of two calls rotates colours as it reads the image (N, C, H, W), or the spectrum at its places if INVERSE,
-    and writes scratch (N, C, H, W) fp32; the second reads that and writes the spectrum, or the image.
-    Grid (N * C * cdiv(length, BLOCK) * cdiv(other, BLOCK),). Accumulates in fp32.
+    The FIRST of two calls rotates colours as it reads the image (N, C, H, W), and writes scratch (N, C, H, W) fp32; the
+    second reads that as its image and writes the spectrum. Grid (N * C * 2 * cdiv(cdiv(length, 2), BLOCK) *
+    cdiv(other, BLOCK),): a program writes frequencies of one parity. Accumulates in fp32.
     """
     tiles = tl.cdiv(other, BLOCK)
     tile = tl.program_id(0) % tiles
     rest = tl.program_id(0) // tiles
-    block = rest % tl.cdiv(length, BLOCK)
-    rest = rest // tl.cdiv(length, BLOCK)
+    odd = rest % 2
+    rest = rest // 2
+    half = length - length // 2
+    blocks = tl.cdiv(half, BLOCK)
+    block = rest % blocks
+    rest = rest // blocks
     channel = rest % channels
-    image = (rest // channels).to(tl.int64)
-    row = tl.load(rows + image)
-    source += (row if FIRST and INVERSE else image) * channels * plane
-    target += (image if FIRST or INVERSE else row) * channels * plane
-    i = block * BLOCK + tl.arange(0, BLOCK)[:, None]
+    n = (rest // channels).to(tl.int64)
+    image += n * channels * plane
+    target += (n if FIRST else tl.load(rows + n)) * channels * plane
+    i = 2 * (block * BLOCK + tl.arange(0, BLOCK)[:, None]) + odd
     q = tile * BLOCK + tl.arange(0, BLOCK)[None, :]
+    sign = 1.0 - 2.0 * odd
     y = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for first in range(0, length, DEPTH):
+    for first in range(0, half, DEPTH):
         p = first + tl.arange(0, DEPTH)[None, :]
-        left = matrix + (p * length + i if INVERSE else i * length + p)
-        left = tl.load(left, mask=(i < length) & (p < length), other=0.0)
+        left = tl.load(matrix + i * length + p, mask=(i < length) & (p < half), other=0.0)
         p = first + tl.arange(0, DEPTH)[:, None]
-        pixel = p * stride + q * apart
-        mask = (p < length) & (q < other)
+        mirror = length - 1 - p
+        inside = (p < half) & (q < other)
+        pair = (p < length // 2) & (q < other)
         if FIRST:
-            right = dct2_mixed(source, colour, place, pixel, mask, channel, channels, plane, INVERSE)
+            folded = dct2_mixed(image, colour, p * stride + q * apart, inside, channel, channels, plane)
+            folded += sign * dct2_mixed(image, colour, mirror * stride + q * apart, pair, channel, channels, plane)
         else:
-            right = tl.load(source + channel * plane + pixel, mask=mask, other=0.0)
-        y = tl.dot(left, right, y, input_precision=PRECISION)
+            start = image + channel * plane + q * apart
+            folded = tl.load(start + p * stride, mask=inside, other=0.0)
+            folded += sign * tl.load(start + mirror * stride, mask=pair, other=0.0)
+        y = tl.dot(left, folded, y, input_precision=PRECISION)
     mask = (i < length) & (q < other)
     spot = channel * plane + i * stride + q * apart
-    if not FIRST and not INVERSE:
+    if not FIRST:
         spot = tl.load(place + spot, mask=mask, other=0)
-    tl.store(target + spot, y.to(target.dtype.element_ty), mask=mask)
+    tl.store(target + spot, y, mask=mask)
+
+
+@triton.jit
+def dct2_side_inverse_kernel(
+    source,
+    image,
+    rows,
+    matrix,
+    colour,
+    place,
+    channels,
+    plane,  # H * W
+    length,  # of the side that is transformed
+    other,  # of the side that stays
+    stride,  # between elements along the one
+    apart,  # and along the other
+    FIRST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """image[n, c, p, q] = sum_i matrix[i, p] source[n, c, i, q], i and p along one side, q along the other.
+
+    The FIRST of two calls rotates colours as it reads the spectrum at its places, and writes scratch (N, C, H, W) fp32;
+    the second reads that and writes the image (N, C, H, W). Grid (N * C * cdiv(cdiv(length, 2), BLOCK) *
+    cdiv(other, BLOCK),): a program writes a tile and its mirror image. Accumulates in fp32.
+    """
+    tiles = tl.cdiv(other, BLOCK)
+    tile = tl.program_id(0) % tiles
+    rest = tl.program_id(0) // tiles
+    half = length - length // 2
+    blocks = tl.cdiv(half, BLOCK)
+    block = rest % blocks
+    rest = rest // blocks
+    channel = rest % channels
+    n = (rest // channels).to(tl.int64)
+    source += (tl.load(rows + n) if FIRST else n) * channels * plane
+    image += n * channels * plane
+    p = block * BLOCK + tl.arange(0, BLOCK)[:, None]
+    q = tile * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mirror = length - 1 - p
+    even = tl.zeros([BLOCK, BLOCK], tl.float32)
+    odd = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for first in range(0, half, DEPTH):
+        for parity in tl.static_range(2):
+            i = 2 * (first + tl.arange(0, DEPTH)[None, :]) + parity
+            left = tl.load(matrix + i * length + p, mask=(i < length) & (p < half), other=0.0)
+            i = 2 * (first + tl.arange(0, DEPTH)[:, None]) + parity
+            mask = (i < length) & (q < other)
+            pixel = i * stride + q * apart
+            if FIRST:
+                right = dct2_gathered(source, colour, place, pixel, mask, channel, channels, plane)
+            else:
+                right = tl.load(source + channel * plane + pixel, mask=mask, other=0.0)
+            if parity == 0:
+                even = tl.dot(left, right, even, input_precision=PRECISION)
+            else:
+                odd = tl.dot(left, right, odd, input_precision=PRECISION)
+    start = image + channel * plane + q * apart
+    kind = image.dtype.element_ty
+    tl.store(start + p * stride, (even + odd).to(kind), mask=(p < half) & (q < other))
+    tl.store(start + mirror * stride, (even - odd).to(kind), mask=(p < length // 2) & (q < other))
 
 
 def padded(side: int) -> int:
-    return max(16, next_power_of_2(side))
+    """Half of a side, as the kernels of whole images hold it."""
+    return max(16, next_power_of_2(cdiv(side, 2)))
 
 
 def dct2(
@@ -176,20 +327,25 @@ def dct2(
     count, channels, height, width = image.shape
     if count == 0:
         return
-    plane = height * width
-    source, target = (spectrum, image) if inverse else (image, spectrum)
+    plane, planes = height * width, count * channels
     if height <= WHOLE and width <= WHOLE:
-        dct2_kernel[(count * channels * cdiv(height, ROWS),)](
-            source, target, rows, dct_h, dct_w, colour, place, channels, height, width,
-            inverse, PRECISION, padded(height), padded(width), ROWS, num_warps=padded(width) // COLUMNS,
-        )  # fmt: skip
+        shape = rows, dct_h, dct_w, colour, place, channels, height, width
+        sides = PRECISION, padded(height), padded(width)
+        warps = WARPS if width > 32 else 1
+        if inverse:
+            grid = (planes * cdiv(cdiv(height, 2), ROWS),)
+            dct2_inverse_kernel[grid](spectrum, image, *shape, *sides, ROWS, num_warps=warps)
+        else:
+            dct2_kernel[(planes * 4,)](image, spectrum, *shape, *sides, num_warps=warps)
         return
     scratch = torch.empty(image.shape, dtype=torch.float32, device=image.device)
-    grid = (count * channels * cdiv(height, BLOCK) * cdiv(width, BLOCK),)
-    for first, matrix in ((True, dct_w), (False, dct_h)):
-        along_w = (width, height, 1, width)  # length, other, stride, apart
-        along_h = (height, width, width, 1)
-        dct2_side_kernel[grid](
+    kernel = dct2_side_inverse_kernel if inverse else dct2_side_kernel
+    source, target = (spectrum, image) if inverse else (image, spectrum)
+    along_w = (dct_w, width, height, 1, width)  # length, other, stride, apart
+    along_h = (dct_h, height, width, width, 1)
+    for first, (matrix, length, other, stride, apart) in ((True, along_w), (False, along_h)):
+        tiles = cdiv(cdiv(length, 2), BLOCK) * cdiv(other, BLOCK)
+        kernel[(planes * tiles * (1 if inverse else 2),)](
             source if first else scratch, scratch if first else target, rows, matrix, colour, place, channels, plane,
-            *(along_w if first else along_h), inverse, first, PRECISION, BLOCK, DEPTH, num_warps=8,
+            length, other, stride, apart, first, PRECISION, BLOCK, DEPTH, num_warps=8,
         )  # fmt: skip

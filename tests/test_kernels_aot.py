@@ -25,7 +25,7 @@ KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 ARCHITECTURES = (80, 90)
 TYPES = {
     **dict.fromkeys(("x", "e", "z", "a", "b", "c", "n", "slope", "f", "g", "f_ring", "gamma", "out"), "*fp32"),
-    **dict.fromkeys(("dx", "e_prev", "g_ring", "source", "target"), "*fp32"),
+    **dict.fromkeys(("dx", "e_prev", "g_ring", "image", "spectrum", "source", "target"), "*fp32"),
     **dict.fromkeys(("matrix", "dct_h", "dct_w", "colour", "partial"), "*fp32"),
     **dict.fromkeys(("norms", "moments", "gram", "rhs", "low", "high", "scale", "errors"), "*fp64"),
     **dict.fromkeys(("window", "bands", "rows", "place", "diverged"), "*i64"),
@@ -52,19 +52,12 @@ def two_step(block: int, stages: int, **constants: Any) -> dict[str, Any]:
     return {"IMPLICIT": False, "BLOCK": block, "STAGES": stages, **constants}
 
 
-def transform(inverse: bool, side: int) -> dict[str, Any]:
-    return {"INVERSE": inverse, "PRECISION": "ieee", "H": side, "W": side, "ROWS": 16}
+def transform(side: int, **constants: Any) -> dict[str, Any]:
+    return {"PRECISION": "ieee", "H": side // 2, "W": side // 2, **constants}
 
 
-def one_side(inverse: bool, first: bool) -> dict[str, Any]:
-    return {
-        "INVERSE": inverse,
-        "FIRST": first,
-        "PRECISION": "ieee",
-        "BLOCK": 64,
-        "DEPTH": 16,
-        "stride" if first else "apart": 1,
-    }
+def one_side(first: bool) -> dict[str, Any]:
+    return {"FIRST": first, "PRECISION": "ieee", "BLOCK": 64, "DEPTH": 16, "stride" if first else "apart": 1}
 
 
 BF16, FP16 = {"e": "*bf16"}, {"e": "*fp16"}
@@ -96,17 +89,20 @@ CASES = [
     Case("anderson_gram_kernel", {"LENGTH": 17, "COUNT": 16, "BLOCK": 256}, 1, 34),
     Case("anderson_gram_finish_kernel", {"M": 5, "COUNT": 1, "SIDE": 8, "SUMS": 2, "PARTIALS": 32}, 4),
     Case("anderson_gram_finish_kernel", {"M": 16, "COUNT": 16, "SIDE": 16, "SUMS": 32, "PARTIALS": 32}, 4),
-    Case("dct2_kernel", transform(False, 64), 4),
-    Case("dct2_kernel", transform(True, 64), 4),
-    Case("dct2_kernel", transform(False, 64) | {"colour": None}, 4, 16),  # the image and dct_w
-    Case("dct2_kernel", transform(True, 64) | {"colour": None}, 4, 24),  # the places and dct_w
-    Case("dct2_kernel", transform(False, 32), 2, types={"source": "*bf16"}),
-    Case("dct2_kernel", transform(True, 32), 2, types={"target": "*fp16"}),
-    Case("dct2_kernel", transform(False, 16), 1, aligned=False),
-    Case("dct2_side_kernel", one_side(False, True), 8, types={"source": "*bf16"}),
-    Case("dct2_side_kernel", one_side(False, False), 8),
-    Case("dct2_side_kernel", one_side(True, True), 8),
-    Case("dct2_side_kernel", one_side(True, False), 8, types={"target": "*bf16"}),
+    Case("dct2_kernel", transform(64), 4, 36),  # rows of both halves, and the matrices
+    Case("dct2_kernel", transform(64, colour=None), 4, 8),
+    Case("dct2_kernel", transform(32), 1, 16, types={"image": "*bf16"}),
+    Case("dct2_kernel", transform(32), 1, aligned=False),
+    Case("dct2_inverse_kernel", transform(64, ROWS=16), 4, 4, 2),
+    Case("dct2_inverse_kernel", transform(64, ROWS=16, colour=None), 4, 4, 2),
+    Case("dct2_inverse_kernel", transform(32, ROWS=16), 1, 6, types={"image": "*fp16"}),
+    Case("dct2_inverse_kernel", transform(32, ROWS=16), 1, aligned=False),
+    Case("dct2_side_kernel", one_side(True), 8, 1),
+    Case("dct2_side_kernel", one_side(True), 8, types={"image": "*bf16"}),
+    Case("dct2_side_kernel", one_side(False), 8, 2),
+    Case("dct2_side_inverse_kernel", one_side(True), 8, 1),
+    Case("dct2_side_inverse_kernel", one_side(False), 8, 2),
+    Case("dct2_side_inverse_kernel", one_side(False), 8, types={"image": "*bf16"}),
 ]
 
 

@@ -25,8 +25,8 @@ def dct2(
     image: Tensor,  # (N, C, H, W)
     spectrum: Tensor,  # (R, C*H*W)
     rows: Tensor,  # (N,) int64, the row of `spectrum` that belongs to each image
-    dct_h: Tensor,  # (H, H) orthonormal
-    dct_w: Tensor,  # (W, W) orthonormal
+    dct_h: Tensor,  # (H, H) orthonormal, row k even or odd about its middle, as k is
+    dct_w: Tensor,  # (W, W), the same
     colour: Tensor | None,  # (C, C) orthonormal; None: no rotation
     order: Tensor,  # (C*H*W,) int64, a permutation: coefficient order[k] is stored at place k
     place: Tensor,  # (C*H*W,) int64, its inverse: for those who write where they compute

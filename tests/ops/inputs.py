@@ -337,13 +337,18 @@ def rotation(size: int) -> Tensor:
     return torch.linalg.qr(torch.randn(size, size, dtype=torch.float64)).Q.float().contiguous()
 
 
-def mirrored(size: int, levels: int) -> Tensor:
+def mirrored(size: int, levels: int = 1) -> Tensor:
     """(size, size) orthonormal, at random, with the symmetry of a DCT-II: its rows, the halves of its even rows, .."""
-    if levels == 0:
+    if levels == 0 or size == 1:
         return rotation(size)
-    even, odd = mirrored(size // 2, levels - 1), rotation(size // 2)
-    pairs = [torch.cat([even, even.flip(1)], dim=1), torch.cat([odd, -odd.flip(1)], dim=1)]
-    return torch.stack(pairs, dim=1).flatten(0, 1) / 2**0.5
+    half, middle = divmod(size, 2)
+    even, odd = mirrored(half + middle, 0 if middle else levels - 1), rotation(half)
+    matrix = torch.zeros(size, size)
+    for first, side, sign in ((0, even[:, :half], 1), (1, odd, -1)):
+        matrix[first::2, :half] = side / 2**0.5
+        matrix[first::2, half + middle :] = sign * matrix[first::2, :half].flip(1)
+    matrix[::2, half : half + middle] = even[:, half:]
+    return matrix
 
 
 def dct2(
@@ -353,9 +358,9 @@ def dct2(
     width: int,
     inverse: bool,
     rows: int | None = None,
-    matrix: Callable[[int], Tensor] = rotation,
+    matrix: Callable[[int], Tensor] = mirrored,
 ) -> Arguments:
-    """Random rotations in place of cosines; the `rows` of the spectrum are more than the images and in no order."""
+    """Random matrices in place of cosines; the `rows` of the spectrum are more than the images and in no order."""
     total = rows or count + 3
     size = channels * height * width
     image, spectrum = torch.randn(count, channels, height, width), torch.randn(total, size)

@@ -203,13 +203,13 @@ class ParallelRun:
         """The denoiser's arguments at some of the selected rows, x first; and all of those (N,)."""
         assert self._solve is not None
         trajectory, batch, copies = self._solve.trajectory, self._batch, self._copies
-        rows = trajectory.rows.repeat(copies)  # (N,) of all copies
-        index = torch.arange(copies, device=x.device).repeat_interleave(trajectory.selected) * batch + rows % batch
+        samples, copy = trajectory.row_samples, torch.arange(copies, device=x.device)[:, None]
+        index = (copy * batch + samples).flatten()  # (N,) of all copies
         states = self._packed(trajectory.images(trajectory.rows).to(x.dtype))
         states = states.repeat(copies, *[1] * (states.ndim - 1))
         if x.shape[1] > self._own:
             states = torch.cat([states, x[index, self._own :]], dim=1)
-        timesteps = trajectory.table.timesteps.to(x.device)[rows // batch]
+        timesteps = self._timesteps[trajectory.row_steps].repeat(copies)
         timesteps = self._loop.timestep(timesteps, x.dtype, self._denoiser.config)
         shared = {name: given[name] for name in self._loop.shared if name in given}
         shared = {name: value[:1] if isinstance(value, list) else value for name, value in shared.items()}
@@ -219,7 +219,7 @@ class ParallelRun:
             own = dict(zip(names, (states[part], timesteps[part]), strict=True))
             return own | kwargs_of(given, index[part], len(x)) | shared
 
-        return at, torch.arange(len(rows), device=x.device)
+        return at, torch.arange(len(index), device=x.device)
 
     @uncompiled
     def _after_denoiser(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
@@ -246,7 +246,7 @@ class ParallelRun:
         dtype = self._dtype_of(output, sample)
         output = self._unpacked(output[: len(rows)])  # DiT gives the guided output twice
         if trajectory.table.converts:
-            output = trajectory.table.effective_output(trajectory.images(rows), output, rows // self._batch)
+            output = trajectory.table.effective_output(trajectory.images(rows), output, trajectory.row_steps)
         trajectory.basis.forward(output, outputs.flatten(0, 1), rows)
         solve.iteration.update(solve.count)
         solve.settle()
@@ -298,6 +298,7 @@ class ParallelRun:
             generator = self._arguments.get("generator")
             noise = torch.stack([randn_tensor(first.shape, generator, x.device, dtype) for _ in self._span])
         table = self._table(eta).part(self._span)
+        self._timesteps = table.timesteps.to(x.device)
         trajectory = start(_Denoiser(), first, table, self._solver, step_noise=noise)
         self._solve = Solve(trajectory, self._solver, rtol=self._rtol)
 
