@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from . import gradients as gradients
+from . import interpolation as interpolation
 from . import nn as nn
 from . import runs as runs
 from . import slopes as slopes

@@ -16,6 +16,7 @@ from .checks import (
     check_rtol,
     check_solver,
 )
+from .eager import uncompiled
 from .gradients import Implicit, Once, Phantom, named
 from .layout import Layout, State
 from .network import leaves, pull
@@ -218,6 +219,7 @@ class _Cotangent:
     rtol: float
     max_iterations: int
 
+    @uncompiled
     def __call__(self, cotangent: Tensor) -> Tensor:  # (B, D)
         if not bool(cotangent.isfinite().all()):
             return torch.full_like(cotangent, torch.nan)  # for a gradient scaler to see

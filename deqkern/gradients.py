@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_callback, check_count, check_rtol, check_solver
+from .eager import uncompiled
 from .network import Network
 from .numeric import check_number
 from .solve import Solution, solve, warn_unless_converged
@@ -217,6 +218,7 @@ class Pullback:
     def __init__(self, network: Network, gradient: Gradient, rtol: float, max_batch: int | None) -> None:
         self.network, self.gradient, self.rtol, self.max_batch = network, gradient, rtol, max_batch
 
+    @uncompiled
     def __call__(
         self,
         states: Tensor,  # (S+1, B, *shape), the solution

@@ -49,6 +49,11 @@ class Guided(torch.nn.Module):
             output = output * (1 + self.rescale * (ratio - 1)).to(output.dtype)
         return output
 
+    def check(self, model_kwargs: Mapping[str, Any], batch: int) -> None:
+        """Refuse conditions that do not fit together, or not so many samples, as they were given."""
+        once, cond = self.scale == 1, model_kwargs["cond"]
+        _joined("cond", cond, cond if once else model_kwargs["uncond"], batch, once)
+
     def _called(self, x: Tensor, t: Tensor, arguments: dict[str, Any]) -> Tensor:
         output = self.model(x, t, **arguments)
         output = getattr(output, "sample", output)

@@ -107,7 +107,11 @@ class Network:
         self.timesteps = table.timesteps.to(example.device)
         self._inputs: Tensor | None = None  # (rows, *shape), the states in the model's dtype
         self._autocast = autocast_of(example.device)
-        inner = model.model if isinstance(model, Guided) else model
+        inner = model
+        if isinstance(model, Guided):
+            inner = model.model
+            with torch.no_grad():
+                model.check(model_kwargs, self.batch)
         self._holds = not isinstance(inner, torch.nn.Module)  # a plain function: what it depends on is not known
         # what the caller differentiates by, cut off from the graph that made it
         self._leaves = {id(v): v.detach().requires_grad_() for v in tensors_in(model_kwargs) if v.requires_grad}

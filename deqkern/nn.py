@@ -19,6 +19,7 @@ class DEQ(torch.nn.Module):
 
     f: a module or function, called with the whole batch. solver, rtol, max_iterations, gradient: as in
     `deqkern.fixed_point`. `solution` is the `Solution` of the last call, without its graph; None before the first.
+    torch.compile around the layer leaves the solve as it is: give `torch.compile(f)`.
     """
 
     solution: Solution | None

@@ -201,7 +201,7 @@ def _measure(network: Network, example: Tensor, most: int, repeats: int) -> tupl
         try:
             seconds = _latency(network, example, rows, repeats)
         except (RuntimeError, MemoryError) as error:
-            if not latencies or not _out_of_memory(error):
+            if not latencies or not is_out_of_memory(error):
                 raise
             if example.is_cuda:
                 torch.cuda.empty_cache()
@@ -233,7 +233,8 @@ def _wait(example: Tensor) -> None:
         torch.cuda.synchronize(example.device)
 
 
-def _out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it says that the memory was not enough."""
     # Of a CPU, torch reports it as a plain RuntimeError.
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import ops
 from .capture import CapturedIterations
+from .eager import uncompiled
 from .planning import Plan
 from .slopes import Secant, slope_of
 from .solvers import Solver
@@ -348,6 +349,7 @@ class Solve:
         """Whether there is another iteration to do."""
         return self.count < self.limit and bool((self.window[:, 0] < self.trajectory.steps).any())
 
+    @uncompiled
     def iterate(self) -> None:
         """One iteration."""
         self.select()
@@ -401,6 +403,7 @@ class Solve:
             self.moves[:, self.plain] = 0.0  # plain iteration evaluates all of its steps
         return window, diverged
 
+    @uncompiled
     def value(self, dtype: torch.dtype) -> Tensor:
         """The last state as it is now (B, *shape)."""
         trajectory = self.trajectory
@@ -408,6 +411,7 @@ class Solve:
         rows = torch.arange(first, first + batch, device=trajectory.x.device)
         return trajectory.images(rows).to(dtype, copy=True)
 
+    @uncompiled
     def solution(self, dtype: torch.dtype) -> Solution:
         """The result. Gives the memory of the iteration back: the solve is over."""
         trajectory, history, errors = self.trajectory, self.history, self.iteration.work.errors
@@ -439,6 +443,7 @@ class Solve:
         )
 
 
+@uncompiled
 def solve(
     trajectory: Trajectory,
     solver: Solver,

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .eager import uncompiled
 from .schedule import StepTable
 from .slopes import slope_of
 from .solvers import Solver
@@ -137,6 +138,7 @@ class Trajectory:
                     x[i + 1].add_(self.z[i, sample], alpha=float(self.table.n[i]))
 
 
+@uncompiled
 def start(
     map: Map,
     first: Tensor,  # (B, *shape), the state that is known

@@ -332,3 +332,22 @@ def test_grid_shows_colours_and_clips() -> None:
     assert plots.grid(images, scale=1).tolist() == [[[255, 0, 128]]]
     with pytest.raises(ValueError, match="images must have shape"):
         plots.grid(torch.zeros(0, 3, 4, 4))
+
+
+@pytest.mark.parametrize("columns", [20, 56])
+def test_tables_in_narrow_terminals_are_whole(
+    model: Path, tmp_path: Path, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    options = ("--model", model, "--steps", 4, "--batch", 2)
+    out = run("sample", *options, "--compare", "--out", tmp_path / "grid.png").stdout
+    heads = "solver iterations nfe converged true error seconds"
+    assert heads in plain(out) and "sequential 4 4 2/2 0e+00 .. 0e+00 0." in plain(out) and "…" not in out
+    out = run("plan", *options).stdout
+    assert "window max_batch iterations nfe seconds" in plain(out) and "sequential all 4 4 0.0" in plain(out)
+    assert "…" not in run("doctor").stdout
+
+
+def test_too_little_memory_is_no_traceback(model: Path, tmp_path: Path) -> None:
+    result = run("sample", "--model", model, "--batch", 10**12, "--out", tmp_path / "grid.png", code=1)
+    assert "not enough memory" in result.stderr and isinstance(result.exception, SystemExit)

@@ -200,3 +200,12 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], name: str
     given = {"model": untouched, "scale": 2.0, "cond": text, "uncond": text}
     with pytest.raises(error, match=name):
         deqkern.sample(deqkern.guided(**(given | change)), torch.randn(3, *SHAPE), SCHEDULE, STEPS)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_conditions_of_another_batch_are_refused_as_they_were_given(scale: float) -> None:
+    guided = deqkern.guided(Conditional(), scale, {"text": torch.zeros(3, 6)}, {"text": torch.zeros(1, 6)})
+    shapes = r"\(3, 6\) and \(3, 6\)" if scale == 1 else r"\(3, 6\) and \(1, 6\)"
+    for call in (deqkern.sample, deqkern.invert, deqkern.plan):
+        with pytest.raises(ValueError, match=rf"cond\['text'\] must have one row per sample.* {shapes} for 2 rows"):
+            call(guided, torch.randn(2, *SHAPE), SCHEDULE, STEPS)

@@ -684,3 +684,24 @@ def test_hooks_that_replace_forward_cannot_be_copied() -> None:
     pipe.unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
     check_exact(pipe, call)
     refused(pipe, "forward was replaced", devices=["cpu", "cpu"])
+
+
+def test_a_denoiser_compiled_in_place_has_graphs_of_its_own_only() -> None:
+    network = diffusers.UNet2DModel(
+        sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, add_attention=False,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    )  # fmt: skip
+    pipe = diffusers.DDIMPipeline(sharpened(network), diffusers.DDIMScheduler(clip_sample=False))
+    call: dict[str, Any] = {"batch_size": 2, "num_inference_steps": STEPS, "output_type": "pt"}
+    expected, targets = result(pipe, call), set[str]()
+
+    def as_it_is(graph: torch.fx.GraphModule, example: Any) -> Callable[..., Any]:
+        targets.update(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch._dynamo.reset()
+    pipe.unet.compile(backend=as_it_is, dynamic=True)
+    with parallel(pipe, rtol=1e-4):
+        actual = result(pipe, call)
+    assert float(relative_error(actual, expected).max()) <= 2e-3
+    assert targets and not any("deqkern" in target for target in targets)

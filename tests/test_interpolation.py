@@ -5,9 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from asserts import assert_close
+from asserts import assert_close, in_new_python
 
 from deqkern.interpolation import slerp
+
+
+def test_it_comes_with_the_package() -> None:
+    assert "slerp" in in_new_python("import deqkern; print(deqkern.interpolation.slerp)")
 
 
 def test_the_ends_are_the_ends_and_the_norm_stays() -> None:

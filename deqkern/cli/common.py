@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..models import SHIPPED
-from ..planning import Plan
+from ..planning import Plan, is_out_of_memory
 from ..solve import Callback
 
 # Options of several commands.
@@ -33,6 +33,8 @@ SeedOption = Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Seed of all
 RtolOption = Annotated[float, typer.Option(help="Relative error of a sample at which it is done.")]
 MaxBatchOption = Annotated[int | None, typer.Option(help="Most rows in one model call (default: all).")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+_NAME = 12  # characters of a name that stay on one line
 
 PICTURES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 
@@ -72,7 +74,7 @@ Follow = Callable[[str, int, Callback | None], Callback]
 
 @contextmanager
 def errors_name_options() -> Iterator[None]:
-    """Turn an error about an argument into one about the option that set it (exit code 2)."""
+    """Turn an error about an argument into one about the option that set it (exit code 2), and a lack of memory too."""
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -85,6 +87,11 @@ def errors_name_options() -> Iterator[None]:
         if "deqkern[demo]" not in str(error):
             raise
         typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        typer.echo("Error: not enough memory: take fewer samples, or fewer rows in one call (--max-batch)", err=True)
         raise typer.Exit(1) from error
 
 
@@ -162,6 +169,16 @@ def new_table(title: str, names: tuple[str, ...], figures: tuple[str, ...]) -> T
     for head in figures:
         table.add_column(head, justify="right", no_wrap=True)
     return table
+
+
+def print_table(table: Table) -> None:
+    """On stdout; wider than the terminal if figures or short names would be cut otherwise."""
+    console = Console()
+    for column in table.columns:
+        longest = max(len(str(cell)) for cell in (column.header, *column.cells))
+        column.min_width = longest if column.no_wrap else min(longest, _NAME)
+    console.width = max(console.width, console.measure(table, options=console.options.update(width=10_000)).minimum)
+    console.print(table)
 
 
 def plan_summary(plan: Plan) -> dict[str, Any]:

@@ -38,6 +38,8 @@ def doctor(as_json: JsonOption = False) -> None:
         typer.echo(to_json(report))
         return
     table = Table(show_header=False)
+    for head in ("", ""):
+        table.add_column(head, overflow="fold")
     backends = {f"backend {name}": entry for name, entry in report.pop("backends").items()}
     for name, entry in (report | backends).items():
         table.add_row(name, _as_text(entry))

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from .common import (
     check_out,
     errors_name_options,
     new_table,
+    print_table,
     progress,
     stored_model,
     to_json,
@@ -171,7 +171,7 @@ def invert(
         return
     title = f"{pretrained.name}: {_count(names)}, {steps} steps, {method}, "
     title += ("" if method == Method.naive else f"rtol {tolerance:g}, ") + _end(chain)
-    Console().print(_image_table(_entries([image.name for image in images], run, round_trip), title, method))
+    print_table(_image_table(_entries([image.name for image in images], run, round_trip), title, method))
     trips = f"round trip {median(round_trip):.0e} (median), {float(round_trip.max()):.0e} (largest)"
     written = f"written: {' '.join(str(path) for path in (out, report, save_run) if path)}"
     typer.echo(f"{found.message}; {trips}; {run.seconds:.1f} seconds\n{written}")
@@ -270,7 +270,7 @@ def interpolate(
         return
     title = f"{pretrained.name}: {frames} frames, {steps} steps, rtol {rtol:g}, {_end(chain)}"
     rows: list[tuple[tuple[str, ...], Run]] = [(("invert", "2"), inverted), (("sample", str(frames)), sampled)]
-    Console().print(run_table(rows, ("", "pictures"), title))
+    print_table(run_table(rows, ("", "pictures"), title))
     typer.echo(f"round trip: {round_trip[0]:.0e} ({first.name}), {round_trip[1]:.0e} ({second.name})\nwritten: {out}")
 
 

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
 from .. import models, planning
 from .common import (
@@ -21,6 +20,7 @@ from .common import (
     errors_name_options,
     new_table,
     plan_summary,
+    print_table,
     to_json,
 )
 
@@ -75,5 +75,5 @@ def plan(
     for way in found.ways:
         names = (str(way.window), str(way.max_batch or "all"))
         table.add_row(*names, str(way.iterations), f"{way.evaluations:.0f}", f"{way.seconds:.3g}")
-    Console().print(table)
+    print_table(table)
     typer.echo(found.message)

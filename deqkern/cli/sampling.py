@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -39,6 +38,7 @@ from .common import (
     errors_name_options,
     new_table,
     plan_summary,
+    print_table,
     progress,
     stored_model,
     to_json,
@@ -261,7 +261,7 @@ def sample(
         typer.echo(to_json({**options, "out": str(out), "runs": [run.summary() for run in runs]}))
         return
     title = f"{chains.pretrained.name}: {batch} samples, {chain}, rtol {rtol:g}"
-    Console().print(run_table([((run.solver,), run) for run in runs], ("solver",), title))
+    print_table(run_table([((run.solver,), run) for run in runs], ("solver",), title))
     if runs[0].solution.plan is not None:
         typer.echo(runs[0].solution.plan.message)
     typer.echo(f"written: {out}" + (f" {save_run}" if save_run else ""))
@@ -335,7 +335,7 @@ def demo(
     with writing(written[-1], "--out"):
         written[-1].write_text(to_json(report) + "\n", encoding="utf-8")
     title = f"{batch} samples, {steps} steps, rtol {rtol:g}, {torch.get_num_threads()} CPU threads"
-    Console().print(run_table(rows, ("model", "eta", "solver"), title))
+    print_table(run_table(rows, ("model", "eta", "solver"), title))
     typer.echo(f"{_ABOUT_THE_TABLE}\nwritten: {' '.join(map(str, written))}")
 
 

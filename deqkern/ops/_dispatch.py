@@ -40,7 +40,8 @@ DTYPES = dict.fromkeys(OPS, torch.float32) | {"progress": torch.float64}
 
 
 def _find_reference(op: str, device: str, dtype: torch.dtype) -> Kernel | str:
-    return getattr(reference, op)
+    meaning: Kernel = getattr(reference, op)
+    return _in_its_dtype(meaning, device) if torch.amp.is_autocast_available(device) else meaning
 
 
 def _find_cpu(op: str, device: str, dtype: torch.dtype) -> Kernel | str:
@@ -78,6 +79,18 @@ def _find_cuda(op: str, device: str, dtype: torch.dtype) -> Kernel | str:
     if dtype is not DTYPES[op]:
         return f"its kernels are written for {DTYPES[op]}, not {dtype}"
     return kernel
+
+
+def _in_its_dtype(kernel: Kernel, device: str) -> Kernel:
+    """Autocast is for models: it would round the products of matrices in plain torch."""
+
+    def run(*arguments: Any) -> None:
+        if not torch.is_autocast_enabled(device):
+            return kernel(*arguments)
+        with torch.autocast(device, enabled=False):
+            kernel(*arguments)
+
+    return run
 
 
 def _on_its_device(kernel: Kernel) -> Kernel:

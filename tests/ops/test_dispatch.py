@@ -119,6 +119,19 @@ def test_inference_mode(op: str) -> None:
         assert_close(arguments[name], expected[name])
 
 
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize(("op", "overload"), OVERLOADS, ids="".join)
+def test_autocast_changes_nothing(op: str, overload: str, backend: str) -> None:
+    arguments = inputs.dct2(2, 3, 4, 5, True) if overload == ".inverse" else inputs.example(op)
+    expected = inputs.clone(arguments)
+    with ops.use_backend(backend):
+        getattr(ops, op)(**expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            getattr(ops, op)(**arguments)
+    for name in inputs.WRITTEN[op]:
+        assert_close(arguments[name], expected[name])
+
+
 @EACH_OP
 def test_float64_goes_to_the_reference(op: str) -> None:
     arguments = inputs.wide(inputs.example(op))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ...eager import uncompiled
 from ...network import kwargs_of
 from ...replication import Replicated
 from ...schedule import NoiseSchedule, StepTable
@@ -163,6 +164,7 @@ class ParallelRun:
         if self._solve is not None:
             self.solution, self._solve = self._solve.solution(self._preview.dtype), None
 
+    @uncompiled
     def _before_denoiser(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[()], dict[str, Any]] | None:
@@ -219,6 +221,7 @@ class ParallelRun:
 
         return at, torch.arange(len(index), device=x.device)
 
+    @uncompiled
     def _after_denoiser(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
         if self._passes(module) or not (self._outputs or self._join):
             return None
