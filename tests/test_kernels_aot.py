@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("aot")  # a process compiles all of them, for half a minute
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 ARCHITECTURES = (80, 90)
