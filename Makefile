@@ -44,7 +44,7 @@ demo: $(VENV)/.installed-demo native
 	$(VENV)/bin/deqkern demo --out out $(DEMO_FLAGS)
 
 test: $(VENV)/.installed-dev native
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(TEST_WORKERS) --dist loadgroup $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check .

@@ -6,6 +6,7 @@ package. One thread per process is the default: on a busy machine parallel regio
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import zlib
@@ -31,6 +32,31 @@ if not HAS_CUDA:  # Triton reads it when it is first imported
 
 hypothesis.settings.register_profile("deqkern", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("deqkern")
+
+# Files of more than ten seconds begin first: one that a process begins late leaves the others with nothing to do.
+LONGEST = (
+    "test_convergence",
+    "test_docs",
+    "test_integrations_diffusers",
+    "test_kernels_aot",
+    "test_gradients",
+    "test_integrations_diffusers_transformers",
+    "test_bench",
+    "test_runs",
+    "test_cli_inversion",
+    "test_second_order",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays to the end: the garbage collector need not go through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header() -> list[str]:

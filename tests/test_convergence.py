@@ -25,16 +25,32 @@ MEASURED = [
 ]
 
 
+class Remembered:
+    """A model that is evaluated once at each state and timestep: two solves begin alike, whatever their tolerance."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model, self.outputs = model, dict[tuple[int, bytes], torch.Tensor]()
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        keys = [(int(step), row.numpy().tobytes()) for step, row in zip(t, x, strict=True)]
+        new = [i for i, key in enumerate(keys) if key not in self.outputs]
+        if new:
+            found = self.model(x[new], t[new]).sample
+            self.outputs |= {keys[i]: output for i, output in zip(new, found, strict=True)}
+        return torch.stack([self.outputs[key] for key in keys])
+
+
 @pytest.mark.parametrize(("name", "steps", "eta", "coarse", "fine"), MEASURED)
 def test_the_default_keeps_its_counts(name: str, steps: int, eta: float, coarse: int, fine: int) -> None:
     loaded = models.load(name)
+    model = Remembered(loaded.model)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(SEEDS, *loaded.shape, generator=generator)
     step_noise = torch.randn(steps, *noise.shape, generator=generator) if eta else None
 
     def run(solver: solvers.Solver, rtol: float, callback: deqkern.solve.Callback | None = None) -> deqkern.Solution:
         return deqkern.sample(
-            loaded.model,
+            model,
             noise,
             loaded.schedule,
             steps,

@@ -10,7 +10,7 @@ import types
 import inputs
 import pytest
 import torch
-from asserts import assert_close, in_new_python
+from asserts import assert_close
 from torch import Tensor
 
 from deqkern import ops
@@ -223,14 +223,3 @@ def test_backends_say_what_loaded_or_why_not() -> None:
     assert report["cpu"]["loaded"], report["cpu"].get("reason")
     assert report["cpu"]["isa"] in report["cpu"]["isas"]
     assert report["cpu"]["threads"] == torch.get_num_threads()
-
-
-def test_importing_is_lean() -> None:
-    code = """
-import sys, torch
-before = set(sys.modules)
-import deqkern, deqkern.ops
-new = {name.partition(".")[0] for name in set(sys.modules) - before}
-print(sorted(new & {"triton", "diffusers", "matplotlib", "scipy", "pandas"}), torch.cuda.is_initialized())
-"""
-    assert in_new_python(code).strip() == "[] False"
