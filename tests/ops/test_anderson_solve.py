@@ -290,6 +290,26 @@ def test_a_ridge_far_beyond_the_system_leaves_nothing(backend: str) -> None:
 
 
 @BACKENDS
+@pytest.mark.parametrize(
+    ("diagonal", "ridge", "expected"),
+    [
+        ((1.0, 1e-13), 0.0, [1.0, 0.0]),  # rounding beside the other
+        ((1e-13, 1.0), 0.0, [0.0, 1.0]),
+        ((-1.0, 1e-13), 0.0, [0.0, 0.0]),
+        ((1.0, 1e-11), 0.0, [1.0, 1e11]),
+        ((1.0, 0.0), 0.5, [1 / 1.5, 2.0]),
+    ],
+)
+def test_which_diagonals_count(
+    backend: str, diagonal: tuple[float, float], ridge: float, expected: list[float]
+) -> None:
+    gram = torch.diag(torch.tensor(diagonal, dtype=torch.float64)).expand(2, 1, 2, 2)
+    rhs = torch.ones(2, 1, 2, dtype=torch.float64)
+    found = solve(backend, gram, rhs, "row", ridge_absolute=ridge)[1, 0]
+    assert found.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+@BACKENDS
 def test_a_singular_system_changes_none_beside_it(backend: str) -> None:
     """Bit for bit, though the lanes of a warp go the same way: what solves that one is less exact."""
     *_, gram, rhs = least_squares(9, 1, 9, 3)
