@@ -310,6 +310,15 @@ def test_which_diagonals_count(
 
 
 @BACKENDS
+@pytest.mark.parametrize("scope", ["joint", "causal"])
+def test_huge_rows_beside_one_that_is_not_finite(backend: str, scope: str) -> None:
+    gram = 1.5e308 * torch.eye(2, dtype=torch.float64).repeat(4, 1, 1, 1)
+    rhs = 0.75e308 * torch.ones(4, 1, 2, dtype=torch.float64)
+    gram[1] = torch.inf
+    assert_close(solve(backend, gram, rhs, scope)[2:], torch.full((2, 1, 2), 0.5))
+
+
+@BACKENDS
 def test_a_singular_system_changes_none_beside_it(backend: str) -> None:
     """Bit for bit, though the lanes of a warp go the same way: what solves that one is less exact."""
     *_, gram, rhs = least_squares(9, 1, 9, 3)
