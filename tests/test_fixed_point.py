@@ -17,8 +17,10 @@ from torch import Tensor
 import deqkern
 from deqkern import solvers
 from deqkern.gradients import Implicit, Phantom
+from deqkern.layout import Layout
 from deqkern.slopes import Frozen, Gaussian, Secant
 from deqkern.solvers import Solver
+from deqkern.trajectory import ROUNDINGS
 
 WIDE = torch.float64
 BATCH, SIZE = 4, 6
@@ -143,6 +145,25 @@ def test_a_tuple_is_one_state(kind: Any) -> None:
     assert solution.trajectory.shape == (2, BATCH, 10)
     assert [event[0] for event in told] == list(range(1, solution.iterations + 1))
     assert type(told[-1][1]) is kind and torch.equal(told[-1][1][0], value[0])
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "wide", "rounding"),
+    [
+        ((torch.float32,), torch.float32, ROUNDINGS * 2.0**-23),
+        ((torch.float32, WIDE), WIDE, ROUNDINGS * 2.0**-52),
+        ((torch.bfloat16,), torch.float32, 2.0**-7),
+        ((torch.float16, WIDE), WIDE, 2.0**-10),
+        ((torch.float16, torch.bfloat16, torch.float32), torch.float32, 2.0**-7),
+    ],
+)
+def test_rows_are_as_wide_as_the_widest_part_and_no_better_than_the_narrowest(
+    dtypes: tuple[torch.dtype, ...], wide: torch.dtype, rounding: float
+) -> None:
+    parts = tuple(torch.zeros(2, 3, dtype=dtype) for dtype in dtypes)
+    layout = Layout.of(parts, "z0")
+    assert (layout.dtype, layout.rounding) == (wide, rounding) and layout.rows(parts).dtype is wide
+    assert [part.dtype for part in layout.state(layout.rows(parts))] == list(dtypes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, WIDE])

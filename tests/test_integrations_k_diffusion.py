@@ -199,11 +199,12 @@ def test_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Bar:
         def __init__(self, total: int, disable: bool | None) -> None:
-            self.total, self.disable, self.n, self.closed = total, disable, 0, False
+            self.total, self.disable, self.n, self.closed, self.seen = total, disable, 0, False, list[int]()
             made.append(self)
 
         def update(self, count: int) -> None:
             self.n += count
+            self.seen.append(self.n)
 
         def close(self) -> None:
             self.closed = True
@@ -219,6 +220,9 @@ def test_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InterruptedError):
         sample_deq(Convolutions(), x, sigmas, None, interrupt, False)
     assert made[-1].closed
+    x[1] = 0  # settled at once, but the other is not
+    sample_deq(lambda x, sigma: torch.tanh(x), x.requires_grad_(), sigmas, disable=False, rtol=0)
+    assert made[-1].seen[0] == 1 and made[-1].seen[-1] == 6
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     sample_deq(Convolutions(), x, sigmas, disable=False)
 

@@ -119,7 +119,6 @@ void solve_system(const double* matrix, const double* right, int m, double ridge
     gamma[p] = 0.0f;
   }
   const double shift = ridge * trace / (diagonals > 0 ? diagonals : 1) + absolute;
-  if (!finite(shift)) return;
   System system;
   const auto fill = [&] {
     for (int p = 0; p < size; ++p) {

@@ -42,7 +42,7 @@ class Chain:
     ) -> None:
         self.solver = default() if solver is None else solver
         check_chain(model, name, first, self.solver, rtol, max_iterations, model_kwargs, max_batch, callback)
-        self.table, self.first, self.max_batch = table, first.detach(), max_batch
+        self.table, self.first, self.max_batch = table, first, max_batch
         self.network = Network(call, table, arguments_of(model, model_kwargs), self.first)
         self.options: dict[str, Any] = {"rtol": rtol, "max_iterations": max_iterations}
 
@@ -81,7 +81,7 @@ class Chain:
 class _Bar:
     def __init__(self, total: int, disable: bool | None) -> None:
         self.bar: Any = None
-        if disable is not True:
+        if not disable:
             with contextlib.suppress(ImportError):
                 from tqdm.auto import tqdm
 

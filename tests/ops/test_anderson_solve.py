@@ -290,6 +290,35 @@ def test_a_ridge_far_beyond_the_system_leaves_nothing(backend: str) -> None:
 
 
 @BACKENDS
+@pytest.mark.parametrize(
+    ("diagonal", "ridge", "expected"),
+    [
+        ((1.0, 1e-13), 0.0, [1.0, 0.0]),  # rounding beside the other
+        ((1e-13, 1.0), 0.0, [0.0, 1.0]),
+        ((-1.0, 1e-13), 0.0, [0.0, 0.0]),
+        ((1.0, 1e-11), 0.0, [1.0, 1e11]),
+        ((1.0, 0.0), 0.5, [1 / 1.5, 2.0]),
+    ],
+)
+def test_which_diagonals_count(
+    backend: str, diagonal: tuple[float, float], ridge: float, expected: list[float]
+) -> None:
+    gram = torch.diag(torch.tensor(diagonal, dtype=torch.float64)).expand(2, 1, 2, 2)
+    rhs = torch.ones(2, 1, 2, dtype=torch.float64)
+    found = solve(backend, gram, rhs, "row", ridge_absolute=ridge)[1, 0]
+    assert found.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+@BACKENDS
+@pytest.mark.parametrize("scope", ["joint", "causal"])
+def test_huge_rows_beside_one_that_is_not_finite(backend: str, scope: str) -> None:
+    gram = 1.5e308 * torch.eye(2, dtype=torch.float64).repeat(4, 1, 1, 1)
+    rhs = 0.75e308 * torch.ones(4, 1, 2, dtype=torch.float64)
+    gram[1] = torch.inf
+    assert_close(solve(backend, gram, rhs, scope)[2:], torch.full((2, 1, 2), 0.5))
+
+
+@BACKENDS
 def test_a_singular_system_changes_none_beside_it(backend: str) -> None:
     """Bit for bit, though the lanes of a warp go the same way: what solves that one is less exact."""
     *_, gram, rhs = least_squares(9, 1, 9, 3)

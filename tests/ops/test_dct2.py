@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import inputs
 import pytest
 import torch
 from asserts import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from deqkern import ops
 from deqkern.spectral import dct_matrix
 
 BACKENDS = inputs.backends("dct2")
@@ -18,6 +22,22 @@ SHAPES += [(1, 3, 70, 33), (2, 2, 20, 65), (2, 1, 1, 100)]
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_reference(backend: str, shape: tuple[int, int, int, int], inverse: bool) -> None:
     inputs.check("dct2", inputs.dct2(*shape, inverse=inverse), backend)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_each_direction_is_an_overload_that_says_what_it_writes(inverse: bool) -> None:
+    seen: list[Any] = []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Watched():
+        ops.dct2(**inputs.dct2(2, 3, 4, 5, inverse=inverse))
+    (used,) = (func for func in seen if func.namespace == "deqkern")
+    written = [argument.name for argument in used._schema.arguments if argument.is_write]
+    assert written == ["image" if inverse else "spectrum"]
 
 
 @BACKENDS

@@ -137,7 +137,9 @@ def test_half_precision_is_for_what_the_model_touches(op: str, name: str) -> Non
     ],
 )
 def test_ring_positions(op: str, name: str, value: Any, error: type[Exception]) -> None:
-    refused(op, name, value, error)
+    """By the op itself: the CPU kernels look once more."""
+    with ops.use_backend("reference"):
+        refused(op, name, value, error)
 
 
 def test_gram_needs_a_difference() -> None:
@@ -169,6 +171,39 @@ def test_ridges(name: str, value: Any, error: type[Exception]) -> None:
 )
 def test_beta(value: Any, error: type[Exception]) -> None:
     refused("ddim_scan", "beta", value, error)
+
+
+def test_a_whole_number_is_a_real_one() -> None:
+    arguments = inputs.example("ddim_scan")
+    expected = inputs.clone(arguments)
+    ops.ddim_scan(**arguments | {"beta": 1})
+    ops.ddim_scan(**expected | {"beta": 1.0})
+    torch.testing.assert_close(arguments["f"], expected["f"], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("op", inputs.WRITTEN)
+def test_all_states_may_be_float64(op: str) -> None:
+    getattr(ops, op)(**inputs.wide(inputs.example(op)))
+
+
+NUMBERS = [("secant_slope", "pull"), *[("progress", name) for name in ("rtol", "tolerance", "contraction", "growth")]]
+
+
+@pytest.mark.parametrize(("op", "name"), NUMBERS, ids="-".join)
+@pytest.mark.parametrize(
+    ("value", "error"), [(-1e-9, ValueError), (float("nan"), ValueError), (float("inf"), ValueError), (None, TypeError)]
+)
+def test_numbers_that_are_not_negative(op: str, name: str, value: Any, error: type[Exception]) -> None:
+    refused(op, name, value, error)
+
+
+@pytest.mark.parametrize(("value", "error"), [(0, ValueError), (10**6, ValueError), (1.0, TypeError)])
+def test_the_size_of_a_window(value: Any, error: type[Exception]) -> None:
+    refused("progress", "size", value, error)
+
+
+def test_a_spectrum_without_dimensions() -> None:
+    refused("dct2", "spectrum", torch.zeros(()), ValueError)
 
 
 def test_an_implicit_chain_has_no_second_step() -> None:
