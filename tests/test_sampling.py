@@ -248,7 +248,7 @@ def test_the_residual_at_the_end_is_rounding() -> None:
     assert (exact.residual > 0).all() and (exact.residual <= 1e-6).all()
     assert (residuals(model, exact.trajectory, SCHEDULE) <= 1e-6).all()
     loose = deqkern.sample(model, noise, SCHEDULE, 50, rtol=1e-2)
-    assert (loose.residual > 10 * exact.residual).all()
+    assert (loose.residual > 3 * exact.residual).all() and loose.residual.max() > 1e3 * exact.residual.max()
 
 
 def test_the_residual_of_a_sample_is_its_own() -> None:

@@ -95,7 +95,7 @@ except RuntimeError as error:
 
 
 @pytest.mark.parametrize("wrong", [[1, 4, 8, 10], [0, 4, 8, 11], [0, 8, 4, 10], [0, -4, 8, 10], [0, 4, 8, 9]], ids=str)
-@pytest.mark.parametrize("op", ["ddim_scan", "band_moments"])
+@pytest.mark.parametrize("op", ["ddim_scan", "band_moments", "fill_gaps"])
 def test_bands_that_lead_out_of_bounds(op: str, wrong: list[int]) -> None:
     with ops.use_backend("cpu"), pytest.raises(ValueError, match="bands"):
         getattr(ops, op)(**inputs.example(op) | {"bands": torch.tensor(wrong)})
@@ -109,7 +109,16 @@ def test_rows_and_order_that_lead_out_of_bounds(name: str, wrong: int) -> None:
         ops.dct2(**arguments)
 
 
-@pytest.mark.parametrize("op", [op for op in inputs.WRITTEN if op not in ("dct2", "secant_slope")])
+@pytest.mark.parametrize("wrong", [-1, 4])
+@pytest.mark.parametrize("kind", [0, 1, 2])
+def test_gaps_that_lead_out_of_bounds(kind: int, wrong: int) -> None:
+    arguments = inputs.example("fill_gaps")
+    arguments["rows"][kind, 0] = wrong
+    with ops.use_backend("cpu"), pytest.raises(ValueError, match="rows"):
+        ops.fill_gaps(**arguments)
+
+
+@pytest.mark.parametrize("op", [op for op in inputs.WRITTEN if op not in ("dct2", "secant_slope", "fill_gaps")])
 def test_windows_that_lead_out_of_bounds_are_cut(op: str) -> None:
     """No error: they live on the device, and nothing waits to look at them."""
     arguments = inputs.example(op) | {"window": torch.tensor([[0, 1000]])}
