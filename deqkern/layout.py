@@ -83,7 +83,7 @@ class Layout:
         """The state whose rows are (B, D), in memory of its own."""
         widths = [math.prod(shape[1:]) for shape in self.shapes]
         parts = [
-            part.reshape(shape).to(dtype, copy=True, memory_format=torch.contiguous_format)
+            part.reshape(shape).to(dtype, copy=True)
             for part, shape, dtype in zip(rows.split(widths, 1), self.shapes, self.dtypes, strict=True)
         ]
         return parts[0] if self.kind is None else self.kind(parts)

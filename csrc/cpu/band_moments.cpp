@@ -41,7 +41,7 @@ void add_band(const float* dx, const float* e, const float* e_prev, int64_t begi
 }  // namespace
 
 void band_moments(const BandMoments& op) {
-  const int64_t rows = op.S * op.B, segments = larger(ceil_div(op.D, kSegment), 1), tasks = rows * segments;
+  const int64_t rows = op.S * op.B, segments = ceil_div(op.D, kSegment), tasks = rows * segments;
   const int64_t width = 2 * op.K;
   double* partial = op.moments;  // (rows, segments, K, 2); with one segment it is the answer itself
   if (segments > 1) partial = static_cast<double*>(scratch(static_cast<size_t>(tasks * width) * sizeof(double)));

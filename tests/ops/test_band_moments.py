@@ -59,3 +59,9 @@ def test_bands_do_not_reach_each_other(backend: str, spoilt: bool) -> None:
     inputs.run("band_moments", backend, arguments)
     inputs.run("band_moments", backend, alone)
     assert_close(arguments["moments"][..., 1:, :], alone["moments"][..., 1:, :], 1e-12)
+
+
+@BACKENDS
+@pytest.mark.parametrize("bands", [1, 3, 24])
+def test_rows_longer_than_a_segment(backend: str, bands: int) -> None:
+    inputs.check("band_moments", inputs.band_moments(1, 1, 40_001, bands), backend)
