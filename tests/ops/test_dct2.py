@@ -87,7 +87,7 @@ def test_no_images(backend: str) -> None:
 
 @BACKENDS
 @pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("shape", [(3, 1, 5, 7), (2, 4, 16, 16), (2, 5, 70, 33)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 1, 5, 7), (2, 4, 16, 16), (2, 3, 70, 33)], ids=str)
 def test_no_rotation_of_colours(backend: str, shape: tuple[int, int, int, int], inverse: bool) -> None:
     arguments = inputs.dct2(*shape, inverse=inverse) | {"colour": None}
     rotated = inputs.clone(arguments) | {"colour": torch.eye(shape[1])}
