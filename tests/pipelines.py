@@ -119,7 +119,7 @@ def second_order(pipe: Any, kind: str = "dpmsolver++", **options: Any) -> None:
 
 def check_exact(pipe: Any, call: dict[str, Any]) -> deqkern.Solution:
     expected = result(pipe, call)
-    with parallel(pipe, rtol=0.0, max_batch=7) as run:
+    with parallel(pipe, rtol=0.0, max_batch=13) as run:
         actual = result(pipe, call)
     assert float(relative_error(actual, expected).max()) <= 1e-5
     assert run.solution is not None
