@@ -21,7 +21,7 @@ from .thinning import thins
 
 # Iterations of the default solver at rtol 1e-2, and evaluations per sample and step: the upper end of the medians of
 # docs/convergence.md, and two iterations more at eta 0, since the slowest sample decides. Any eta > 0 counts as 1.
-ITERATIONS, EVALUATIONS, EVALUATIONS_THINNED = 9, 4.3, 3.7
+ITERATIONS, EVALUATIONS, EVALUATIONS_THINNED = 9, 4.3, 3.8
 ITERATIONS_WITH_NOISE, EVALUATIONS_WITH_NOISE = 12, 5.3
 # A chain of order 2 takes so many iterations more, each with as many evaluations (docs/convergence.md).
 ITERATIONS_OF_ORDER_2 = 1
@@ -29,7 +29,7 @@ ITERATIONS_OF_ORDER_2 = 1
 ITERATIONS_PER_DECADE, EVALUATIONS_PER_DECADE = 1.5, 0.8
 USUAL_RTOL, LEAST_RTOL = 1e-2, 1e-7
 # Windows of S / n steps: how many times the iterations and the evaluations of the default one (docs/convergence.md).
-WINDOWS = {2: (1.05, 0.82), 4: (1.4, 0.63), 8: (2.15, 0.52)}
+WINDOWS = {2: (1.1, 0.83), 4: (1.5, 0.66), 8: (2.3, 0.55)}
 # A smaller gain is none: timing scatters by as much, and the solver's own work is not counted.
 LEAST_GAIN = 1.1
 # The device is full where twice the rows take this many times as long, twice in a row; more rows are not measured.
@@ -98,7 +98,7 @@ def plan(
     example: (B, *shape), the noise one would sample, on its device. Other arguments as in `sample`.
     iterations, evaluations: what a solve with the default solver needs, such as `solution.iterations` and
         `float(solution.nfe.double().mean())` of one of yours. By default what the shipped models needed at rtol 1e-2:
-        9 iterations and 3.7 S evaluations per sample, 4.3 S of fewer than 32 steps, 12 and 5.3 S with eta > 0; for a
+        9 iterations and 3.8 S evaluations per sample, 4.3 S of fewer than 43 steps, 12 and 5.3 S with eta > 0; for a
         smaller `rtol` 1.5 and 0.8 S more per decade; with order = 2 one iteration more.
     repeats: calls per size, of which the fastest counts: whatever else runs here only adds time. Another one before
         them warms up. The smallest size is measured once more at the end, for as long as the largest.

@@ -9,7 +9,7 @@ from .numeric import check_number, is_int
 from .ops import MAX_HISTORY, SCOPES
 from .slopes import Frozen, Secant, Slope, SlopeProfile
 
-WINDOW, THINNING = 0.75, 0.2  # of the default solver
+WINDOW, THINNING = 0.75, 0.15  # of the default solver
 
 
 @dataclass(frozen=True)
