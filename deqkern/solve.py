@@ -111,9 +111,9 @@ class _Iteration:
     Nothing in it waits for the device or depends on what it computed, so that it can be captured in a CUDA graph.
     """
 
-    def __init__(self, trajectory: Trajectory, solver: Solver, rtol: float, thinned: bool = False) -> None:
+    def __init__(self, trajectory: Trajectory, solver: Solver, rtol: float) -> None:
         table, device, steps = trajectory.table, trajectory.x.device, trajectory.steps
-        self.size = solver.width(steps, thinned)
+        self.size = solver.width(steps)
         self.trajectory, self.solver, self.work = trajectory, solver, _Workspace(trajectory, solver, self.size)
         self.rtol, self.tolerance = rtol, trajectory.settled(rtol)
         x, self.implicit = trajectory.x, table.implicit
@@ -326,7 +326,7 @@ class Solve:
         self.trajectory, self.rtol = trajectory, rtol
         thinned = trajectory.thins and thins(trajectory.steps, solver.thinning) and not cuda_graph
         self.thinning = Thinning(trajectory.table, solver.thinning, rtol) if thinned else None
-        self.iteration = _Iteration(trajectory, solver, rtol, thinned)
+        self.iteration = _Iteration(trajectory, solver, rtol)
         work = self.iteration.work
         self.mailbox = _Mailbox(work.status, work.norms) if thinned else _Mailbox(work.status)
         self.captured = CapturedIterations(self.iteration, trajectory.x.device) if cuda_graph else None

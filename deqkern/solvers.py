@@ -22,8 +22,8 @@ class Solver:
     scope: which steps share one least-squares problem: "row" (DEQ-DDIM), "causal" (ParaTAA), "joint" (classical).
     ridge, ridge_absolute: regularisation, relative to the mean of the Gram diagonal and absolute.
     beta: damping of the correction, 0 < beta <= 1.
-    window: evaluate at most so many steps of a sample at once, or, if it is a float below 1, this share of them where
-        they are not thinned; None for all. 1 is the sequential chain.
+    window: evaluate at most so many steps of a sample at once, or this share of them if it is a float below 1; None for
+        all. 1 is the sequential chain.
     thinning: along a chain without noise, evaluate only steps that lie thinning S sqrt(m) apart where a state moved by
         a share m of itself in the last iteration, and interpolate the outputs between them; 0 for all of them.
     start: the first guess of the states, "chain" (the chain of the initial slope) or "constant" (the noise everywhere).
@@ -76,9 +76,9 @@ class Solver:
         if self.history_size and self.window is not None:
             raise ValueError("window needs history_size = 0: the history of a step that enters later is not defined")
 
-    def width(self, steps: int, thinned: bool = False) -> int:
-        """The steps of a chain of so many that a window holds. Where they are thinned, a share of them is all."""
-        if self.window is None or (thinned and isinstance(self.window, float)):
+    def width(self, steps: int) -> int:
+        """The steps of a chain of so many that a window holds."""
+        if self.window is None:
             return steps
         return min(math.ceil(self.window * steps) if isinstance(self.window, float) else self.window, steps)
 

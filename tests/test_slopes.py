@@ -272,9 +272,8 @@ def test_a_window_is_a_number_of_steps_or_a_share_of_them() -> None:
     widths = [(solvers.default(window=window).width(50), window) for window in (None, 7, 80, 0.75, 0.001)]
     assert widths == [(50, None), (7, 7), (50, 80), (38, 0.75), (1, 0.001)]
     assert [solvers.default().width(steps) for steps in (1, 2, 3, 4)] == [1, 2, 3, 3]
-    assert [solvers.default(window=window).width(50, thinned=True) for window in (None, 7, 0.75)] == [50, 7, 50]
     model = problems.mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(3))
-    deqkern.sample(model, torch.randn(2, *SHAPE), SCHEDULE, 30, solver=solvers.default(window=0.2, thinning=0))
+    deqkern.sample(model, torch.randn(2, *SHAPE), SCHEDULE, 30, solver=solvers.default(window=0.2))
     assert max(model.calls) == model.calls[0] == 2 * 6
 
 
