@@ -5,6 +5,7 @@ A byte floor counts each array once for every time that the op has to read or wr
     ddim_scan       x, e (and z) read, f and g written                  4 (5)
     band_moments    dx, e, e_prev read                                  3
     dct2            the image read and the spectrum written, or back    2
+    fill_gaps       x read, x and e of the rows around it, e written    6 per row that it fills, here every second one
     anderson_gram   m + 1 corrections read                              m + 1
     anderson_mix    m + 1 updates read, the state written               m + 2
     anderson_solve  no unit: the Gram matrices and right sides read, gamma written
@@ -88,6 +89,9 @@ def _cases_of(size: Size, histories: tuple[int, ...]) -> Iterator[Case]:
         yield Case("ddim_scan", "eta>0" if noise else "", size, _ddim_scan(size, noise), (4 + noise) * unit, 4 * n)
     yield Case("ddim_scan", "two-step", size, _ddim_scan(size, False, two_step=True), 4 * unit, 4 * n)
     yield Case("band_moments", "", size, _band_moments(size), 3 * unit, 40 * n)
+    filled = (size.steps - 1) // 2 * size.batch * math.prod(size.shape)
+    if filled:
+        yield Case("fill_gaps", "", size, _fill_gaps(size), 24 * filled, 40 * filled)
     if len(size.shape) == 3:
         slopes = flat.elements * (len(basis_of(size.shape, torch.device("cpu")).bands) - 1)
         yield Case("secant_slope", "", size, _secant_slope(size), 24 * slopes, 40 * slopes)
@@ -154,6 +158,24 @@ def _band_moments(size: Size) -> Callable[[torch.device], Arguments]:
             "bands": bands,
             "window": open_windows(size, device),
             "moments": torch.zeros(size.steps, size.batch, len(bands) - 1, 2, **double),
+        }
+
+    return make
+
+
+def _fill_gaps(size: Size) -> Callable[[torch.device], Arguments]:
+    def make(device: torch.device) -> Arguments:
+        bands = basis_of(size.shape, device).bands
+        index = torch.arange(size.steps * size.batch, device=device).view(size.steps, size.batch)
+        row = index[1:-1:2] if size.steps % 2 else index[1:-2:2]
+        rows = torch.stack([row, row - size.batch, row + size.batch]).flatten(1)
+        return {
+            "x": torch.randn(size.steps + 1, size.batch, math.prod(size.shape), device=device),
+            "slope": torch.rand(size.steps, size.batch, len(bands) - 1, device=device),
+            "bands": bands,
+            "rows": rows,
+            "weights": torch.rand(rows.shape[1], 8, device=device),
+            "e": _states(size, device),
         }
 
     return make

@@ -21,7 +21,7 @@ from .thinning import thins
 
 # Iterations of the default solver at rtol 1e-2, and evaluations per sample and step: the upper end of the medians of
 # docs/convergence.md, and two iterations more at eta 0, since the slowest sample decides. Any eta > 0 counts as 1.
-ITERATIONS, EVALUATIONS, EVALUATIONS_THINNED = 9, 4.3, 3.8
+ITERATIONS, EVALUATIONS, EVALUATIONS_THINNED = 9, 4.3, 3.7
 ITERATIONS_WITH_NOISE, EVALUATIONS_WITH_NOISE = 12, 5.3
 # A chain of order 2 takes so many iterations more, each with as many evaluations (docs/convergence.md).
 ITERATIONS_OF_ORDER_2 = 1
@@ -98,7 +98,7 @@ def plan(
     example: (B, *shape), the noise one would sample, on its device. Other arguments as in `sample`.
     iterations, evaluations: what a solve with the default solver needs, such as `solution.iterations` and
         `float(solution.nfe.double().mean())` of one of yours. By default what the shipped models needed at rtol 1e-2:
-        9 iterations and 3.8 S evaluations per sample, 4.3 S of fewer than 43 steps, 12 and 5.3 S with eta > 0; for a
+        9 iterations and 3.7 S evaluations per sample, 4.3 S of fewer than 43 steps, 12 and 5.3 S with eta > 0; for a
         smaller `rtol` 1.5 and 0.8 S more per decade; with order = 2 one iteration more.
     repeats: calls per size, of which the fastest counts: whatever else runs here only adds time. Another one before
         them warms up. The smallest size is measured once more at the end, for as long as the largest.
