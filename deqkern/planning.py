@@ -29,7 +29,7 @@ ITERATIONS_OF_ORDER_2 = 1
 ITERATIONS_PER_DECADE, EVALUATIONS_PER_DECADE = 1.5, 0.8
 USUAL_RTOL, LEAST_RTOL = 1e-2, 1e-7
 # Windows of S / n steps: how many times the iterations and the evaluations of the default one (docs/convergence.md).
-WINDOWS = {2: (1.1, 0.83), 4: (1.5, 0.66), 8: (2.3, 0.55)}
+WINDOWS = {2: (1.1, 0.87), 4: (1.55, 0.69), 8: (2.4, 0.58)}
 # A smaller gain is none: timing scatters by as much, and the solver's own work is not counted.
 LEAST_GAIN = 1.1
 # The device is full where twice the rows take this many times as long, twice in a row; more rows are not measured.

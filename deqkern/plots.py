@@ -315,7 +315,7 @@ def _draw_errors(axes: Sequence[Axes], runs: Sequence[StoredRun]) -> list[Line2D
 
 
 def _draw_residuals(axes: Sequence[Axes], runs: Sequence[StoredRun]) -> AxesImage:
-    """A heat map per run on one colour scale: grey where no sample is evaluated again, white where none was yet.
+    """A heat map per run on one colour scale: grey below the first step that is evaluated, white above where none is.
 
     They have one range of iterations, unless one run has so many that another could not be seen.
     """
@@ -330,7 +330,7 @@ def _draw_residuals(axes: Sequence[Axes], runs: Sequence[StoredRun]) -> AxesImag
     for axis, values in zip(axes, worst, strict=True):
         count, steps = values.shape
         evaluated = values >= 0
-        settled = (evaluated.cumsum(0) > 0) & ~evaluated
+        settled = (evaluated.cumsum(1) == 0) & evaluated.any(1, keepdim=True)
         place: dict[str, Any] = {
             "extent": (0.5, count + 0.5, 0.5, steps + 0.5),
             "origin": "lower",

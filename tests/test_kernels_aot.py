@@ -30,7 +30,7 @@ TYPES = {
     **dict.fromkeys(("dx", "e_prev", "g_ring", "image", "spectrum", "source", "target", "weights"), "*fp32"),
     **dict.fromkeys(("matrix", "dct_h", "dct_w", "colour", "partial"), "*fp32"),
     **dict.fromkeys(("norms", "moments", "gram", "rhs", "low", "high", "scale", "errors"), "*fp64"),
-    **dict.fromkeys(("window", "bands", "rows", "place", "diverged"), "*i64"),
+    **dict.fromkeys(("window", "bands", "rows", "place", "gap", "diverged"), "*i64"),
     **dict.fromkeys(("beta", "pull", "rtol", "tolerance", "contraction", "growth"), "fp32"),
 }
 ALIGNED = {"size", "plane", "height", "width", "length", "other"}  # integers divisible by 16 where a sample's sides are
@@ -87,7 +87,7 @@ CASES = [
     Case("fill_gaps_kernel", {"BLOCK": 512}, 4, 5, 1),
     Case("fill_gaps_kernel", {"BLOCK": 512}, 4, aligned=False),
     Case("progress_kernel", {"IMPLICIT": False, "BLOCK": 64}, 1),
-    Case("progress_kernel", {"IMPLICIT": True, "BLOCK": 256}, 1),
+    Case("progress_kernel", {"IMPLICIT": True, "BLOCK": 256, "gap": None}, 1),
     Case("anderson_gram_kernel", {"LENGTH": 6, "COUNT": 1, "BLOCK": 512}, 1, 8),
     Case("anderson_gram_kernel", {"LENGTH": 6, "COUNT": 4, "BLOCK": 512}, 1, 20),
     Case("anderson_gram_kernel", {"LENGTH": 17, "COUNT": 16, "BLOCK": 256}, 1, 34),

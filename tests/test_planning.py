@@ -57,7 +57,7 @@ def noise(batch: int = 1) -> Tensor:
 Build = Callable[[Callable[[int], float]], Timed]
 
 
-@pytest.mark.parametrize(("eta", "iterations", "evaluations"), [(0.0, 9, 215), (1.0, 12, 265), (0.3, 12, 265)])
+@pytest.mark.parametrize(("eta", "iterations", "evaluations"), [(0.0, 9, 185), (1.0, 12, 265), (0.3, 12, 265)])
 def test_a_device_that_one_sample_leaves_idle_pays(
     timed: Build, eta: float, iterations: int, evaluations: float
 ) -> None:
@@ -67,7 +67,7 @@ def test_a_device_that_one_sample_leaves_idle_pays(
     assert found.parallel_seconds == pytest.approx(iterations * 0.02)
     assert found.speedup == pytest.approx(50 / iterations)
     assert (found.solver, found.max_batch, found.out_of_memory) == (solvers.default(), None, None)
-    assert (found.ways[0].iterations, found.ways[0].evaluations) == (iterations, evaluations)
+    assert (found.ways[0].iterations, found.ways[0].evaluations) == (iterations, pytest.approx(evaluations))
     assert found.message.startswith("Yes")
     assert f"{iterations} iterations and {evaluations:.0f} evaluations" in found.message
     assert "shipped models" in found.message
@@ -78,7 +78,7 @@ def test_a_full_device_says_no_and_is_not_measured_further(timed: Build, batch: 
     model = timed(lambda rows: 0.01 * rows)
     found = plan(model, noise(batch), SCHEDULE, 50)
     assert not found.pays
-    assert found.sequential_seconds / found.ways[0].seconds == pytest.approx(50 / 215, rel=0.1)
+    assert found.sequential_seconds / found.ways[0].seconds == pytest.approx(50 / 185, rel=0.1)
     assert found.speedup < 0.5  # of the narrowest window
     assert (found.solver, found.max_batch) == (solvers.sequential(), None)
     assert list(found.latencies) == [batch, 2 * batch, 4 * batch]
@@ -164,7 +164,7 @@ def test_counts_are_those_that_can_be() -> None:
     assert [planning._effort(steps, 0.0, None, None)[1] / steps for steps in (42, 43)] == pytest.approx([4.3, 3.7])
     assert planning._effort(50, 1.0, None, 400) == (12, 400)
     assert [planning._effort(50, 0.0, 9, evaluations)[1] for evaluations in (50, 450)] == [50, 450]
-    assert planning._effort(50, 0.0, 50, None, 1e-7) == (50, sum(range(51)))
+    assert planning._effort(42, 0.0, 42, None, 1e-7) == (42, sum(range(43)))
 
 
 def test_a_tighter_tolerance_takes_more() -> None:
@@ -208,15 +208,15 @@ def test_a_window_where_more_rows_suddenly_cost(timed: Build) -> None:
     assert [way.window for way in found.ways] == [38, 25, 13, 7]
     assert [way.max_batch for way in found.ways] == [8, 8, 8, None]
     assert found.pays
-    assert found.solver == solvers.default(window=7)
-    assert "a window of 7 steps" in found.message
+    assert found.solver == solvers.default(window=13)
+    assert "a window of 13 steps, max_batch 8" in found.message
 
 
 @pytest.mark.parametrize(
     ("steps", "iterations", "evaluations", "ways"),
     [
-        (10, 8, 20.0, [(8, 8, 20), (5, 8, 16.4), (3, 10, 12.6), (2, 10, 10.4)]),
-        (50, 30, 60.0, [(38, 30, 60), (25, 32, 50), (13, 42, 50), (7, 50, 50)]),  # each step is evaluated once
+        (10, 8, 20.0, [(8, 8, 20), (5, 9, 17.4), (3, 10, 13.8), (2, 10, 11.6)]),
+        (50, 30, 60.0, [(38, 30, 60), (25, 33, 52.2), (13, 46, 50), (7, 50, 50)]),  # each step is evaluated once
         (4, 1, 4.0, [(3, 1, 3), (2, 1, 2)]),  # and no step more often than there are iterations
     ],
 )
@@ -240,7 +240,7 @@ def test_max_batch_bounds_every_call(timed: Build) -> None:
     found = plan(model, noise(2), SCHEDULE, 50, max_batch=12)
     assert (max(model.calls), found.max_batch) == (12, 12)
     assert list(found.latencies) == [2, 4, 8, 12]
-    calls = sum(-(-rows // 12) for rows in planning._rows(38, 2, 9, 215))
+    calls = sum(-(-rows // 12) for rows in planning._rows(38, 2, 9, 185))
     assert found.ways[0].seconds == pytest.approx(0.01 * calls)
 
 
@@ -292,10 +292,10 @@ def test_the_message(timed: Build) -> None:
     )
     found = plan(timed(lambda rows: 0.01 * (1 if rows <= 16 else rows)), noise(2), SCHEDULE, 50, max_batch=16)
     assert found.message == (
-        "Yes: parallel sampling pays here. 50 sequential steps of 2 samples take 0.5 s; a window of 7 steps, max_batch "
-        "16: 0.19 s, 2.63 times as fast, with 19 iterations and 112 evaluations per sample (as the shipped models need "
-        "at rtol 0.01, yours may differ). A call with 16 rows takes 0.01 s, 1 times that with 2. The solver's own work "
-        "is not counted."
+        "Yes: parallel sampling pays here. 50 sequential steps of 2 samples take 0.5 s; a window of 13 steps, "
+        "max_batch 16: 0.22 s, 2.27 times as fast, with 14 iterations and 128 evaluations per sample (as the shipped "
+        "models need at rtol 0.01, yours may differ). A call with 16 rows takes 0.01 s, 1 times that with 2. The "
+        "solver's own work is not counted."
     )
 
 
@@ -328,7 +328,7 @@ def test_auto_goes_step_by_step_where_parallel_does_not_pay(timed: Build) -> Non
 
 def test_auto_takes_the_window_and_the_max_batch_of_its_plan(timed: Build) -> None:
     for cost, window, max_batch in [
-        (lambda rows: 0.01 if rows <= 8 else 1.0, 7, None),
+        (lambda rows: 0.01 if rows <= 8 else 1.0, 13, 8),
         (lambda rows: 0.01 * (1 if rows <= 16 else rows), 13, None),
         (lambda rows: 0.01 * (1 if rows <= 4 else rows), 13, 4),
     ]:
