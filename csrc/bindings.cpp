@@ -176,8 +176,9 @@ void anderson_mix(Address f_ring, Address gamma, Address window, Address out, in
                           S, B, D, m, head, count, threads});
 }
 
-void progress(Address norms, Address scale, Address gap, Address errors, Address window, Address diverged, int64_t S, int64_t B,
-              double rtol, double tolerance, double contraction, double growth, int64_t size, bool implicit) {
+void progress(Address norms, Address scale, Address gap, Address errors, Address window, Address diverged, int64_t S,
+              int64_t B, double rtol, double tolerance, double contraction, double growth, int64_t size,
+              bool implicit) {
   require(S >= 0 && B >= 0, "sizes must not be negative");
   if (S == 0 || B == 0) return;
   kernels().progress({pointer<const double>(norms, true, "norms"),
@@ -237,9 +238,9 @@ PYBIND11_MODULE(_C, module) {
              arg("B"), arg("K"), arg("pull"));
   module.def("fill_gaps", &fill_gaps, NoGil(), arg("x"), arg("slope"), arg("bands"), arg("rows"), arg("weights"),
              arg("e"), arg("S"), arg("B"), arg("D"), arg("K"), arg("N"), arg("threads"));
-  module.def("progress", &progress, NoGil(), arg("norms"), arg("scale"), arg("gap"), arg("errors"), arg("window"), arg("diverged"),
-             arg("S"), arg("B"), arg("rtol"), arg("tolerance"), arg("contraction"), arg("growth"), arg("size"),
-             arg("implicit"));
+  module.def("progress", &progress, NoGil(), arg("norms"), arg("scale"), arg("gap"), arg("errors"), arg("window"),
+             arg("diverged"), arg("S"), arg("B"), arg("rtol"), arg("tolerance"), arg("contraction"), arg("growth"),
+             arg("size"), arg("implicit"));
   module.def("anderson_gram", &anderson_gram, NoGil(), arg("g_ring"), arg("window"), arg("gram"), arg("rhs"), arg("S"),
              arg("B"), arg("D"), arg("m"), arg("head"), arg("count"), arg("threads"));
   module.def("anderson_solve", &anderson_solve, NoGil(), arg("gram"), arg("rhs"), arg("window"), arg("gamma"),

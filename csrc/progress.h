@@ -9,7 +9,7 @@
 // The new window begins at the first step that is not settled, |r[i+1]| > tolerance |x[i+1]|, but past the first active
 // step of an explicit chain, which is exact. A sample has converged when its window is empty, or left <= rtol, rtol > 0.
 // It diverged if a norm is not finite, or |g[S]| > growth times the smallest one before; it then keeps what is exact.
-// Samples that had converged keep everything. From the gap on no step settles and no residual counts.
+// Samples that had converged keep everything. From the gap on no step settles.
 #pragma once
 #include <cstdint>
 

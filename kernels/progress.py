@@ -30,9 +30,7 @@ def progress_kernel(
     """change = max_i |g[i+1]| / min(|x[i+1]|, |x[0]|),  ratio = change / min(last change, 1) within contraction .. 1,
     residual = max_i |r[i+1]| / |x[i+1]| of steps that are not exact now,
     rho = sqrt(ratio last_ratio),  left = change rho / max(1 - rho^2, 0.1), explicit: and no less than residual;
-    and the next window.
-
-    and from the first filled step on, `gap`, no step settles, no residual counts, and change is inf.
+    and the next window. Where outputs were filled in, change is inf, and no step settles from the first of them, `gap`.
 
     norms (S, B, 3), scale (B,), errors (B, 5) float64; window (B, 2), gap, diverged (B,) int64. Grid (B,): a program
     walks its steps BLOCK at a time. In float64.
@@ -68,7 +66,7 @@ def progress_kernel(
         relative = correction / tl.where(state < largest, state, largest)
         change = tl.where(relative > change, relative, change)  # 0 / 0 is not larger
         relative = residual / state
-        unsolved = tl.where((i >= exact) & (i < known) & (relative > unsolved), relative, unsolved)
+        unsolved = tl.where((i >= exact) & (i < end) & (relative > unsolved), relative, unsolved)
         settled = (i < begin) | ((i < known) & (residual <= tolerance * state)) | (i >= steps)
         first = tl.where(settled, first, tl.minimum(first, i))
     last = tl.sqrt(tl.load(norms + ((steps - 1) * batch + sample) * 3 + 1))

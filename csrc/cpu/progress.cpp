@@ -30,7 +30,7 @@ Chain look(const Progress& op, int64_t b, Window window, int64_t exact, int64_t 
     // A state that is larger than the noise is taken for an overshoot, not for the scale of the data.
     const double relative = correction / (state < op.scale[b] ? state : op.scale[b]);
     if (relative > chain.change) chain.change = relative;  // 0 / 0 is not
-    if (i >= exact && i < known && residual / state > chain.unsolved) chain.unsolved = residual / state;
+    if (i >= exact && i < window.end && residual / state > chain.unsolved) chain.unsolved = residual / state;
     if (i == chain.frontier && i < known && residual <= op.tolerance * state) ++chain.frontier;
     chain.last = correction;
   }

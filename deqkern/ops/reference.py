@@ -300,7 +300,7 @@ def progress(
     superlinear end. The new window begins at the first step that is not settled, |r[i+1]| > tolerance |x[i+1]|, but
     past the first active step of an explicit chain, which took the plain step and is exact. A sample has converged when
     its window is empty, or left <= rtol, rtol > 0. It diverged if a norm is not finite, or by `growth`, and keeps what
-    is exact. Samples that had converged before keep everything. From the gap on no step settles and no residual counts.
+    is exact. Samples that had converged before keep everything. From the gap on no step settles.
     """
     steps = norms.shape[0]
     residual, correction, state = norms.sqrt().unbind(-1)  # (S, B) each
@@ -320,7 +320,7 @@ def progress(
     settled = (index < begin) | ((index < known) & (residual <= tolerance * state))
     frontier = torch.maximum(settled.long().cumprod(0).sum(0), exact)
     frontier = torch.where(failed, exact, frontier)
-    counted = (index >= exact) & (index < known)
+    counted = (index >= exact) & (index < end)
     unsolved = torch.where(counted, (residual / state).nan_to_num(0.0, torch.inf), 0.0).amax(0)
     left = left if implicit else torch.maximum(left, unsolved)
     left = torch.where(frontier >= steps, left.clamp_max(tolerance), left)

@@ -238,10 +238,10 @@ def test_the_residual_is_kept_once_a_sample_has_converged(backend: str) -> None:
 
 @BACKENDS
 def test_from_a_gap_on_nothing_is_known(backend: str) -> None:
-    """Steps settle before it, no residual behind it counts, and no error is known; growth is."""
+    """Steps settle before it, and no error is known; growth and residuals are, those of filled steps among them."""
     norms = [1e-4, 1e-4, 1e-4, 0.5, 1e-4], [0.1] * 5, [1.0] * 5
     errors, window, diverged = reached(backend, sample(*norms, gap=torch.tensor([3])))
     assert errors[[0, 1]].tolist() == [INF, INF] and window == [3, 5] and not diverged
-    assert_close(errors[3:], torch.tensor([0.1, 1e-4], dtype=torch.float64))
+    assert_close(errors[3:], torch.tensor([0.1, 0.5], dtype=torch.float64))
     grown = sample(*norms, gap=torch.tensor([3]), errors=(0.1, 0.1, 0.5, 0.1 / 2e3, 0.1))
     assert reached(backend, grown)[1:] == ([1, 5], True)
