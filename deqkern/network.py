@@ -106,6 +106,7 @@ class Network:
         self.batch, self.dtype = len(example), model_dtype(model, example.dtype)
         self.timesteps = table.timesteps.to(example.device)
         self._inputs: Tensor | None = None  # (rows, *shape), the states in the model's dtype
+        self._most = 0  # rows of a call to come
         self._autocast = autocast_of(example.device)
         inner = model
         if isinstance(model, Guided):
@@ -176,6 +177,10 @@ class Network:
         with torch.enable_grad():
             return leaves(self._call(self._input(example[:1].detach()), self.timesteps[one], one, cut))
 
+    def reserve(self, rows: int) -> None:
+        """The most rows of a call to come, for which the first one takes the memory."""
+        self._most = rows
+
     def _input(self, states: Tensor) -> Tensor:
         """The states (N, *shape) in the model's dtype; without autograd in memory that the next call reuses.
 
@@ -186,7 +191,7 @@ class Network:
         if states.dtype == self.dtype:
             return states
         if self._inputs is None or len(self._inputs) < len(states):
-            self._inputs = torch.empty_like(states, dtype=self.dtype)
+            self._inputs = states.new_empty(max(self._most, len(states)), *states.shape[1:], dtype=self.dtype)
         return self._inputs[: len(states)].copy_(states)
 
     def _call(self, states: Tensor, timesteps: Tensor, samples: Tensor, model_kwargs: Mapping[str, Any]) -> Tensor:

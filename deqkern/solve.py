@@ -51,15 +51,15 @@ class Solution:
     converged: (B,) bool.
     error_estimate: (B,) fp64, the relative error left in `value`, as estimated.
     residual: (B,) fp64, the largest one-step residual of a step relative to its state, |r[i+1]| / |x[i+1]|, at the
-        last iteration in which the sample was open.
+        last iteration in which the sample was open; of a step that was left out, by its interpolated output.
     iterations: sequential batched model calls (a batch cut by `max_batch` counts once).
     nfe: (B,) int64, model evaluations per sample.
     history: (iterations, B) fp64, the error estimate after each iteration.
     nfe_history: (iterations, B) int64, model evaluations per sample after each iteration.
     residual_history: (iterations, S, B) fp64, the one-step residual of every step i of `trajectory` relative to its
         state, |r[i+1]| / |x[i+1]| (inverting: |x[i]|), at the states that each iteration evaluated, before it moved
-        them. NaN for a step that it did not evaluate, one that is settled or that a window has not reached, and
-        throughout where no chain is solved: naive inversion, a search.
+        them. NaN for a step that it did not evaluate, one that is settled, left out or that a window has not reached,
+        and throughout where no chain is solved: naive inversion, a search.
     message: one line for people.
     round_trip: (B,) or None, of `invert` on request: the relative error of the sample made from `value` again.
     plan: of `sample(solver="auto")`: what was measured and chosen.
@@ -328,6 +328,8 @@ class Solve:
         self.thinning = Thinning(trajectory.table, solver.thinning, rtol) if thinned else None
         self.iteration = _Iteration(trajectory, solver, rtol)
         work = self.iteration.work
+        if thinned:
+            trajectory.reserve(self.iteration.size * trajectory.batch)
         self.mailbox = _Mailbox(work.status, work.norms) if thinned else _Mailbox(work.status)
         self.captured = CapturedIterations(self.iteration, trajectory.x.device) if cuda_graph else None
         self.history: list[Tensor] = []

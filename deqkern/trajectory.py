@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -26,6 +26,14 @@ class Map(Protocol):
 
     def __call__(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
         """Evaluate; the result may be of any floating dtype."""
+
+
+@runtime_checkable
+class Reserving(Protocol):
+    """A map that holds a copy of the states it is called at."""
+
+    def reserve(self, rows: int) -> None:
+        """The most rows of a call to come."""
 
 
 @dataclass
@@ -87,6 +95,13 @@ class Trajectory:
         image = self._images[:count]
         self.basis.inverse(self.x.flatten(0, 1), image, rows)
         return image
+
+    def reserve(self, rows: int) -> None:
+        """The memory for calls with so many rows, though the first ones have fewer."""
+        most = min(rows, self.max_batch or rows)
+        self._images = self.x.new_empty(most, *self.basis.shape)
+        if isinstance(self.map, Reserving):
+            self.map.reserve(most)
 
     @property
     def selected(self) -> int:

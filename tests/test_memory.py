@@ -6,7 +6,7 @@ Torch's own allocator is watched, so temporary memory inside an op counts as wel
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -21,7 +21,8 @@ SCHEDULE = NoiseSchedule.linear()
 STEPS, BATCH, SHAPE = 12, 3, (3, 48, 48)
 STATE = 4 * BATCH * 3 * 48 * 48  # bytes of B D floats, three samples
 ITERATIONS = 6
-SOLVERS = (solvers.default(), solvers.parataa(), solvers.deq_ddim(), solvers.picard())
+THINNED = replace(solvers.default(window=None, thinning=2.0), name="thinned")
+SOLVERS = (solvers.default(), THINNED, solvers.parataa(), solvers.deq_ddim(), solvers.picard())
 
 
 class Denoiser(torch.nn.Module):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -92,7 +93,13 @@ class Denoiser(torch.nn.Module):
 @pytest.mark.parametrize(("schedule", "order"), [*[(name, 1) for name in SCHEDULES], ("plain", 2)])
 @pytest.mark.parametrize(
     "solver",
-    [solvers.default(), solvers.parataa(), solvers.deq_ddim(), solvers.picard(window=4)],
+    [
+        solvers.default(),
+        replace(solvers.default(window=None, thinning=2.0), name="thinned"),
+        solvers.parataa(),
+        solvers.deq_ddim(),
+        solvers.picard(window=4),
+    ],
     ids=lambda s: s.name,
 )
 def test_an_iteration_never_waits(
