@@ -18,7 +18,7 @@ from .eager import uncompiled
 from .planning import Plan
 from .slopes import Secant, slope_of
 from .solvers import Solver
-from .thinning import Gaps, Thinning, thins
+from .thinning import PATIENCE, Gaps, Thinning, thins
 from .trajectory import Trajectory
 
 Callback = Callable[[int, Tensor, Tensor], None]
@@ -338,6 +338,7 @@ class Solve:
         self.evaluated: list[Tensor] = []  # (S, B) bool, on the CPU
         self.limit = trajectory.steps if max_iterations is None else max_iterations
         self.moves = torch.empty(0)  # (S, B), of `_moves`
+        self.ages = torch.zeros(trajectory.steps, trajectory.batch, dtype=torch.int64, device="cpu")  # iterations open
         self.plain = torch.zeros(trajectory.batch, dtype=torch.bool, device="cpu")  # samples that fell back
         self.window, _ = self._read()
 
@@ -376,6 +377,8 @@ class Solve:
 
     def _thin(self, thinning: Thinning, open_steps: Tensor) -> Tensor:
         """Which of the open steps (S, B) bool the next iteration evaluates."""
+        self.moves[self.ages >= PATIENCE] = 0.0
+        self.ages += open_steps
         evaluated = thinning.evaluated(self.window, self.moves)
         measured = evaluated & self.evaluated[-1] if self.evaluated else evaluated
         self.iteration.thin(thinning.gaps(evaluated, self.window), open_steps & ~measured)

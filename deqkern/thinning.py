@@ -22,6 +22,9 @@ LARGEST_MOVE = 0.1
 LEAST_MOVE = 2.0
 # The distance between evaluated steps is at most that to the first open step over this, and one more.
 APPROACH = 2
+# A step that was open in so many iterations is evaluated, and so is the one after it: where x0 changes abruptly, what
+# interpolation gets wrong keeps the states moving, and they would never come to rest.
+PATIENCE = 8
 
 
 def thins(steps: int, share: float) -> bool:
@@ -56,15 +59,23 @@ class Thinning:
 
         window: (B, 2). moves: (S, B), the last change of the state where a step begins, relative to that state.
         """
-        chosen = torch.zeros(moves.shape, dtype=torch.bool, device="cpu")
+        steps, batch = moves.shape
+        index = torch.arange(steps, device="cpu")[:, None]
+        chosen = (index >= window[:, 0]) & (index < window[:, 1])
         moves = torch.where(moves < self.least_move, 0.0, moves.clamp_max(LARGEST_MOVE))
-        distances = (self.distance * moves.sqrt()).mT.tolist()
-        for b, (begin, end) in enumerate(window.tolist()):
+        distances = (self.distance * moves.sqrt()).floor()
+        far = (chosen & (distances > 1)).any(0)  # (B,), samples that leave something out: others need no walk
+        walks, spans, places = distances.mT.tolist(), window.tolist(), []
+        for b in far.nonzero().flatten().tolist():
+            (begin, end), walk = spans[b], walks[b]
             i = begin
             while i < end:
-                chosen[i, b] = True
-                i += max(1, min(math.floor(distances[b][i]), (i - begin) // APPROACH + 1))
-            chosen[end - 1 : end, b] |= begin < end
+                places.append(i * batch + b)
+                i += int(max(1, min(walk[i], (i - begin) // APPROACH + 1)))
+            places.append((end - 1) * batch + b)
+        met = torch.zeros_like(chosen)
+        met.view(-1)[places] = True
+        chosen &= met | ~far
         return chosen
 
     def gaps(self, evaluated: Tensor, window: Tensor) -> Gaps:

@@ -19,7 +19,7 @@ from deqkern import NoiseSchedule, solvers
 from deqkern.ops import reference
 from deqkern.solvers import Solver
 from deqkern.step_table import StepTable
-from deqkern.thinning import APPROACH, LARGEST_MOVE, LEAST_MOVE, Thinning, thins
+from deqkern.thinning import APPROACH, LARGEST_MOVE, LEAST_MOVE, PATIENCE, Thinning, thins
 
 SCHEDULE = NoiseSchedule.linear()
 SHAPE = (3, 16, 16)
@@ -68,6 +68,25 @@ def test_steps_that_move_little_are_all_evaluated() -> None:
         assert evaluated.sum(0).tolist() == [100, 87]
     moved = torch.full((100, 2), torch.inf, dtype=torch.float64)
     assert thinning(100).evaluated(window, moved)[:, 0].nonzero().flatten().tolist()[:8] == [0, 1, 2, 4, 7, 11, 17, 23]
+
+
+def test_no_share_is_too_large() -> None:
+    """Only what `APPROACH` allows is left out, and nothing where a state does not move."""
+    moves = torch.full((40, 1), torch.inf, dtype=torch.float64)
+    moves[[0, 9]] = 0.0
+    for share in (1e3, 1e308):
+        evaluated = thinning(40, share).evaluated(torch.tensor([[0, 40]]), moves)
+        assert evaluated.nonzero()[:, 0].tolist() == [0, 1, 2, 4, 7, 11, 17, 26, 39]
+
+
+def test_each_sample_is_thinned_by_its_own_moves() -> None:
+    """Beside one that has converged, and one that rests."""
+    window = torch.tensor([[40, 40], [3, 30], [10, 20], [0, 40]])
+    moves = torch.full((40, 4), torch.inf, dtype=torch.float64)
+    moves[:, 1] = 0.0
+    evaluated = thinning(40, 1e3).evaluated(window, moves)
+    places = [evaluated[:, b].nonzero().flatten().tolist() for b in range(4)]
+    assert places == [[], list(range(3, 30)), [10, 11, 12, 14, 17, 19], [0, 1, 2, 4, 7, 11, 17, 26, 39]]
 
 
 def test_a_short_chain_is_not_thinned() -> None:
@@ -154,6 +173,40 @@ def test_a_solve_ends_with_all_open_steps_evaluated() -> None:
             assert seen[last, first:, b].all()
             partial = [k for k in range(last) if not seen[k, int(seen[k, :, b].nonzero().min()) :, b].all()]
             assert partial and solution.history[partial, b].isinf().all()
+
+
+def test_a_model_that_is_not_smooth_in_time_is_thinned_for_so_many_iterations_only() -> None:
+    """What is interpolated moves with the steps that are left out, by as much as keeps them left out."""
+    direction = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
+    assert SCHEDULE.alphas_cumprod is not None
+    abar = SCHEDULE.alphas_cumprod.float()
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = abar[t].sqrt().view(-1, 1, 1, 1), (1 - abar[t]).sqrt().view(-1, 1, 1, 1)
+        clean = 0.6 * torch.tanh(3 * x * alpha / (alpha**2 + 0.3 * sigma**2))
+        return (x - alpha * (clean + 0.5 * direction * torch.sin(0.3 * t).view(-1, 1, 1, 1))) / sigma
+
+    solver = solvers.default(window=None)
+    solution = deqkern.sample(model, torch.randn(2, *SHAPE), SCHEDULE, 100, solver=solver, rtol=1e-3)
+    assert solution.converged.all() and solution.iterations <= PATIENCE + 14
+    for k, b in itertools.product(range(solution.iterations), range(2)):
+        seen = steps_seen(solution)[k, :, b]
+        if seen.any():
+            assert bool(seen[int(seen.int().argmax()) :].all()) is (k >= PATIENCE)
+
+
+def test_the_residual_of_a_solve_that_was_cut_short_is_that_of_all_its_steps() -> None:
+    model = problems.mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(3))
+    for limit in (1, 2, 3):
+        solver = solvers.default(window=None)
+        with pytest.warns(deqkern.ConvergenceWarning):
+            noise = torch.randn(2, *SHAPE)
+            solution = deqkern.sample(model, noise, SCHEDULE, 100, max_iterations=limit, rtol=1e-3, solver=solver)
+        seen = steps_seen(solution)[-1]
+        assert not seen[limit:].all() and solution.error_estimate.isinf().all()
+        begin = seen.int().argmax(0)  # the step that is exact now has no residual
+        later = torch.where(torch.arange(100)[:, None] > begin, solution.residual_history[-1].nan_to_num(0.0), 0.0)
+        assert (solution.residual >= later.amax(0)).all()
 
 
 @pytest.mark.parametrize("solver", [solvers.default(), replace(solvers.default(), window=12)], ids=["all", "window"])
