@@ -4,6 +4,7 @@
     python bench/convergence.py --models digits --steps 50 --etas 0 --seeds 4
     python bench/convergence.py --order 2 --steps 20 --steps 50      # chains of DPM-Solver++ 2M
     python bench/convergence.py --steps 50 --limit 50 --windows 25 --windows 12 --windows 6    # default, in windows
+    python bench/convergence.py --etas 0 --thinnings 0 --thinnings 0.25                        # default, thinned so
 
 Each case is one batch of `seeds` samples against its own sequential chain. `to 1e-2` counts the iterations until the
 true relative error is below, as the callback sees it; `stop` is what a user gets: the iterations, evaluations
@@ -135,6 +136,7 @@ def main(
     order: Annotated[int, typer.Option(help="1 is DDIM, 2 DPM-Solver++ 2M")] = 1,
     only: Annotated[list[str] | None, typer.Option("--solvers", help="names of presets")] = None,
     windows: Annotated[list[int] | None, typer.Option(help="only the default solver, with these windows")] = None,
+    thinnings: Annotated[list[float] | None, typer.Option(help="only the default solver, thinned like this")] = None,
     seeds: Annotated[int, typer.Option(help="samples per case")] = 6,
     limit: Annotated[int, typer.Option(help="iterations at most")] = 34,
     out: Annotated[Path | None, typer.Option(help="JSON to write")] = None,
@@ -150,11 +152,10 @@ def main(
             else {"default": solvers.default()}
         )
         presets |= {"deq_ddim": solvers.deq_ddim(), "parataa": solvers.parataa(), "picard": solvers.picard()}
-        if windows:
-            presets = {
-                solver.name: solver
-                for solver in (replace(solvers.default(), window=w, name=f"window {w}") for w in windows)
-            }
+        if windows or thinnings:
+            chosen = [replace(solvers.default(), window=w, name=f"window {w}") for w in windows or []]
+            chosen += [replace(solvers.default(), thinning=t, name=f"thinning {t:g}") for t in thinnings or []]
+            presets = {solver.name: solver for solver in chosen}
         for count in steps or [50, 100]:
             for eta in etas or [0.0, 1.0]:
                 for preset in only or list(presets):

@@ -99,7 +99,7 @@ def check_callback(callback: Any) -> None:
 def check_solver(name: str, solver: Any) -> None:
     """A `Solver`."""
     if isinstance(solver, str):
-        raise TypeError(f"{name} must be a Solver, or of deqkern.sample 'auto', got {solver!r}")
+        raise TypeError(f"{name} must be a Solver ('auto' is for deqkern.sample alone), got {solver!r}")
     if not isinstance(solver, Solver):
         raise TypeError(f"{name} must be a Solver, got {type(solver).__name__}")
 

@@ -340,6 +340,7 @@ class Solve:
         self.moves = torch.empty(0)  # (S, B), of `_moves`
         self.ages = torch.zeros(trajectory.steps, trajectory.batch, dtype=torch.int64, device="cpu")  # iterations open
         self.plain = torch.zeros(trajectory.batch, dtype=torch.bool, device="cpu")  # samples that fell back
+        self.active = torch.empty(0)  # (B, 2), what was active in the last iteration
         self.window, _ = self._read()
 
     @property
@@ -387,15 +388,25 @@ class Solve:
     def settle(self) -> None:
         """Wait for what the iteration reached, and take note of it."""
         self.trajectory.count()
-        before, (self.window, diverged) = self.window, self._read()
+        self.active, (self.window, diverged) = self.window, self._read()
         if bool(diverged.any()):
-            self.iteration.fall_back(diverged, before, self.evaluated[-1], self.count)
-        for b in ((self.window[:, 1] > before[:, 1]) & (diverged == 0)).nonzero().flatten().tolist():
-            begin, end = before[b].tolist()
-            self.iteration.enter(b, range(begin, end), range(end, int(self.window[b, 1])), self.count)
+            self.iteration.fall_back(diverged, self.active, self.evaluated[-1], self.count)
+        self._guess(self.window[:, 1], diverged != 0)
         self.history.append(self.iteration.work.errors[:, 0].clone())
         self.nfe.append(self.trajectory.nfe.clone())
         self.norms.append(self.iteration.work.norms.clone())
+
+    def _guess(self, ends: Tensor, but: Tensor) -> None:
+        """Guess where steps up to `ends` (B,) lead to, beyond what was active; not of the samples `but` (B,) bool."""
+        for b in ((ends > self.active[:, 1]) & ~but).nonzero().flatten().tolist():
+            begin, end = self.active[b].tolist()
+            self.iteration.enter(b, range(begin, end), range(end, int(ends[b])), len(self.evaluated) - 1)
+
+    def _complete(self) -> None:
+        """Guess the states that no window has come to, to the end of the chain; they are guessed anew when one does."""
+        if self.count:
+            steps = self.trajectory.steps
+            self._guess(torch.where(self.window[:, 1] < steps, steps, 0), self.plain)
 
     def _read(self) -> tuple[Tensor, Tensor]:
         """The windows (B, 2) and the samples that diverged (B,), on the CPU; and how far the states moved."""
@@ -410,7 +421,8 @@ class Solve:
 
     @uncompiled
     def value(self, dtype: torch.dtype) -> Tensor:
-        """The last state as it is now (B, *shape)."""
+        """The last state as it is now (B, *shape); where no window has come to it, a guess from what is known."""
+        self._complete()
         trajectory = self.trajectory
         first, batch = trajectory.steps * trajectory.batch, trajectory.batch
         rows = torch.arange(first, first + batch, device=trajectory.x.device)
@@ -419,6 +431,7 @@ class Solve:
     @uncompiled
     def solution(self, dtype: torch.dtype) -> Solution:
         """The result. Gives the memory of the iteration back: the solve is over."""
+        self._complete()
         trajectory, history, errors = self.trajectory, self.history, self.iteration.work.errors
         steps, batch = trajectory.steps, trajectory.batch
         converged = (self.window[:, 0] >= steps).to(trajectory.x.device)

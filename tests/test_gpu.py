@@ -15,7 +15,7 @@ from deqkern.solvers import Solver
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_CUDA, reason="no GPU")]
 
 SCHEDULE = NoiseSchedule.linear()
-SHAPE = (3, 16, 16)
+SHAPE, STEPS = (3, 16, 16), 50  # enough steps to be thinned
 SOLVERS = pytest.mark.parametrize(
     "solver",
     [solvers.default(), solvers.parataa(), solvers.deq_ddim(), solvers.picard(window=10), solvers.sequential()],
@@ -45,7 +45,7 @@ def exact_convolutions() -> None:
 
 def noises(count: int = 2) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
-    return torch.randn(count, *SHAPE, generator=generator), torch.randn(30, count, *SHAPE, generator=generator)
+    return torch.randn(count, *SHAPE, generator=generator), torch.randn(STEPS, count, *SHAPE, generator=generator)
 
 
 def solved(solver: Solver, device: str, eta: float = 0.0, dtype: torch.dtype = torch.float32) -> deqkern.Solution:
@@ -54,7 +54,7 @@ def solved(solver: Solver, device: str, eta: float = 0.0, dtype: torch.dtype = t
         Network(dtype).to(device),
         noise.to(device),
         SCHEDULE,
-        30,
+        STEPS,
         eta=eta,
         step_noise=step_noise.to(device) if eta else None,
         solver=solver,
@@ -100,12 +100,12 @@ def test_the_same_again_bit_for_bit(solver: Solver) -> None:
 def test_another_stream(cuda_graph: bool) -> None:
     """Work that the caller queued on the stream before is seen; the result belongs to the stream."""
     model, (noise, _) = Network().cuda(), noises()
-    expected = deqkern.sample(model, noise.cuda(), SCHEDULE, 30, rtol=1e-4).value
+    expected = deqkern.sample(model, noise.cuda(), SCHEDULE, STEPS, rtol=1e-4).value
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(20_000_000)
         late = noise.pin_memory().to("cuda", non_blocking=True)
-        found = deqkern.sample(model, late, SCHEDULE, 30, rtol=1e-4, cuda_graph=cuda_graph).value
+        found = deqkern.sample(model, late, SCHEDULE, STEPS, rtol=1e-4, cuda_graph=cuda_graph).value
     stream.synchronize()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -114,9 +114,9 @@ def test_another_stream(cuda_graph: bool) -> None:
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_a_second_device(cuda_graph: bool) -> None:
     noise, _ = noises()
-    expected = deqkern.sample(Network().to("cuda:0"), noise.to("cuda:0"), SCHEDULE, 30, rtol=1e-4).value
+    expected = deqkern.sample(Network().to("cuda:0"), noise.to("cuda:0"), SCHEDULE, STEPS, rtol=1e-4).value
     found = deqkern.sample(
-        Network().to("cuda:1"), noise.to("cuda:1"), SCHEDULE, 30, rtol=1e-4, cuda_graph=cuda_graph
+        Network().to("cuda:1"), noise.to("cuda:1"), SCHEDULE, STEPS, rtol=1e-4, cuda_graph=cuda_graph
     ).value
     assert found.device == torch.device("cuda:1") and torch.cuda.current_device() == 0
     torch.testing.assert_close(found.cpu(), expected.cpu(), rtol=1e-4, atol=1e-4)
@@ -124,8 +124,8 @@ def test_a_second_device(cuda_graph: bool) -> None:
 
 def test_inversion() -> None:
     model, (noise, _) = Network().cuda(), noises()
-    made = deqkern.sample(model, noise.cuda(), SCHEDULE, 30, sigma_min=0.08, rtol=0.0).value
-    found = deqkern.invert(model, made, SCHEDULE, 30, rtol=1e-5, round_trip=True)
+    made = deqkern.sample(model, noise.cuda(), SCHEDULE, STEPS, sigma_min=0.08, rtol=0.0).value
+    found = deqkern.invert(model, made, SCHEDULE, STEPS, rtol=1e-5, round_trip=True)
     assert found.converged.all() and found.round_trip is not None and found.round_trip.max() <= 1e-4
 
 
@@ -134,7 +134,7 @@ def test_a_model_that_gives_nan_is_named() -> None:
         return torch.where((t == t.min()).view(-1, 1, 1, 1), torch.nan, 0.1 * x)
 
     with pytest.raises(ValueError, match="NaN or infinity at iteration 1"):
-        deqkern.sample(model, noises()[0].cuda(), SCHEDULE, 30)
+        deqkern.sample(model, noises()[0].cuda(), SCHEDULE, STEPS)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

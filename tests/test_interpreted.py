@@ -19,12 +19,12 @@ pytestmark = pytest.mark.skipif(HAS_CUDA, reason="the kernels run on the GPU: te
 SCHEDULE, STEPS = NoiseSchedule.linear(), 5
 
 
-def solved(triton: bool, shape: tuple[int, ...] = (1, 3, 4), **options: Any) -> deqkern.Solution:
+def solved(triton: bool, shape: tuple[int, ...] = (1, 3, 4), steps: int = STEPS, **options: Any) -> deqkern.Solution:
     """Two samples, so that windows differ."""
     model = mixture(SCHEDULE, shape, torch.Generator().manual_seed(2))
     noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(3))
     with ops.use_backend(*(("triton", "reference") if triton else ("cpu",))):
-        return deqkern.sample(model, noise, SCHEDULE, STEPS, rtol=1e-4, **options)
+        return deqkern.sample(model, noise, SCHEDULE, steps, rtol=1e-4, **options)
 
 
 def assert_same(found: deqkern.Solution, expected: deqkern.Solution) -> None:
@@ -40,6 +40,7 @@ def assert_same(found: deqkern.Solution, expected: deqkern.Solution) -> None:
         (solvers.default(), {}),
         (solvers.default(), {"shape": (3, 2, 2), "order": 2, "eta": 1.0}),
         (solvers.default(), {"shape": (5,), "eta": 1.0}),
+        (solvers.default(window=None, thinning=1.0), {"steps": 8}),  # to every second step
         (solvers.parataa(), {}),
         (solvers.deq_ddim(), {}),
         (solvers.picard(window=3), {}),

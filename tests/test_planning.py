@@ -388,7 +388,7 @@ def untouched(x: Tensor, t: Tensor) -> Tensor:
         (
             lambda: sample_deq(untouched, noise(), torch.linspace(1, 0, 5), solver="auto"),
             TypeError,
-            "solver must be .*of deqkern.sample 'auto', got 'auto'",
+            r"solver must be .*for deqkern.sample alone\), got 'auto'",
         ),
     ],
 )

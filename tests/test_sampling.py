@@ -273,6 +273,25 @@ def test_converged_samples_and_settled_steps_are_not_evaluated_again() -> None:
     assert int(solution.nfe.max()) < 50 * solution.iterations
 
 
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("window", [0.75, 10])
+def test_previews_end_where_the_chain_leads_from_what_is_known(window: float, eta: float) -> None:
+    """Also before a window has come to the end; so does a solve that is given up. The solve itself is the same."""
+    model = problems.gaussian(SCHEDULE, SHAPE, torch.Generator().manual_seed(3))
+    noise, seen = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(5)), []
+    options: dict[str, Any] = {"eta": eta, "rtol": 1e-4, "solver": solvers.default(window=window)}
+    if eta:
+        options["step_noise"] = torch.randn(50, *noise.shape, generator=torch.Generator().manual_seed(6))
+    solution = deqkern.sample(model, noise, SCHEDULE, 50, **options)
+    watched = deqkern.sample(model, noise, SCHEDULE, 50, callback=lambda k, value, _: seen.append(value), **options)
+    assert torch.equal(watched.trajectory, solution.trajectory) and torch.equal(watched.nfe, solution.nfe)
+    errors = torch.stack([relative_error(value, solution.value) for value in seen]).mean(1)
+    assert errors[3] < errors[1] < errors[0] < 0.9  # the first guess of all is at 0.92
+    with pytest.warns(deqkern.ConvergenceWarning):
+        given_up = deqkern.sample(model, noise, SCHEDULE, 50, max_iterations=2, **options)
+    assert torch.equal(given_up.value, seen[1]) and (given_up.trajectory[-1] == given_up.value).all()
+
+
 @pytest.mark.parametrize("max_batch", [1, 7, 60, 10_000])
 def test_micro_batches_change_nothing(max_batch: int) -> None:
     model = problems.mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(3))
