@@ -6,14 +6,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from . import storage
 from .solve import Solution
 from .version import version
 
@@ -87,30 +85,15 @@ def save(
         written = json.dumps(run.metadata, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise type(error)(f"metadata cannot be written as JSON: {error}") from error
-    clones = {name: tensor.cpu().clone().contiguous() for name, tensor in tensors.items()}
-    if Path(path).is_dir():
-        raise IsADirectoryError(f"path {path} is a folder")
-    if not Path(path).parent.is_dir():
-        raise FileNotFoundError(f"path {path}: there is no folder {Path(path).parent}")
-    try:
-        save_file(clones, path, {"format": _FORMAT, "metadata": written})
-    except SafetensorError as error:
-        raise OSError(f"path {path} cannot be written: {error}") from error
+    storage.write(path, tensors, {"format": _FORMAT, "metadata": written})
 
 
 def load(path: str | PathLike[str]) -> StoredRun:
     """Read a file written by `save`. Raises FileNotFoundError, or ValueError if it is another kind of file."""
-    try:
-        if Path(path).is_dir():
-            raise ValueError("it is a folder")
-        with safe_open(path, "pt") as file:
-            found = file.metadata() or {}
-            if found.get("format") != _FORMAT:
-                raise ValueError("it was not written by deqkern.runs.save")
-            histories = {name: file.get_tensor(name) for name in _HISTORIES}
-            true_error = file.get_tensor("true_error") if "true_error" in file.keys() else None  # noqa: SIM118
-            return StoredRun(**histories, true_error=true_error, metadata=json.loads(found["metadata"]))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"there is no file {path}") from error
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise ValueError(f"path {path} does not hold a run: {error}") from error
+    with storage.reading(path, "a run") as file:
+        found = file.metadata() or {}
+        if found.get("format") != _FORMAT:
+            raise ValueError("it was not written by deqkern.runs.save")
+        histories = {name: file.get_tensor(name) for name in _HISTORIES}
+        true_error = file.get_tensor("true_error") if "true_error" in file.keys() else None  # noqa: SIM118
+        return StoredRun(**histories, true_error=true_error, metadata=json.loads(found["metadata"]))

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from os import PathLike
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from . import ops
+from . import ops, storage
 from .numeric import check_number
 from .schedule import StepTable
 from .spectral import Basis
+
+_FORMAT = "deqkern.SlopeProfile.1"
 
 
 def slope_of(table: StepTable, shrinkage: Tensor) -> Tensor:
@@ -105,21 +105,17 @@ class SlopeProfile:
         return torch.sigmoid(torch.lerp(logit[right - 1], logit[right], part))
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write a safetensors file."""
-        tensors = {"log_snr": self.log_snr.contiguous(), "shrinkage": self.shrinkage.contiguous()}
-        save_file(tensors, path, {"shape": ",".join(map(str, self.shape)), "format": "deqkern.SlopeProfile.1"})
+        """Write a safetensors file. Raises OSError if `path` cannot be written."""
+        tensors = {"log_snr": self.log_snr, "shrinkage": self.shrinkage}
+        storage.write(path, tensors, {"shape": ",".join(map(str, self.shape)), "format": _FORMAT})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> SlopeProfile:
-        """Read a file written by `save`. Raises ValueError if it is another kind of file."""
-        try:
-            opened = safe_open(path, "pt")
-        except SafetensorError as error:
-            raise ValueError(f"path {path} is not a SlopeProfile: {error}") from error
-        with opened as file:
+        """Read a file written by `save`. Raises FileNotFoundError, or ValueError if it is another kind of file."""
+        with storage.reading(path, "a SlopeProfile") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != "deqkern.SlopeProfile.1":
-                raise ValueError(f"path {path} is not a SlopeProfile")
+            if metadata.get("format") != _FORMAT:
+                raise ValueError("it was not written by SlopeProfile.save")
             shape = tuple(int(size) for size in metadata["shape"].split(","))
             return cls(file.get_tensor("log_snr"), file.get_tensor("shrinkage"), shape)
 

@@ -90,9 +90,14 @@ def test_profile_refuses_other_files_and_other_shapes(tmp_path: Path) -> None:
     (tmp_path / "0").write_bytes(b"not safetensors")
     save_file(tensors, tmp_path / "1")
     save_file(tensors, tmp_path / "2", {"format": "another", "shape": "1"})
-    for name in "012":
-        with pytest.raises(ValueError, match="is not a SlopeProfile"):
+    for name in (*"012", "."):
+        with pytest.raises(ValueError, match="does not hold a SlopeProfile"):
             SlopeProfile.load(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        SlopeProfile.load(tmp_path / "3")
+    for place, words in ((tmp_path, "is a folder"), (tmp_path / "no" / "file", "there is no folder")):
+        with pytest.raises(OSError, match=words):
+            profile_of(0.3).save(place)
     with pytest.raises(ValueError, match="profile was made for samples"):
         solver = solvers.default(profile=profile_of(0.3))
         deqkern.sample(problems.digits_density(SCHEDULE), torch.randn(1, 1, 4, 4), SCHEDULE, 10, solver=solver)

@@ -16,7 +16,6 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ..models import SHIPPED
@@ -126,7 +125,7 @@ def writing(path: Path, option: str) -> Iterator[None]:
     """Turn a failure to write `path` into an error of its option."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise typer.BadParameter(f"{path} cannot be written: {error}", param_hint=option) from error
 
 

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import typer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .. import storage
 from ..models import Pretrained
 from ..solve import Solution
 from .common import stored_model
@@ -96,15 +95,13 @@ class Noise:
             "sigma_min": str(self.sigma_min or 0),
             "images": json.dumps(list(images)),
         }
-        save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, path, metadata)
+        storage.write(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: Path, option: str) -> Noise:
         """Read a file written by `save`."""
         try:
-            if path.is_dir():
-                raise ValueError("it is a folder")
-            with safe_open(path, "pt") as file:
+            with storage.reading(path, "noise") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     raise ValueError("it was not written by deqkern invert")
@@ -112,7 +109,5 @@ class Noise:
                 if noise.numel() == 0:
                     raise ValueError("it is empty")
                 return cls(noise, metadata["model"], int(metadata["steps"]), sigma_min)
-        except FileNotFoundError as error:
-            raise typer.BadParameter(f"there is no file {path}", param_hint=option) from error
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
-            raise typer.BadParameter(f"{path} does not hold noise: {error}", param_hint=option) from error
+        except (OSError, ValueError) as error:
+            raise typer.BadParameter(str(error), param_hint=option) from error

@@ -109,7 +109,7 @@ def _read_profile(path: Path) -> SlopeProfile | None:
     try:
         return SlopeProfile.load(path)
     except ValueError as error:
-        raise ValueError(f"name_or_path: {path} is not a SlopeProfile: {error}") from error
+        raise ValueError(f"name_or_path: {error}") from error
 
 
 def _sample_shape(config: dict[str, Any], unet: Path) -> tuple[int, int, int]:
