@@ -169,9 +169,8 @@ def _effort(
     order: int = 1,
 ) -> tuple[int, float]:
     """Iterations, and evaluations per sample, of the default solver."""
-    usual = (ITERATIONS, EVALUATIONS_THINNED if thins(steps, THINNING) else EVALUATIONS)
-    if eta > 0:
-        usual = (ITERATIONS_WITH_NOISE, EVALUATIONS_WITH_NOISE)
+    noiseless = (ITERATIONS, EVALUATIONS_THINNED if thins(steps, THINNING) else EVALUATIONS)
+    usual = noiseless if eta == 0 else (ITERATIONS_WITH_NOISE, EVALUATIONS_WITH_NOISE)
     decades = max(math.log10(USUAL_RTOL / max(rtol, LEAST_RTOL)), 0.0)
     usual = (round(usual[0] + ITERATIONS_PER_DECADE * decades), usual[1] + EVALUATIONS_PER_DECADE * decades)
     if order == 2:

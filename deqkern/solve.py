@@ -18,7 +18,7 @@ from .eager import uncompiled
 from .planning import Plan
 from .slopes import Secant, slope_of
 from .solvers import Solver
-from .thinning import PATIENCE, Gaps, Thinning, thins
+from .thinning import PATIENCE, Gaps, Thinning, active, thins
 from .trajectory import Trajectory
 
 Callback = Callable[[int, Tensor, Tensor], None]
@@ -279,10 +279,9 @@ def relative_error(value: Tensor, reference: Tensor) -> Tensor:
     return (value - reference).norm(dim=1) / reference.norm(dim=1)
 
 
-def _active(windows: Tensor, steps: int) -> Tensor:
-    """Whether a step is in the window of a sample (.., S, B) bool, for windows (.., B, 2)."""
-    index = torch.arange(steps, device="cpu")[:, None]
-    return (index >= windows[..., None, :, 0]) & (index < windows[..., None, :, 1])
+def _rows(chosen: Tensor) -> Tensor:
+    """Flat indices i * B + b of the (step, sample) pairs `chosen` (S, B) bool, in the order of the steps."""
+    return chosen.flatten().nonzero().flatten()
 
 
 def _residuals(norms: Tensor, evaluated: Tensor) -> Tensor:
@@ -363,18 +362,18 @@ class Solve:
     def select(self) -> None:
         """Choose the rows that the next iteration evaluates."""
         steps = self.trajectory.steps
-        evaluated = open_steps = _active(self.window, steps)
-        if self.captured is not None:  # a graph goes on evaluating the rows it was captured with, new steps among them
-            open_steps = torch.arange(steps, device="cpu")[:, None] >= self.window[:, 0]
-        elif self.thinning is not None:
-            evaluated = open_steps = self._thin(self.thinning, open_steps)
-        rows = open_steps.flatten().nonzero().flatten()
+        evaluated = active(self.window, steps)
+        if self.thinning is not None:
+            evaluated = self._thin(self.thinning, evaluated)
+        self.evaluated.append(evaluated)
         if self.captured is None:
-            self.trajectory.select(rows)
-        elif 2 * len(rows) <= self.trajectory.selected or not self.count:
+            self.trajectory.select(_rows(evaluated))
+            return
+        # a graph goes on evaluating the rows it was captured with, new steps among them
+        rows = _rows(torch.arange(steps, device="cpu")[:, None] >= self.window[:, 0])
+        if 2 * len(rows) <= self.trajectory.selected or not self.count:
             self.trajectory.select(rows)
             self.captured.renew()
-        self.evaluated.append(evaluated)
 
     def _thin(self, thinning: Thinning, open_steps: Tensor) -> Tensor:
         """Which of the open steps (S, B) bool the next iteration evaluates."""
@@ -436,8 +435,8 @@ class Solve:
         steps, batch = trajectory.steps, trajectory.batch
         converged = (self.window[:, 0] >= steps).to(trajectory.x.device)
         estimate, residual = errors[:, 0].clone(), errors[:, 4].clone()
-        norms, evaluated = _stacked(self.norms, self.iteration.work.norms), _active(self.window, steps)
-        fallen_back = int(self.iteration.fallen_back.sum())
+        norms, evaluated = _stacked(self.norms, self.iteration.work.norms), active(self.window, steps)
+        fallen_back = int(self.plain.sum())
         del self.iteration, self.captured, self.mailbox, errors  # their memory makes room for the states
         states = trajectory.x.new_empty(steps + 1, batch, *trajectory.basis.shape)
         rows = torch.arange((steps + 1) * batch, device=states.device)

@@ -27,6 +27,12 @@ APPROACH = 2
 PATIENCE = 8
 
 
+def active(windows: Tensor, steps: int) -> Tensor:
+    """Whether a step is in the window of a sample (.., S, B) bool, for windows (.., B, 2), on the CPU."""
+    index = torch.arange(steps, device="cpu")[:, None]
+    return (index >= windows[..., None, :, 0]) & (index < windows[..., None, :, 1])
+
+
 def thins(steps: int, share: float) -> bool:
     """Whether a chain has so many steps that some are ever left out."""
     return share * steps * math.sqrt(LARGEST_MOVE) >= 2
@@ -60,8 +66,7 @@ class Thinning:
         window: (B, 2). moves: (S, B), the last change of the state where a step begins, relative to that state.
         """
         steps, batch = moves.shape
-        index = torch.arange(steps, device="cpu")[:, None]
-        chosen = (index >= window[:, 0]) & (index < window[:, 1])
+        chosen = active(window, steps)
         moves = torch.where(moves < self.least_move, 0.0, moves.clamp_max(LARGEST_MOVE))
         distances = (self.distance * moves.sqrt()).floor()
         far = (chosen & (distances > 1)).any(0)  # (B,), samples that leave something out: others need no walk
@@ -82,7 +87,7 @@ class Thinning:
         """What is not evaluated within `window` (B, 2), and where its outputs come from."""
         steps, batch = evaluated.shape
         index = torch.arange(steps, device="cpu")[:, None]
-        missing = ~evaluated & (index >= window[:, 0]) & (index < window[:, 1])
+        missing = ~evaluated & active(window, steps)
         before = torch.where(evaluated, index, 0).cummax(0).values
         after = torch.where(evaluated, index, steps).flip(0).cummin(0).values.flip(0)
         i, b = missing.nonzero().unbind(1)

@@ -183,6 +183,16 @@ def dct2_inverse_kernel(
 
 
 @triton.jit
+def dct2_tile(program, channels, length, other, BLOCK: tl.constexpr):
+    """(n, channel, block, tile) of a program: blocks of half of the length, tiles of the other side, which go first."""
+    tiles = tl.cdiv(other, BLOCK)
+    blocks = tl.cdiv(length - length // 2, BLOCK)
+    rest = program // tiles
+    n = (rest // (blocks * channels)).to(tl.int64)
+    return n, rest // blocks % channels, rest % blocks, program % tiles
+
+
+@triton.jit
 def dct2_side_kernel(
     image,
     target,
@@ -204,20 +214,12 @@ def dct2_side_kernel(
     """target[n, c, i, q] = sum_p matrix[i, p] image[n, c, p, q], i and p along one side, q along the other.
 
     The FIRST of two calls rotates colours as it reads the image (N, C, H, W), and writes scratch (N, C, H, W) fp32; the
-    second reads that as its image and writes the spectrum. Grid (N * C * 2 * cdiv(cdiv(length, 2), BLOCK) *
-    cdiv(other, BLOCK),): a program writes frequencies of one parity. Accumulates in fp32.
+    second reads that as its image and writes the spectrum. Grid (N * C * cdiv(cdiv(length, 2), BLOCK) *
+    cdiv(other, BLOCK) * 2,): a program writes frequencies of one parity. Accumulates in fp32.
     """
-    tiles = tl.cdiv(other, BLOCK)
-    tile = tl.program_id(0) % tiles
-    rest = tl.program_id(0) // tiles
-    odd = rest % 2
-    rest = rest // 2
+    odd = tl.program_id(0) % 2
+    n, channel, block, tile = dct2_tile(tl.program_id(0) // 2, channels, length, other, BLOCK)
     half = length - length // 2
-    blocks = tl.cdiv(half, BLOCK)
-    block = rest % blocks
-    rest = rest // blocks
-    channel = rest % channels
-    n = (rest // channels).to(tl.int64)
     image += n * channels * plane
     target += (n if FIRST else tl.load(rows + n)) * channels * plane
     i = 2 * (block * BLOCK + tl.arange(0, BLOCK)[:, None]) + odd
@@ -271,15 +273,8 @@ def dct2_side_inverse_kernel(
     the second reads that and writes the image (N, C, H, W). Grid (N * C * cdiv(cdiv(length, 2), BLOCK) *
     cdiv(other, BLOCK),): a program writes a tile and its mirror image. Accumulates in fp32.
     """
-    tiles = tl.cdiv(other, BLOCK)
-    tile = tl.program_id(0) % tiles
-    rest = tl.program_id(0) // tiles
+    n, channel, block, tile = dct2_tile(tl.program_id(0), channels, length, other, BLOCK)
     half = length - length // 2
-    blocks = tl.cdiv(half, BLOCK)
-    block = rest % blocks
-    rest = rest // blocks
-    channel = rest % channels
-    n = (rest // channels).to(tl.int64)
     source += (tl.load(rows + n) if FIRST else n) * channels * plane
     image += n * channels * plane
     p = block * BLOCK + tl.arange(0, BLOCK)[:, None]
