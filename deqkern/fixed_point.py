@@ -20,6 +20,7 @@ from .eager import uncompiled
 from .gradients import Implicit, Once, Phantom, named
 from .layout import Layout, State
 from .network import leaves, pull
+from .ops._dispatch import requested_backends, use_backend
 from .slopes import Frozen
 from .solve import Solution, solve, warn_unless_converged
 from .solvers import Solver, anderson
@@ -202,8 +203,7 @@ class Linearized:
 
     def pull(self, v: Tensor, create_graph: bool = False) -> Tensor:
         """J^T v (B, D)."""
-        (found,) = pull(self.out, [self.z], v, retain_graph=True, create_graph=create_graph)
-        return found
+        return pull(self.out, self.z, v, retain_graph=True, create_graph=create_graph)[0]
 
     def __call__(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
         return self.pull(states)
@@ -247,12 +247,12 @@ class _Attached(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, cotangent: _Cotangent, value: Tensor, out: Tensor) -> Tensor:
-        ctx.cotangent = cotangent
+        ctx.cotangent, ctx.backends = cotangent, requested_backends()
         return value.detach()
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[None, None, Tensor]:
-        with torch.no_grad():
+        with torch.no_grad(), use_backend(*ctx.backends):
             v = ctx.cotangent(cotangent)
         if torch.is_grad_enabled():  # create_graph: v depends on all that f does, and has no derivative here
             v = Once.apply(v, ctx.cotangent.linear.out)

@@ -18,10 +18,11 @@ from .checks import check_callback, check_count, check_rtol, check_solver
 from .eager import uncompiled
 from .network import Network
 from .numeric import check_number
+from .ops._dispatch import requested_backends, use_backend
 from .solve import Solution, solve, warn_unless_converged
 from .solvers import Solver, default
-from .step_table import StepTable
-from .trajectory import start
+from .step_table import StepTable, check_order
+from .trajectory import calls, start
 from .walks import Walk, adjoint_walk, exact_walk
 
 
@@ -88,8 +89,7 @@ class Adjoint:
     order: int = 2
 
     def __post_init__(self) -> None:
-        if self.order not in (1, 2):
-            raise ValueError(f"order must be 1 or 2, got {self.order!r}")
+        check_order(self.order)
 
 
 Gradient = Exact | Implicit | Phantom | Adjoint
@@ -176,7 +176,7 @@ class _Attached(torch.autograd.Function):
         step_noise: Tensor | None,
         *inputs: Tensor,
     ) -> Tensor:
-        ctx.pullback = pullback
+        ctx.pullback, ctx.backends = pullback, requested_backends()
         # saved, so that torch notices if they change in place before the gradient is taken
         ctx.save_for_backward(states, first, step_noise, *inputs)
         return value.detach()
@@ -185,7 +185,7 @@ class _Attached(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
         states, first, step_noise, *inputs = ctx.saved_tensors
         wanted = ctx.needs_input_grad[5:]
-        with torch.no_grad():
+        with torch.no_grad(), use_backend(*ctx.backends):
             found = ctx.pullback(
                 states,
                 cotangent.detach().to(states.dtype),
@@ -203,12 +203,13 @@ class _Attached(torch.autograd.Function):
 class Pulled:
     """The gradients of a chain: by its first state (B, *shape), its step noise (S, B, *shape) and other inputs.
 
+    inputs: None for one that the model does not use.
     products: VJPs per sample that it took, but for the one more per step by `inputs`.
     """
 
     first: Tensor
     step_noise: Tensor | None
-    inputs: list[Tensor]
+    inputs: list[Tensor | None]
     products: Tensor  # (B,) int64
 
 
@@ -275,7 +276,7 @@ class Pullback:
             if last is not None:
                 argument = last[1:] if table.implicit else last[:-1]
                 through = torch.empty_like(argument)
-                for part in rows.split(self.max_batch or max(len(rows), 1)):
+                for part in calls(rows, self.max_batch):
                     through.flatten(0, 1)[part] = product(argument.flatten(0, 1)[part], part // batch, part % batch)
             for j in range(steps):
                 rest = 0.0 if last is None else b[j] * (through[j] - frozen[j] * argument[j])
@@ -296,7 +297,7 @@ class Pullback:
         if sums.inputs:
             rows = torch.arange(steps * batch, device=chain.device)
             weight = table.b.to(chain)[:, None].expand(-1, batch).flatten()  # of row i * B + b
-            for part in rows.split(self.max_batch or max(len(rows), 1)):
+            for part in calls(rows, self.max_batch):
                 own = part // batch
                 place = (steps - 1 - own + int(table.implicit)) * batch + part % batch
                 cotangents = weight[part].view(-1, *[1] * (chain.ndim - 2)) * chain.flatten(0, 1)[place]
@@ -322,7 +323,7 @@ class Pullback:
             own = torch.full_like(samples, walk.place[i])
             pushed = lam + walk.lag[i] * lam_before if walk.lag[i] else lam
             through = torch.empty_like(lam)
-            for part in samples.split(self.max_batch or max(len(samples), 1)):
+            for part in calls(samples, self.max_batch):
                 through[part] = sums.add(pushed[part], own[part], samples[part], walk.weight[i])
             v = walk.of_lam[i] * lam + walk.of_product[i] * through
             lam_before = lam
@@ -335,11 +336,11 @@ class _Sums:
 
     def __init__(self, network: Network, states: Tensor, inputs: Sequence[Tensor], max_batch: int | None) -> None:
         self.network, self.states, self.inputs = network, states, inputs
-        self.sums = [torch.zeros_like(v, dtype=torch.promote_types(v.dtype, torch.float32)) for v in inputs]
+        self.sums: list[Tensor | None] = [None] * len(inputs)
 
     def vjp(
         self, cotangents: Tensor, own: Tensor, samples: Tensor, inputs: Sequence[Tensor] = ()
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, list[Tensor | None]]:
         """J^T cotangents (N, *shape) of the chain's own steps (N,), by the states and by `inputs`."""
         states = self.states[own + int(self.network.table.implicit), samples]
         return self.network.vjp(states, cotangents, own, samples, inputs)
@@ -347,13 +348,18 @@ class _Sums:
     def add(self, cotangents: Tensor, own: Tensor, samples: Tensor, weight: float) -> Tensor:
         """`vjp` by the states; `weight` times that by the inputs is added."""
         through, found = self.vjp(cotangents, own, samples, self.inputs)
-        for total, value in zip(self.sums, found, strict=True):
-            total.add_(value, alpha=weight)
+        for place, value in enumerate(found):
+            if value is not None:
+                total = self.sums[place]
+                if total is None:
+                    total = torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.float32))
+                self.sums[place] = total.add_(value, alpha=weight)
         return through
 
-    def total(self) -> list[Tensor]:
+    def total(self) -> list[Tensor | None]:
         """The sums, in the dtypes of the inputs."""
-        return [total.to(value.dtype) for total, value in zip(self.sums, self.inputs, strict=True)]
+        sums = zip(self.sums, self.inputs, strict=True)
+        return [None if total is None else total.to(value.dtype) for total, value in sums]
 
 
 class _Transposed:

@@ -61,28 +61,29 @@ def leaves(output: Tensor) -> list[Tensor]:
 
 def pull(
     output: Tensor,
-    inputs: Sequence[Tensor],
+    states: Tensor,
     cotangents: Tensor,  # like output
+    inputs: Sequence[Tensor] = (),
     retain_graph: bool = False,
     create_graph: bool = False,
-) -> list[Tensor]:
-    """J^T cotangents by each of `inputs`: zeros where the output does not depend on it.
+) -> tuple[Tensor, list[Tensor | None]]:
+    """J^T cotangents by the states, zeros where the output does not depend on them, and by `inputs`, None there.
 
     The cotangents are scaled to a largest entry of 1 for the graph, whose dtypes may be narrow.
     """
     if not output.requires_grad:
-        return [torch.zeros_like(value) for value in inputs]
+        return torch.zeros_like(states), [None] * len(inputs)
     scale = cotangents.abs().amax().clamp_min(torch.finfo(cotangents.dtype).tiny)
-    found = torch.autograd.grad(
+    by_states, *found = torch.autograd.grad(
         output,
-        inputs,
+        [states, *inputs],
         (cotangents / scale).to(output.dtype),
         retain_graph=retain_graph or create_graph,
         create_graph=create_graph,
         allow_unused=True,
-        materialize_grads=True,
     )
-    return [value * scale.to(value.dtype) for value in found]
+    by_states = torch.zeros_like(states) if by_states is None else by_states * scale.to(by_states.dtype)
+    return by_states, [None if value is None else value * scale.to(value.dtype) for value in found]
 
 
 class Network:
@@ -135,8 +136,8 @@ class Network:
         steps: Tensor,  # (N,)
         samples: Tensor,  # (N,)
         inputs: Sequence[Tensor] = (),
-    ) -> tuple[Tensor, list[Tensor]]:
-        """J^T cotangents (N, *shape) by the states, and the same by `inputs`, summed over the rows.
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """J^T cotangents (N, *shape) by the states, and the same by `inputs`, summed over the rows; see `pull`.
 
         As in the call, autocast is what it was when this was made.
         """
@@ -147,12 +148,11 @@ class Network:
         if inputs or self.dtype is not torch.float16:
             # what a function holds may have a graph of its own, which every other call needs as well
             again = self._holds and bool(inputs)
-            by_states, *others = pull(output, [states, *inputs], cotangents, retain_graph=again)
-            return by_states, others
+            return pull(output, states, cotangents, inputs, retain_graph=again)
         # where rows are not summed, each has a scale of its own: of one for all the small rows would be lost
         scale = cotangents.abs().flatten(1).amax(1).clamp_min(torch.finfo(cotangents.dtype).tiny)
         scale = scale.view(-1, *[1] * (cotangents.ndim - 1))
-        return pull(output, [states], cotangents / scale)[0] * scale, []
+        return pull(output, states, cotangents / scale)[0] * scale, []
 
     def _leaf(self, value: Any) -> Any:
         return self._leaves.get(id(value), value) if isinstance(value, Tensor) else rebuilt(value, self._leaf)

@@ -192,6 +192,8 @@ def optimize(
     network = Network(model, schedule.steps(num_inference_steps, sigma_min=sigma_min), model_kwargs, sample)
     search = _Search(network, sample, solver, options, rtol, max_batch)
     optimizer = options.optimizer([search.noise])
+    if not callable(getattr(optimizer, "step", None)):
+        raise TypeError(f"optimizer must return a torch optimizer, got {type(optimizer).__name__}")
     steps = 0
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # of an inexact gradient on the way

@@ -16,6 +16,7 @@ from torch.func import functional_call
 
 from .guidance import Guided
 from .nested import rebuilt
+from .numeric import is_int
 
 _OF_MODULES = frozenset(vars(torch.nn.Module())) - {"training", "_modules"}  # what is no state of a module
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # its arguments
@@ -214,7 +215,7 @@ def _copied(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
 
 
 def _device(value: Any) -> torch.device:
-    device = torch.device("cuda", value) if isinstance(value, int) else torch.device(value)
+    device = torch.device("cuda", int(value)) if is_int(value) else torch.device(value)
     if str(device) == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return device

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
-from .numeric import check_number, is_int
+from .numeric import check_number, is_int, is_number
 from .ops import MAX_HISTORY, SCOPES
 from .slopes import Frozen, Secant, Slope, SlopeProfile
 
@@ -58,8 +59,7 @@ class Solver:
             raise ValueError(f"ridge_absolute must be finite and >= 0, got {self.ridge_absolute}")
         if not 0 < self.beta <= 1:
             raise ValueError(f"beta must lie in (0, 1], got {self.beta}")
-        share = isinstance(self.window, float) and 0 < self.window < 1
-        if not (self.window is None or share or (is_int(self.window) and self.window >= 1)):
+        if not (self.window is None or (self.window >= 1 if is_int(self.window) else _is_share(self.window))):
             raise ValueError(f"window must be None, an int >= 1, or a float in (0, 1), got {self.window!r}")
         if not 0 <= self.thinning < math.inf:
             raise ValueError(f"thinning must be finite and >= 0, got {self.thinning}")
@@ -80,7 +80,11 @@ class Solver:
         """The steps of a chain of so many that a window holds."""
         if self.window is None:
             return steps
-        return min(math.ceil(self.window * steps) if isinstance(self.window, float) else self.window, steps)
+        return min(int(self.window) if is_int(self.window) else math.ceil(self.window * steps), steps)
+
+
+def _is_share(value: Any) -> bool:
+    return is_number(value) and 0 < value < 1
 
 
 def default(

@@ -22,6 +22,8 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
+from .numeric import is_int
+
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow")
 
 _MAX_LOG_SNR = 32.0
@@ -275,7 +277,7 @@ class StepTable:
 
 def check_order(order: int) -> None:
     """Refuse all but 1 and 2."""
-    if type(order) is not int or order not in (1, 2):
+    if not is_int(order) or order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order!r}")
 
 

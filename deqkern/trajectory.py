@@ -122,9 +122,8 @@ class Trajectory:
 
     def evaluate(self, out: Tensor) -> None:
         """Call the map at the selected states; what it gives goes to `out` (S, B, D), in the basis."""
-        size = self.max_batch or max(self.selected, 1)
         places = (self.rows, self.row_steps, self.row_samples)
-        for part, steps, samples in zip(*(values.split(size) for values in places), strict=True):
+        for part, steps, samples in zip(*(calls(values, self.max_batch) for values in places), strict=True):
             image = self.images(part + self.batch if self.table.implicit else part)
             output = self.map(image, steps, samples)
             if output.dtype != image.dtype or not output.is_contiguous():
@@ -205,6 +204,11 @@ def start(
                 x[i + 1] += float(table.n[i]) * z[i]
     guesses = guess is None and (noisy or solver.start == "constant")
     return Trajectory(map, table, basis, x, z, max_batch, solver.start if guesses else "none")
+
+
+def calls(rows: Tensor, max_batch: int | None) -> tuple[Tensor, ...]:
+    """The rows (N, ..) of each call of the model: at most `max_batch`."""
+    return rows.split(int(max_batch or max(len(rows), 1)))
 
 
 def normal(like: Tensor, generator: torch.Generator | None, dtype: torch.dtype | None = None) -> Tensor:

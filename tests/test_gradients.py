@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import deqkern
-from deqkern import NoiseSchedule, Solution, models, solvers
+from deqkern import NoiseSchedule, Solution, gradients, models, ops, solvers
 from deqkern.gradients import Adjoint, Exact, Implicit, Phantom
+from deqkern.ops import _dispatch
 from deqkern.walks import adjoint_walk
 
 BATCH, SHAPE, STEPS = 3, (2, 5, 4), 8
@@ -206,6 +208,48 @@ def test_differentiating_twice_raises(power: int) -> None:
     for gradient in once:
         with pytest.raises(RuntimeError, match="cannot be differentiated again"):
             torch.autograd.grad(gradient.square().sum(), [noise, model.first.weight], retain_graph=True)
+
+
+@pytest.mark.parametrize("kind", ["chain", "fixed point"])
+def test_a_backward_pass_in_another_thread_keeps_the_backends_of_its_solve(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of a GPU is, whose threads do not see the context."""
+    asked, kernel = list[tuple[str, ...]](), _dispatch._kernel
+
+    def spy(op: str, requested: tuple[str, ...], *of_tensor: Any) -> Any:
+        asked.append(requested)
+        return kernel(op, requested, *of_tensor)
+
+    monkeypatch.setattr(_dispatch, "_kernel", spy)
+    start = leaf(BATCH, *SHAPE)
+    with ops.use_backend("reference", "cpu"):
+        if kind == "chain":
+            value = deqkern.sample(Tiny(), start, NoiseSchedule.linear(), STEPS, gradient="implicit").value
+        else:
+            value = deqkern.fixed_point(lambda z: torch.tanh(z / 2 + start), torch.zeros_like(start)).value
+    asked.clear()
+    other = threading.Thread(target=value.sum().backward)
+    other.start()
+    other.join()
+    assert start.grad is not None and set(asked) == {("reference", "cpu")}
+
+
+@pytest.mark.parametrize("gradient", list(gradients.NAMED))
+def test_what_the_model_does_not_use_has_no_gradient(gradient: str) -> None:
+    """As in torch: weight decay and the moments of an optimizer leave it alone."""
+    model = Tiny()
+    model.unused = torch.nn.Parameter(torch.ones(3).double())
+    noise, idle = leaf(BATCH, *SHAPE), leaf(BATCH, 2)
+    value = deqkern.sample(
+        lambda x, t, idle: model(x, t), noise, NoiseSchedule.linear(), STEPS, gradient=gradient,
+        model_kwargs={"idle": idle},
+    ).value  # fmt: skip
+    value.sum().backward()
+    assert idle.grad is None and noise.grad is not None and model.last.weight.grad is not None
+    value = deqkern.sample(model, noise, NoiseSchedule.linear(), STEPS, gradient=gradient).value
+    value.sum().backward()
+    assert model.unused.grad is None
 
 
 def test_states_or_parameters_changed_in_place_raise() -> None:

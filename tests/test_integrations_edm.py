@@ -115,6 +115,9 @@ def test_it_has_the_defaults_of_edm_and_says_what_has_not_converged() -> None:
         ({"sigma_min": 50.0}, ValueError, "sigma_min=50"),
         ({"sigma_min": -1.0, "net": lambda x, s, labels: x}, ValueError, "sigma_min=0"),
         ({"rho": 0.0}, ValueError, "rho"),
+        ({"rho": "7"}, TypeError, "rho must be a number"),
+        ({"sigma_min": None}, TypeError, "sigma_min must be a number"),
+        ({"sigma_max": torch.ones(2)}, TypeError, "sigma_max must be a number"),
         ({"sigma_max": torch.inf, "net": lambda x, s, labels: x}, ValueError, "sigma_max"),
     ],
 )

@@ -290,6 +290,8 @@ def test_max_batch_and_tensors_of_the_batch() -> None:
         ({"diffusion": SimpleNamespace(alphas_cumprod=np.array([0.9]), timestep_map=[0, 1])}, ValueError, "_map"),
         ({"noise": torch.randn(2, 3, 8, 8)}, ValueError, "noise"),
         ({"noise": [1.0]}, TypeError, "noise"),
+        ({"shape": 3}, TypeError, "shape must be a sequence of ints"),
+        ({"shape": (3, 2.0)}, TypeError, "shape must be a sequence of ints"),
         ({"denoised_fn": 1}, TypeError, "denoised_fn"),
         ({"cond_fn": 1}, TypeError, "cond_fn"),
         ({"model_kwargs": [1]}, TypeError, "model_kwargs"),

@@ -273,6 +273,7 @@ def test_an_unreached_stop_is_said() -> None:
 BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: Optimize(loss=1), TypeError, "loss must be callable"),  # type: ignore[arg-type]
     (lambda: Optimize(optimizer=1), TypeError, "optimizer must be callable"),  # type: ignore[arg-type]
+    (lambda: Optimize(optimizer=lambda p: None), TypeError, "optimizer must return"),  # type: ignore[arg-type,return-value]
     (lambda: Optimize(gradient="ift"), ValueError, "gradient must be"),
     (lambda: Optimize(gradient=None), ValueError, "gradient must not be None"),  # type: ignore[arg-type]
     (lambda: Optimize(noise=torch.zeros(3)), ValueError, "noise must have shape"),

@@ -13,6 +13,7 @@ from ..numeric import check_number
 from ..solve import warn_unless_converged
 from ..solvers import Solver
 from ..step_table import StepTable
+from ..trajectory import calls
 from .chain import Chain
 
 
@@ -63,7 +64,7 @@ def generalized_steps(
 def _estimates(chain: Chain, states: Tensor) -> Tensor:  # (S, B, *shape)
     arguments, batch = states[:-1].flatten(0, 1), states.shape[1]
     found = torch.empty_like(arguments)
-    for part in torch.arange(len(arguments), device=states.device).split(chain.max_batch or len(arguments)):
+    for part in calls(torch.arange(len(arguments), device=states.device), chain.max_batch):
         index = part // batch
         output = chain.network(arguments[part], index, part % batch)
         found[part] = chain.table.original_sample(arguments[part], output, index).to(found.dtype)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_count
+from ..numeric import check_number
 from ..solve import warn_unless_converged
 from ..solvers import Solver
 from .chain import Chain
@@ -41,7 +42,10 @@ def edm_sampler(
     Raises ValueError or TypeError for an argument that does not fit.
     """
     check_count("num_steps", num_steps)
-    low, high = max(sigma_min, getattr(net, "sigma_min", 0.0)), min(sigma_max, getattr(net, "sigma_max", sigma_max))
+    for name, value in {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}.items():
+        check_number(name, value)
+    low, high = float(max(sigma_min, getattr(net, "sigma_min", 0.0))), float(sigma_max)
+    high, rho = min(high, getattr(net, "sigma_max", high)), float(rho)
     if not 0 < low < high or not rho > 0:
         raise ValueError(f"sigma_min={low} must lie in (0, sigma_max={high}), and rho={rho} must be > 0")
     if not isinstance(latents, Tensor):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_callable
+from ..numeric import is_int
 from ..solve import warn_unless_converged
 from ..solvers import Solver
 from ..step_table import StepTable
@@ -149,6 +150,8 @@ def _sampling(
 ) -> Chain:
     denoiser = _Denoiser(diffusion, model, clip_denoised, denoised_fn, cond_fn)
     table = ddim_table("sample", torch.arange(len(denoiser.abar), device="cpu"), denoiser.abar, eta)
+    if not isinstance(shape, Sequence) or not all(map(is_int, shape)):
+        raise TypeError(f"shape must be a sequence of ints, got {shape!r}")
     if noise is None:
         if device is None and isinstance(model, torch.nn.Module):
             device = next((parameter.device for parameter in model.parameters()), None)

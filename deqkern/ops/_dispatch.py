@@ -126,6 +126,11 @@ def use_backend(*names: str) -> Iterator[None]:
         _requested.reset(token)
 
 
+def requested_backends() -> tuple[str, ...]:
+    """The names that `use_backend` was given, for a later call of it: a backward pass may run in another thread."""
+    return _requested.get()
+
+
 @functools.cache
 def _kernel(op: str, requested: tuple[str, ...], device: str, dtype: torch.dtype) -> Kernel:
     reasons = []

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..numeric import check_number, is_int
+
 STATE_DTYPES = (torch.float32, torch.float64)
 
 
@@ -74,7 +76,7 @@ def _tensor(name: str, value: object) -> None:
 
 def integer(name: str, value: int, low: int, high: int) -> None:
     """Raise unless low <= value <= high."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    if type(value) is not int and not is_int(value):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if not low <= value <= high:
         raise ValueError(f"{name} must be in {low} .. {high}, got {value}")
@@ -82,7 +84,7 @@ def integer(name: str, value: int, low: int, high: int) -> None:
 
 def real(name: str, value: float, low: float = -math.inf) -> None:
     """Raise unless `value` is finite and at least `low`."""
-    if not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    if type(value) is not float:
+        check_number(name, value)
     if not low <= value < math.inf or value == -math.inf:
         raise ValueError(f"{name} must be finite{'' if low == -math.inf else f' and >= {low:g}'}, got {value}")

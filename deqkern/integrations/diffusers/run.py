@@ -22,7 +22,7 @@ from ...replication import Replicated
 from ...schedule import NoiseSchedule, StepTable
 from ...solve import Solution, Solve
 from ...solvers import Solver
-from ...trajectory import start
+from ...trajectory import calls, start
 from .checks import (
     FLOW_SCHEDULER,
     MULTISTEP_SCHEDULER,
@@ -185,15 +185,15 @@ class ParallelRun:
             self._solve.select()
         self._calls += 1
         at, rows = self._rows(x, given)
-        *parts, last = rows.split(self._max_batch or len(rows))
+        *parts, last = calls(rows, self._max_batch)
         self._inside = True
         try:
             if self._spread is None:
                 self._outputs = [module(**at(part))[0] for part in parts]
                 return (), at(last)
             spread = self._spread
-            *calls, own = [[((), at(part[share])) for share in spread.shares(len(part))] for part in (*parts, last)]
-            self._outputs = [spread.evaluate(call) for call in calls]
+            *spreads, own = [[((), at(part[share])) for share in spread.shares(len(part))] for part in (*parts, last)]
+            self._outputs = [spread.evaluate(call) for call in spreads]
             (_, call), self._join = spread.begin(own)
             return (), call
         finally:
