@@ -132,6 +132,22 @@ void fill_gaps(Address x, Address slope, Address bands, Address rows, Address we
   kernels().fill_gaps(op);
 }
 
+void extend(Address x, Address moved, Address e, Address z, Address held, Address n, Address before, Address window,
+            Address skip, int64_t S, int64_t B, int64_t D, float beta, bool implicit, int threads) {
+  require(S >= 0 && B >= 0 && D >= 0, "sizes must not be negative");
+  if (S == 0 || B == 0 || D == 0) return;
+  kernels().extend({pointer<float>(x, true, "x"),
+                    pointer<float>(moved, true, "moved"),
+                    pointer<const float>(e, true, "e"),
+                    pointer<const float>(z, false, "z"),
+                    pointer<const float>(held, true, "held"),
+                    pointer<const float>(n, z != 0, "n"),
+                    pointer<const int64_t>(before, true, "before"),
+                    pointer<const int64_t>(window, true, "window"),
+                    pointer<const int64_t>(skip, true, "skip"),
+                    S, B, D, beta, implicit, threads});
+}
+
 void anderson_gram(Address g_ring, Address window, Address gram, Address rhs, int64_t S, int64_t B, int64_t D, int m,
                    int head, int count, int threads) {
   require(S >= 0 && B >= 0 && D >= 0, "sizes must not be negative");
@@ -238,6 +254,9 @@ PYBIND11_MODULE(_C, module) {
              arg("B"), arg("K"), arg("pull"));
   module.def("fill_gaps", &fill_gaps, NoGil(), arg("x"), arg("slope"), arg("bands"), arg("rows"), arg("weights"),
              arg("e"), arg("S"), arg("B"), arg("D"), arg("K"), arg("N"), arg("threads"));
+  module.def("extend", &extend, NoGil(), arg("x"), arg("moved"), arg("e"), arg("z"), arg("held"), arg("n"),
+             arg("before"), arg("window"), arg("skip"), arg("S"), arg("B"), arg("D"), arg("beta"), arg("implicit"),
+             arg("threads"));
   module.def("progress", &progress, NoGil(), arg("norms"), arg("scale"), arg("gap"), arg("errors"), arg("window"),
              arg("diverged"), arg("S"), arg("B"), arg("rtol"), arg("tolerance"), arg("contraction"), arg("growth"),
              arg("size"), arg("implicit"));

@@ -103,6 +103,7 @@ class _Workspace:
         self.status = wide.new_zeros(3 * batch, dtype=torch.int64)  # one piece, so that one copy tells the host
         self.window, self.diverged = self.status[: 2 * batch].view(batch, 2), self.status[2 * batch :]
         self.window[:, 1] = size
+        self.before = self.window.clone()  # in the last iteration
 
 
 class _Iteration:
@@ -131,6 +132,8 @@ class _Iteration:
         self.scale = trajectory.scale  # (B,)
         self.fallen_back = torch.zeros(trajectory.batch, dtype=torch.bool, device=device)
         self.any_fallen = False
+        held = trajectory.held() if self.size < steps else None
+        self.held = None if held is None else held.to(device, x.dtype)  # (4, S), if windows move on
         self.gaps: tuple[Tensor, Tensor] | None = None  # what `thin` was told, on the device
         self.gap: Tensor | None = None
         self.unmeasured: Tensor | None = None
@@ -184,10 +187,13 @@ class _Iteration:
         )
         if m:
             self._mix(op, head, min(k, m))
+        if self.held is not None:
+            work.before.copy_(window)
         op.progress(
             *(work.norms, self.scale, self.gap, self.rtol, self.tolerance, CONTRACTION, GROWTH, self.size),
             *(self.implicit, work.errors, window, work.diverged),
         )
+        self.extend(op, k, window, work.diverged)
         if self.c is not None and e_prev is not e:  # the next scan reads the output before its window
             before = (window[:, 0] - 1).clamp_min(0)
             e_prev[before, self.samples] = e[before, self.samples]
@@ -203,15 +209,20 @@ class _Iteration:
                 gamma.masked_fill_(self.fallen_back[:, None], 0.0)
         op.anderson_mix(work.f_ring, head, count, gamma, window, self.trajectory.x[1:])
 
-    def enter(self, sample: int, active: range, new: range, k: int) -> None:
-        """The window of a sample moves on, from the steps `active` in iteration k to `new` ones: guess their states."""
-        last = active[-1]
-        argument = self.arguments[last, sample]
-        if self.implicit or len(active) > 1:  # it has moved since the map was called
-            plain = not self.implicit and len(active) == 2
-            argument = argument - (1.0 if plain else self.solver.beta) * self.moved[last, sample]
-        self.trajectory.extend(sample, new, argument, self.outputs(k)[last, sample])
-        self.moved[new.start : new.stop, sample] = 0.0  # no secant yet: there is no output to compare with
+    def extend(self, op: Any, k: int, window: Tensor, skip: Tensor) -> None:
+        """Guess the states that the steps lead to which came into the `window` (B, 2) after iteration k."""
+        if self.held is not None:
+            x, z, before = self.trajectory.x, self.trajectory.z, self.work.before
+            op.extend(
+                *(x, self.moved, self.outputs(k), z, self.held, self.n, before, window, skip),
+                *(self.solver.beta, self.implicit),
+            )
+
+    def complete(self, count: int) -> None:
+        """Guess the states that no window came to in `count` iterations; they are guessed anew when one does."""
+        if count and self.held is not None:
+            rest = torch.full_like(self.work.window, self.trajectory.steps)
+            self.extend(ops, count - 1, rest, self.fallen_back.long())
 
     def fall_back(self, diverged: Tensor, window: Tensor, evaluated: Tensor, k: int) -> None:
         """Go on with plain iteration for the samples `diverged` (B,), from the first state that is exact.
@@ -339,7 +350,6 @@ class Solve:
         self.moves = torch.empty(0)  # (S, B), of `_moves`
         self.ages = torch.zeros(trajectory.steps, trajectory.batch, dtype=torch.int64, device="cpu")  # iterations open
         self.plain = torch.zeros(trajectory.batch, dtype=torch.bool, device="cpu")  # samples that fell back
-        self.active = torch.empty(0)  # (B, 2), what was active in the last iteration
         self.window, _ = self._read()
 
     @property
@@ -387,25 +397,12 @@ class Solve:
     def settle(self) -> None:
         """Wait for what the iteration reached, and take note of it."""
         self.trajectory.count()
-        self.active, (self.window, diverged) = self.window, self._read()
+        before, (self.window, diverged) = self.window, self._read()
         if bool(diverged.any()):
-            self.iteration.fall_back(diverged, self.active, self.evaluated[-1], self.count)
-        self._guess(self.window[:, 1], diverged != 0)
+            self.iteration.fall_back(diverged, before, self.evaluated[-1], self.count)
         self.history.append(self.iteration.work.errors[:, 0].clone())
         self.nfe.append(self.trajectory.nfe.clone())
         self.norms.append(self.iteration.work.norms.clone())
-
-    def _guess(self, ends: Tensor, but: Tensor) -> None:
-        """Guess where steps up to `ends` (B,) lead to, beyond what was active; not of the samples `but` (B,) bool."""
-        for b in ((ends > self.active[:, 1]) & ~but).nonzero().flatten().tolist():
-            begin, end = self.active[b].tolist()
-            self.iteration.enter(b, range(begin, end), range(end, int(ends[b])), len(self.evaluated) - 1)
-
-    def _complete(self) -> None:
-        """Guess the states that no window has come to, to the end of the chain; they are guessed anew when one does."""
-        if self.count:
-            steps = self.trajectory.steps
-            self._guess(torch.where(self.window[:, 1] < steps, steps, 0), self.plain)
 
     def _read(self) -> tuple[Tensor, Tensor]:
         """The windows (B, 2) and the samples that diverged (B,), on the CPU; and how far the states moved."""
@@ -421,7 +418,7 @@ class Solve:
     @uncompiled
     def value(self, dtype: torch.dtype) -> Tensor:
         """The last state as it is now (B, *shape); where no window has come to it, a guess from what is known."""
-        self._complete()
+        self.iteration.complete(self.count)
         trajectory = self.trajectory
         first, batch = trajectory.steps * trajectory.batch, trajectory.batch
         rows = torch.arange(first, first + batch, device=trajectory.x.device)
@@ -430,7 +427,7 @@ class Solve:
     @uncompiled
     def solution(self, dtype: torch.dtype) -> Solution:
         """The result. Gives the memory of the iteration back: the solve is over."""
-        self._complete()
+        self.iteration.complete(self.count)
         trajectory, history, errors = self.trajectory, self.history, self.iteration.work.errors
         steps, batch = trajectory.steps, trajectory.batch
         converged = (self.window[:, 0] >= steps).to(trajectory.x.device)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from . import ops
 from .eager import uncompiled
 from .schedule import StepTable
 from .slopes import slope_of
@@ -130,26 +130,14 @@ class Trajectory:
                 output = image.copy_(output)  # the images are not needed any more
             self.basis.forward(output, out.flatten(0, 1), part)
 
-    @cached_property
-    def _held_x0(self) -> list[list[float]]:
-        return [values.tolist() for values in self.table.held_x0()]
-
-    def extend(self, sample: int, steps: range, argument: Tensor, output: Tensor) -> None:
-        """Guess where `steps`, which come into the window of a sample, lead to: along the chain, with x0 held.
-
-        x0 is what the step before them says, by its output (D,) at the state (D,) it was called with. "constant": they
-        lead to the state where they begin (ParaDiGMS).
-        """
-        x, last = self.x[:, sample], steps.start - 1
+    def held(self) -> Tensor | None:
+        """What the op `extend` holds (4, S), on the CPU: x0, or with the guess "constant" the state (ParaDiGMS)."""
+        if self.guess == "none":
+            return None
+        held = torch.stack(self.table.held_x0())
         if self.guess == "constant":
-            x[steps.start + 1 : steps.stop + 1] = x[steps.start]
-        elif self.guess == "chain":
-            keep, pull, of_x, of_out = self._held_x0
-            x0 = torch.add(argument * of_x[last], output, alpha=of_out[last])
-            for i in steps:
-                torch.mul(x[i], keep[i], out=x[i + 1]).add_(x0, alpha=pull[i])
-                if self.z is not None:
-                    x[i + 1].add_(self.z[i, sample], alpha=float(self.table.n[i]))
+            held[0], held[1:] = 1.0, 0.0
+        return held
 
 
 @uncompiled
@@ -176,7 +164,7 @@ def start(
     dtype = torch.promote_types(first.dtype, torch.float32)  # of the states
     basis = Basis.spectral(shape, device, dtype) if spectral else Basis.identity(shape, device)
     samples = torch.arange(batch, device=device)
-    x = torch.empty(steps + 1, batch, basis.size, device=device, dtype=dtype)
+    x = torch.zeros(steps + 1, batch, basis.size, device=device, dtype=dtype)
     basis.forward(first, x[0], samples)
     z = None
     if bool((table.n != 0).any()):
@@ -189,21 +177,31 @@ def start(
             basis.forward(guess[i + 1], x[i + 1], samples)
     elif solver.start == "constant":
         x[1:] = x[0]
-    else:
-        slope = slope_of(table, solver.slope.initial(table, basis))
-        a, bend = table.a[:, None], table.b[:, None] * slope
-        factors = (a / (1 - bend) if table.implicit else a + bend).to(device, dtype)  # (S, K)
-        lagged = torch.zeros_like(factors)
-        lagged[1:] = (table.c[1:, None] * slope[:-1]).to(device, dtype)
-        widths = basis.bands.diff()
-        for i in range(steps):
-            x[i + 1] = torch.repeat_interleave(factors[i], widths) * x[i]
-            if table.order == 2 and i > 0:
-                x[i + 1] += torch.repeat_interleave(lagged[i], widths) * x[i - 1]
-            if z is not None:
-                x[i + 1] += float(table.n[i]) * z[i]
+    elif batch:
+        _scan_from_zero(x, z, table, basis, slope_of(table, solver.slope.initial(table, basis)))
     guesses = guess is None and (noisy or solver.start == "constant")
     return Trajectory(map, table, basis, x, z, max_batch, solver.start if guesses else "none")
+
+
+def _scan_from_zero(
+    x: Tensor,  # (S+1, B, D): x[0], and zeros that are overwritten
+    z: Tensor | None,  # (S, B, D)
+    table: StepTable,
+    basis: Basis,
+    slope: Tensor,  # (S, K)
+) -> None:
+    """The chain of a model whose output is slope[i] x[i]: the first correction of states that are zero."""
+    (steps, batch, size), device = (len(x) - 1, *x.shape[1:]), x.device
+    a, b, n = (value.to(device, x.dtype) for value in (table.a, table.b, table.n))
+    c = table.c.to(device, x.dtype) if table.order == 2 else None
+    e = x.new_zeros(steps, batch, size)
+    if not table.implicit:
+        e[0] = slope[0].to(device, x.dtype).repeat_interleave(basis.bands.diff(), output_size=size) * x[0]
+    ops.ddim_scan(
+        *(x, e, z, a, b, c, n, slope.to(device, x.dtype)[:, None].expand(-1, batch, -1).contiguous(), basis.bands),
+        torch.tensor([[0, steps]], device="cpu").expand(batch, -1).contiguous().to(device),
+        *(1.0, table.implicit, x[1:], torch.empty_like(e), x.new_empty(steps, batch, 3, dtype=torch.float64)),
+    )
 
 
 def calls(rows: Tensor, max_batch: int | None) -> tuple[Tensor, ...]:

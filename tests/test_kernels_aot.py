@@ -28,9 +28,10 @@ ARCHITECTURES = (80, 90)
 TYPES = {
     **dict.fromkeys(("x", "e", "z", "a", "b", "c", "n", "slope", "f", "g", "f_ring", "gamma", "out"), "*fp32"),
     **dict.fromkeys(("dx", "e_prev", "g_ring", "image", "spectrum", "source", "target", "weights"), "*fp32"),
+    **dict.fromkeys(("moved", "held"), "*fp32"),
     **dict.fromkeys(("matrix", "dct_h", "dct_w", "colour", "partial"), "*fp32"),
     **dict.fromkeys(("norms", "moments", "gram", "rhs", "low", "high", "scale", "errors"), "*fp64"),
-    **dict.fromkeys(("window", "bands", "rows", "place", "gap", "diverged"), "*i64"),
+    **dict.fromkeys(("window", "bands", "rows", "place", "gap", "diverged", "before", "skip"), "*i64"),
     **dict.fromkeys(("beta", "pull", "rtol", "tolerance", "contraction", "growth"), "fp32"),
 }
 ALIGNED = {"size", "plane", "height", "width", "length", "other"}  # integers divisible by 16 where a sample's sides are
@@ -86,6 +87,9 @@ CASES = [
     Case("secant_slope_kernel", {"BLOCK": 512}, 4),
     Case("fill_gaps_kernel", {"BLOCK": 512}, 4, 5, 1),
     Case("fill_gaps_kernel", {"BLOCK": 512}, 4, aligned=False),
+    Case("extend_kernel", {"IMPLICIT": False, "BLOCK": 512}, 4, 5, 2),
+    Case("extend_kernel", {"IMPLICIT": True, "BLOCK": 512, "z": None}, 4, 3, 2),
+    Case("extend_kernel", {"IMPLICIT": False, "BLOCK": 512}, 4, aligned=False),
     Case("progress_kernel", {"IMPLICIT": False, "BLOCK": 64}, 1),
     Case("progress_kernel", {"IMPLICIT": True, "BLOCK": 256, "gap": None}, 1),
     Case("anderson_gram_kernel", {"LENGTH": 6, "COUNT": 1, "BLOCK": 512}, 1, 8),

@@ -14,7 +14,8 @@ import deqkern
 from deqkern import NoiseSchedule, slopes, solvers
 from deqkern.network import Network
 from deqkern.schedule import StepTable
-from deqkern.trajectory import Trajectory, start
+from deqkern.solve import Solve
+from deqkern.trajectory import start
 
 SHAPE, STEPS = (2, 3, 4), 12
 SCHEDULES = {
@@ -82,29 +83,57 @@ def test_an_inversion_goes_on_along_its_chain_too() -> None:
     assert found.residual_history.gather(0, entered[None])[0, :-1].max() <= 1e-7
 
 
-def begun(solver: solvers.Solver, **options: Any) -> tuple[Trajectory, Tensor]:
-    """A trajectory whose sample 1 is to go on from step 3, and its states as they were."""
+def begun(solver: solvers.Solver, **options: Any) -> tuple[Solve, Tensor]:
+    """A solve after its first iteration, and the states as they were before it."""
     schedule = SCHEDULES["epsilon"]
     model = gaussian(schedule, SHAPE, torch.Generator().manual_seed(1))
     noise, table = torch.randn(2, *SHAPE), schedule.steps(STEPS)
     trajectory = start(Network(model, table, {}, noise), noise, table, solver, **options)
-    before = trajectory.x.clone()
-    trajectory.extend(1, range(3, 7), *torch.randn(2, trajectory.basis.size))
-    return trajectory, before
+    before, solving = trajectory.x.clone(), Solve(trajectory, solver, rtol=0.0)
+    solving.iterate()
+    return solving, before
 
 
-def test_only_the_states_of_new_steps_of_that_sample_change() -> None:
-    trajectory, before = begun(solvers.default())
-    changed = (trajectory.x != before).any(-1)
-    assert changed[:, 1].nonzero().flatten().tolist() == [4, 5, 6, 7] and not changed[:, 0].any()
+def test_only_the_states_of_new_steps_are_guessed() -> None:
+    solving, before = begun(solvers.default(window=3))
+    ends = solving.window[:, 1].tolist()
+    assert all(3 < end < STEPS for end in ends)
+    changed = (solving.trajectory.x != before).any(-1)
+    for b, end in enumerate(ends):
+        assert changed[:, b].nonzero().flatten().tolist() == list(range(1, end + 1))
 
 
 def test_a_constant_start_goes_on_with_the_last_state() -> None:
-    trajectory, before = begun(replace(solvers.picard(), slope=slopes.Gaussian()))
-    assert torch.equal(trajectory.x[4:8, 1], before[3, 1].expand(4, -1))
+    solving, _ = begun(replace(solvers.picard(window=3), slope=slopes.Gaussian()))
+    for b, end in enumerate(solving.window[:, 1].tolist()):
+        assert end > 3
+        states = solving.trajectory.x[3 : end + 1, b]
+        assert torch.equal(states, states[:1].expand_as(states))
 
 
 def test_a_given_guess_stays_and_so_do_the_states_of_a_gradient() -> None:
     for options in ({"guess": torch.randn(STEPS + 1, 2, *SHAPE)}, {"noisy": False}):
-        trajectory, before = begun(solvers.default(), **options)
-        assert torch.equal(trajectory.x, before)
+        solving, before = begun(solvers.default(window=3), **options)
+        assert torch.equal(solving.trajectory.x[4:], before[4:])
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("implicit", [False, True])
+def test_the_first_guess_is_the_chain_of_the_initial_slope(eta: float, order: int, implicit: bool) -> None:
+    if implicit and (eta or order == 2):
+        pytest.skip("such steps have no reverse")
+    table = SCHEDULES["v_prediction"].steps(STEPS, eta=eta, order=order, sigma_min=0.1 if implicit else None)
+    table = table.reversed() if implicit else table
+    solver, noise = solvers.Solver(slopes.Gaussian(0.5), basis="identity"), torch.randn(2, *SHAPE).double()
+    step_noise = torch.randn(STEPS, *noise.shape).double() if eta else None
+    zero = Network(lambda x, t: 0 * x, table, {}, noise)
+    found = start(zero, noise, table, solver, step_noise=step_noise)
+    slope = slopes.slope_of(table, solver.slope.initial(table, found.basis))[:, 0].tolist()
+    states, output = [noise.flatten(1)], torch.zeros(2, 24).double()
+    for i in range(STEPS):
+        a, b, c, n = (float(values[i]) for values in (table.a, table.b, table.c, table.n))
+        before, output = output, slope[i] * states[-1]
+        state = a * states[-1] / (1 - b * slope[i]) if implicit else a * states[-1] + b * output + c * before
+        states.append(state if step_noise is None else state + n * step_noise[i].flatten(1))
+    torch.testing.assert_close(found.x, torch.stack(states))

@@ -13,6 +13,7 @@ namespace deqkern {
   void band_moments(const BandMoments&);       \
   void secant_slope(const SecantSlope&);       \
   void fill_gaps(const FillGaps&);             \
+  void extend(const Extend&);                  \
   void anderson_gram(const AndersonGram&);     \
   void anderson_solve(const AndersonSolve&);   \
   void anderson_mix(const AndersonMix&);       \
@@ -24,6 +25,7 @@ namespace deqkern {
                                         ISA::band_moments,   \
                                         ISA::secant_slope,   \
                                         ISA::fill_gaps,      \
+                                        ISA::extend,         \
                                         ISA::anderson_gram,  \
                                         ISA::anderson_solve, \
                                         ISA::anderson_mix,   \

@@ -6,6 +6,7 @@
 #include "../band_moments.h"
 #include "../dct2.h"
 #include "../ddim_scan.h"
+#include "../extend.h"
 #include "../fill_gaps.h"
 #include "../progress.h"
 #include "../secant_slope.h"
@@ -19,6 +20,7 @@ struct Kernels {
   void (*band_moments)(const BandMoments&);
   void (*secant_slope)(const SecantSlope&);
   void (*fill_gaps)(const FillGaps&);
+  void (*extend)(const Extend&);
   void (*anderson_gram)(const AndersonGram&);
   void (*anderson_solve)(const AndersonSolve&);
   void (*anderson_mix)(const AndersonMix&);

@@ -29,6 +29,7 @@ __all__ = [
     "band_moments",
     "dct2",
     "ddim_scan",
+    "extend",
     "fill_gaps",
     "progress",
     "secant_slope",
@@ -163,6 +164,37 @@ def fill_gaps(x: Tensor, slope: Tensor, bands: Tensor, rows: Tensor, weights: Te
 
 
 @_documented
+def extend(
+    x: Tensor,
+    moved: Tensor,
+    e: Tensor,
+    z: Tensor | None,
+    held: Tensor,
+    n: Tensor,
+    before: Tensor,
+    window: Tensor,
+    skip: Tensor,
+    beta: float,
+    implicit: bool,
+) -> None:
+    dtype, device = check.state("x", x), x.device
+    shape = check.sizes("e", e, 3)
+    steps, batch, size = shape
+    check.array("x", x, (steps + 1, batch, size), dtype, device)
+    check.array("moved", moved, shape, dtype, device)
+    check.array("e", e, shape, dtype, device)
+    if z is not None:
+        check.array("z", z, shape, dtype, device)
+    check.array("held", held, (4, steps), dtype, device)
+    check.array("n", n, (steps,), dtype, device)
+    check.array("before", before, (batch, 2), torch.int64, device)
+    check.array("window", window, (batch, 2), torch.int64, device)
+    check.array("skip", skip, (batch,), torch.int64, device)
+    check.real("beta", beta)
+    _extend(x, moved, e, z, held, n, before, window, skip, beta, implicit)
+
+
+@_documented
 def anderson_gram(g_ring: Tensor, head: int, count: int, window: Tensor, gram: Tensor, rhs: Tensor) -> None:
     dtype, device = check.state("g_ring", g_ring), g_ring.device
     size, steps, batch = _ring("g_ring", g_ring, dtype, device, head, count, 1)
@@ -258,6 +290,7 @@ unchecked = SimpleNamespace(
     ddim_scan=torch.ops.deqkern.ddim_scan.default,
     band_moments=torch.ops.deqkern.band_moments.default,
     fill_gaps=torch.ops.deqkern.fill_gaps.default,
+    extend=torch.ops.deqkern.extend.default,
     progress=torch.ops.deqkern.progress.default,
     anderson_gram=torch.ops.deqkern.anderson_gram.default,
     anderson_solve=torch.ops.deqkern.anderson_solve.default,
@@ -269,6 +302,7 @@ _ddim_scan = torch.ops.deqkern.ddim_scan.default
 _band_moments = torch.ops.deqkern.band_moments.default
 _secant_slope = torch.ops.deqkern.secant_slope.default
 _fill_gaps = torch.ops.deqkern.fill_gaps.default
+_extend = torch.ops.deqkern.extend.default
 _progress = torch.ops.deqkern.progress.default
 _anderson_gram = torch.ops.deqkern.anderson_gram.default
 _anderson_solve = torch.ops.deqkern.anderson_solve.default

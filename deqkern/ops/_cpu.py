@@ -125,6 +125,36 @@ def fill_gaps(x: Tensor, slope: Tensor, bands: Tensor, rows: Tensor, weights: Te
     )
 
 
+def extend(
+    x: Tensor,
+    moved: Tensor,
+    e: Tensor,
+    z: Tensor | None,
+    held: Tensor,
+    n: Tensor,
+    before: Tensor,
+    window: Tensor,
+    skip: Tensor,
+    beta: float,
+    implicit: bool,
+) -> None:
+    _C.extend(
+        x.data_ptr(),
+        moved.data_ptr(),
+        e.data_ptr(),
+        0 if z is None else z.data_ptr(),
+        held.data_ptr(),
+        n.data_ptr(),
+        before.data_ptr(),
+        window.data_ptr(),
+        skip.data_ptr(),
+        *e.shape,
+        beta,
+        implicit,
+        get_num_threads(),
+    )
+
+
 def anderson_gram(g_ring: Tensor, head: int, count: int, window: Tensor, gram: Tensor, rhs: Tensor) -> None:
     ring, steps, batch, size = g_ring.shape
     _C.anderson_gram(

@@ -28,6 +28,7 @@ OPS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "band_moments": ("dx", {"": ("moments",)}),
     "secant_slope": ("slope", {"": ("slope",)}),
     "fill_gaps": ("x", {"": ("e",)}),
+    "extend": ("x", {"": ("x", "moved")}),
     "anderson_gram": ("g_ring", {"": ("gram", "rhs")}),
     "anderson_solve": ("gamma", {"": ("gamma",)}),
     "anderson_mix": ("f_ring", {"": ("out",)}),

@@ -174,6 +174,46 @@ def fill_gaps(
     outputs[row] = output + bend * (states[row] - y)
 
 
+def extend(
+    x: Tensor,  # (S+1, B, D), updated
+    moved: Tensor,  # (S, B, D), updated: the last correction of the states that the model was called at
+    e: Tensor,  # (S, B, D), the model's output before that correction
+    z: Tensor | None,  # (S, B, D)
+    held: Tensor,  # (4, S): keep, pull, of_x, of_out
+    n: Tensor,  # (S,)
+    before: Tensor,  # (B, 2) int64, the window of that correction
+    window: Tensor,  # (B, 2) int64, the window that follows
+    skip: Tensor,  # (B,) int64: 1 for a sample that stays as it is
+    beta: float,
+    implicit: bool,
+) -> None:
+    """A guess of where the steps lead that come into a window, before[b, 1] <= i < window[b, 1]: x0 is held.
+
+        x[i+1] = keep[i] x[i] + pull[i] x0 + n[i] z[i],     moved[i] = 0
+        x0 = of_x[l] y + of_out[l] e[l],                    l = before[b, 1] - 1, the last step of the window before
+        y = x[l] - t moved[l], implicit: x[l+1] - beta moved[l]           the state that the model was called at
+
+    t is how far step l was moved along its correction: 0 if it was the first of its window, 1 if the second, else beta.
+    A window that had no last step, l < 0, is not extended.
+    """
+    keep, pull, of_x, of_out = held
+    samples = torch.arange(x.shape[1], device=x.device)
+    begin, end = before.unbind(1)
+    last, place = (end - 1).clamp_min(0), end - begin
+    share = torch.where(place == 1, 0.0, torch.where(place == 2, 1.0, beta)).to(x.dtype)
+    share = torch.full_like(share, beta) if implicit else share
+    correction = torch.where(share[:, None] == 0, 0.0, moved[last, samples])
+    y = x[last + int(implicit), samples] - share[:, None] * correction
+    x0 = of_x[last, None] * y + of_out[last, None] * e[last, samples]
+    for i in range(len(e)):
+        new = ((i >= end) & (i < window[:, 1]) & (end > 0) & (skip == 0))[:, None]  # (B, 1)
+        guess = keep[i] * x[i] + pull[i] * x0
+        if z is not None:
+            guess = guess + n[i] * z[i]
+        x[i + 1] = torch.where(new, guess, x[i + 1])
+        moved[i] = torch.where(new, 0.0, moved[i])
+
+
 def anderson_gram(
     g_ring: Tensor,  # (m+1, S, B, D), the last corrections
     head: int,  # the newest is g_ring[head], the one before it g_ring[head-1], and so on around the ring

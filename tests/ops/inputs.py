@@ -29,6 +29,7 @@ WRITTEN = {
     "anderson_mix": ("out",),
     "secant_slope": ("slope",),
     "fill_gaps": ("e",),
+    "extend": ("x", "moved"),
     "progress": ("errors", "window", "diverged"),
 }
 HAS_CUDA = torch.cuda.is_available()
@@ -42,6 +43,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "band_moments": ("triton",),
     "secant_slope": ("triton",),
     "fill_gaps": ("triton",),
+    "extend": ("triton",),
     "anderson_gram": ("triton",),
     "anderson_solve": ("cuda", "lanes"),
     "anderson_mix": ("triton",),
@@ -264,6 +266,41 @@ def fill_gaps(steps: int, batch: int, size: int, count: int) -> Arguments:
     }
 
 
+def extend(steps: int, batch: int, size: int, first: int = 0, noise: bool = True, implicit: bool = False) -> Arguments:
+    """Windows that go on to the end, by one step, not at all, that had none before, or of a sample that stays."""
+    middle = steps // 2
+    kinds = [
+        ((0, middle), (middle, steps), 0),
+        ((max(middle - 1, 0), middle), (middle, min(middle + 1, steps)), 0),
+        ((max(middle - 2, 0), middle), (1, steps), 0),
+        ((0, steps), (steps, steps), 0),
+        ((0, 0), (0, steps), 0),
+        ((0, middle), (0, steps), 1),
+    ]
+    chosen = [kinds[(first + sample) % len(kinds)] for sample in range(batch)]
+    x, (moved, e, z) = torch.full((steps + 1, batch, size), NAN), torch.full((3, steps, batch, size), NAN)
+    for b, ((begin, end), (_, after), skipped) in enumerate(chosen):
+        if 0 < end < after and not skipped:
+            x[end - 1 + implicit : end + 1, b] = torch.randn(2 - implicit, size)
+            e[end - 1, b] = torch.randn(size)
+            z[end:after, b] = torch.randn(after - end, size)
+            if implicit or end - begin > 1:  # it was moved
+                moved[end - 1, b] = torch.randn(size)
+    return {
+        "x": x,
+        "moved": moved.clone(),
+        "e": e.clone(),
+        "z": z.clone() if noise else None,
+        "held": torch.randn(4, steps),
+        "n": torch.rand(steps),
+        "before": torch.tensor([before for before, _, _ in chosen]),
+        "window": torch.tensor([after for _, after, _ in chosen]),
+        "skip": torch.tensor([skipped for _, _, skipped in chosen]),
+        "beta": 0.7,
+        "implicit": implicit,
+    }
+
+
 def _ring(steps: int, batch: int, size: int, history: int, head: int, count: int, window: Tensor) -> Tensor:
     """(m+1, S, B, D), with NaN where nothing may be read: outside the windows and beyond the age `count`."""
     ring = torch.randn(history + 1, steps, batch, size)
@@ -416,6 +453,8 @@ def large(op: str) -> Arguments:
         return dct2(24, 3, 32, 32, inverse=False)
     if op in ("ddim_scan", "band_moments", "fill_gaps"):
         return globals()[op](50, 3, 3072, 24)
+    if op == "extend":
+        return extend(50, 5, 3072)
     if op == "anderson_solve":
         return anderson_solve(20, 10, 16)
     if op == "secant_slope":
@@ -439,6 +478,8 @@ def example(op: str) -> Arguments:
         arguments = secant_slope(4, 1, 3)
     elif op == "fill_gaps":
         arguments = fill_gaps(4, 1, 10, 3)
+    elif op == "extend":
+        arguments = extend(4, 1, 10)
     elif op == "progress":
         arguments = progress(4, 1, gaps=True)
     else:

@@ -50,6 +50,7 @@ SIZES_FROM = {
     "anderson_mix": "f_ring",
     "secant_slope": "slope",
     "fill_gaps": "e",
+    "extend": "e",
     "progress": "norms",
 }
 OTHERS = [(op, name) for op, name in TENSORS if SIZES_FROM[op] != name]
@@ -104,6 +105,7 @@ STATE = [
     *[("dct2", name) for name in ("dct_h", "dct_w", "colour")],
     *[("ddim_scan", name) for name in ("z", "a", "b", "c", "n", "slope", "f", "g")],
     *[("fill_gaps", name) for name in ("slope", "weights", "e")],
+    *[("extend", name) for name in ("moved", "e", "z", "held", "n")],
     ("anderson_mix", "gamma"),
     ("anderson_mix", "out"),
 ]
@@ -117,7 +119,7 @@ def test_another_dtype_than_the_state(op: str, name: str) -> None:
 @pytest.mark.parametrize(("op", "name"), [*FLOATING], ids="-".join)
 def test_half_precision_is_for_what_the_model_touches(op: str, name: str) -> None:
     arguments = inputs.example(op) | {name: inputs.example(op)[name].bfloat16()}
-    if name in ("e", "e_prev", "image") and op != "fill_gaps":
+    if name in ("e", "e_prev", "image") and op not in ("fill_gaps", "extend"):
         getattr(ops, op)(**arguments)
     else:
         refused(op, name, arguments[name], TypeError)
@@ -171,6 +173,7 @@ def test_ridges(name: str, value: Any, error: type[Exception]) -> None:
 )
 def test_beta(value: Any, error: type[Exception]) -> None:
     refused("ddim_scan", "beta", value, error)
+    refused("extend", "beta", value, error)
 
 
 def test_a_whole_number_is_a_real_one() -> None:

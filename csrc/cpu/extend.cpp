@@ -1,0 +1,65 @@
+// One pass over the new states of each sample; a task is a piece of one sample, and x0 stays in registers.
+#include "../extend.h"
+
+#include "simd.h"
+
+namespace deqkern {
+namespace DEQKERN_ISA {
+namespace {
+
+constexpr int64_t kPiece = 4096;  // elements
+
+struct Steps {
+  int64_t begin, end;
+  float share;  // of its correction that the state was moved by
+};
+
+DEQKERN_INLINE Steps new_steps(const Extend& op, int64_t b) {
+  const Window before = window_of(op.before, b, op.S), window = window_of(op.window, b, op.S);
+  const bool none = op.skip[b] != 0 || before.end <= 0;
+  const int64_t place = before.end - before.begin;
+  const float explicit_share = place == 1 ? 0.f : place == 2 ? 1.f : op.beta;
+  return {before.end, none ? 0 : window.end, op.implicit ? op.beta : explicit_share};
+}
+
+template <bool kWhole>
+DEQKERN_INLINE void extend_lanes(const Extend& op, const Steps& steps, int64_t at, int lanes) {
+  const int64_t row = op.B * op.D, last = steps.begin - 1;
+  vec x = load_lanes<kWhole>(op.x + steps.begin * row + at, lanes);
+  vec y = op.implicit ? x : load_lanes<kWhole>(op.x + last * row + at, lanes);
+  if (steps.share != 0.f) y -= steps.share * load_lanes<kWhole>(op.moved + last * row + at, lanes);
+  const vec x0 =
+      op.held[2 * op.S + last] * y + op.held[3 * op.S + last] * load_lanes<kWhole>(op.e + last * row + at, lanes);
+  for (int64_t i = steps.begin; i < steps.end; ++i) {
+    x = op.held[i] * x + op.held[op.S + i] * x0;
+    if (op.z) x += op.n[i] * load_lanes<kWhole>(op.z + i * row + at, lanes);
+    store_lanes<kWhole>(op.x + (i + 1) * row + at, x, lanes);
+    store_lanes<kWhole>(op.moved + i * row + at, vec{}, lanes);
+  }
+}
+
+}  // namespace
+
+void extend(const Extend& op) {
+  const int64_t pieces = ceil_div(op.D, kPiece), tasks = op.B * pieces;
+  int64_t rows = 0;
+  for (int64_t b = 0; b < op.B; ++b) {
+    const Steps steps = new_steps(op, b);
+    rows += larger(steps.end - steps.begin, 0);
+  }
+  if (rows == 0) return;
+  const int team = team_size(op.threads, tasks, 3 * rows * op.D);
+#pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
+  for (int64_t task = 0; task < tasks; ++task) {
+    const int64_t b = task / pieces, first = task % pieces * kPiece;
+    const Steps steps = new_steps(op, b);
+    if (steps.end <= steps.begin) continue;
+    const int64_t end = b * op.D + smaller(first + kPiece, op.D);
+    int64_t at = b * op.D + first;
+    for (; at + kLanes <= end; at += kLanes) extend_lanes<true>(op, steps, at, 0);
+    if (at < end) extend_lanes<false>(op, steps, at, static_cast<int>(end - at));
+  }
+}
+
+}  // namespace DEQKERN_ISA
+}  // namespace deqkern
