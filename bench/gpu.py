@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import networks
+import numpy as np
 import registry
 import torch
 import typer
@@ -237,7 +238,7 @@ def measure_iterations(clock: Clock, size: Size) -> Iterator[Row]:
         table = SCHEDULE.steps(size.steps)
         system = trajectory.start(network.Network(lambda x, t: x, table, {}, noise), noise, table, solver)
         iteration = _Iteration(system, solver, 0.0)
-        system.select(torch.arange(size.steps * size.batch))
+        system.select(np.arange(size.steps * size.batch))
         opened = iteration.work.window.clone()
 
         def run(k: int, i: _Iteration = iteration, w: Tensor = opened) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
 from convergence import NEVER, TOLERANCES, number
@@ -59,14 +60,14 @@ class Problem:
 
     def outputs(self, x: Tensor) -> Tensor:  # (S+1, B, D) -> (S, B, D)
         self.trajectory.x.copy_(x)
-        self.trajectory.select(torch.arange(self.steps * self.batch))
+        self.trajectory.select(np.arange(self.steps * self.batch))
         out = torch.empty_like(x[1:])
         self.trajectory.evaluate(out)
         return out
 
     def output(self, x: Tensor, i: int) -> Tensor:  # (B, D)
         self.trajectory.x[i] = x
-        self.trajectory.select(torch.arange(i * self.batch, (i + 1) * self.batch))
+        self.trajectory.select(np.arange(i * self.batch, (i + 1) * self.batch))
         out = torch.empty_like(self.first[1:])
         self.trajectory.evaluate(out)
         return out[i]

@@ -174,7 +174,7 @@ def _fill_gaps(size: Size) -> Callable[[torch.device], Arguments]:
             "slope": torch.rand(size.steps, size.batch, len(bands) - 1, device=device),
             "bands": bands,
             "rows": rows,
-            "weights": torch.rand(rows.shape[1], 8, device=device),
+            "path": torch.rand(6, size.steps, dtype=torch.float64, device=device),
             "e": _states(size, device),
         }
 

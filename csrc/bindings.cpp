@@ -115,7 +115,7 @@ void secant_slope(Address moments, Address low, Address high, Address slope, int
                           S, B, K, pull});
 }
 
-void fill_gaps(Address x, Address slope, Address bands, Address rows, Address weights, Address e, int64_t S, int64_t B,
+void fill_gaps(Address x, Address slope, Address bands, Address rows, Address path, Address e, int64_t S, int64_t B,
                int64_t D, int64_t K, int64_t N, int threads) {
   require(S >= 0 && B >= 0 && D >= 0 && K >= 0 && N >= 0, "sizes must not be negative");
   if (S == 0 || B == 0 || K == 0 || N == 0) return;
@@ -124,7 +124,7 @@ void fill_gaps(Address x, Address slope, Address bands, Address rows, Address we
               pointer<const float>(slope, true, "slope"),
               pointer<const int64_t>(bands, true, "bands"),
               pointer<const int64_t>(rows, true, "rows"),
-              pointer<const float>(weights, true, "weights"),
+              pointer<const double>(path, true, "path"),
               pointer<float>(e, data, "e"),
               S, B, D, K, N, threads};
   check_bands(op.bands, K, D);
@@ -252,7 +252,7 @@ PYBIND11_MODULE(_C, module) {
              arg("moments"), arg("S"), arg("B"), arg("D"), arg("K"), arg("threads"));
   module.def("secant_slope", &secant_slope, NoGil(), arg("moments"), arg("low"), arg("high"), arg("slope"), arg("S"),
              arg("B"), arg("K"), arg("pull"));
-  module.def("fill_gaps", &fill_gaps, NoGil(), arg("x"), arg("slope"), arg("bands"), arg("rows"), arg("weights"),
+  module.def("fill_gaps", &fill_gaps, NoGil(), arg("x"), arg("slope"), arg("bands"), arg("rows"), arg("path"),
              arg("e"), arg("S"), arg("B"), arg("D"), arg("K"), arg("N"), arg("threads"));
   module.def("extend", &extend, NoGil(), arg("x"), arg("moved"), arg("e"), arg("z"), arg("held"), arg("n"),
              arg("before"), arg("window"), arg("skip"), arg("S"), arg("B"), arg("D"), arg("beta"), arg("implicit"),

@@ -1,21 +1,25 @@
-// The outputs of steps that were not evaluated, between those of two evaluated steps of the same sample.
+// The outputs of steps i that were not evaluated, from those of steps l < i < r of the same sample that were.
 //
-//   y = w0 x[left] + w1 e[left] + w2 x[right] + w3 e[right]
-//   e[row] = w4 x[left] + w5 e[left] + w6 x[right] + w7 e[right] + slope[row] (x[row] - y)
+//   x0[j] = of_x[j] x[j] + of_out[j] e[j],                   j = l, r
+//   q = (level[i] - level[l]) / (level[r] - level[l]),       0 / 0 is 0
+//   x0[i] = (1 - q) x0[l] + q x0[r]
+//   p = pulls[i] - pulls[l],   p_r = (lifts[i] - lifts[l] - level[l] p) / (level[r] - level[l])
+//   y = scale[i] (x[l] / scale[l] + (p - p_r) x0[l] + p_r x0[r])
+//   e[i] = (x0[i] - of_x[i] y) / of_out[i] + slope[i] (x[i] - y)
 //
-// No row is among the left or right ones.
+// No i is an l or r.
 #pragma once
 #include <cstdint>
 
 namespace deqkern {
 
 struct FillGaps {
-  const float* x;         // (S+1, B, D)
-  const float* slope;     // (S, B, K)
-  const int64_t* bands;   // (K+1,), from 0 to D, not decreasing
-  const int64_t* rows;    // (3, N), i * B + b: row, left, right
-  const float* weights;   // (N, 8)
-  float* e;               // (S, B, D), updated
+  const float* x;        // (S+1, B, D)
+  const float* slope;    // (S, B, K)
+  const int64_t* bands;  // (K+1,), from 0 to D, not decreasing
+  const int64_t* rows;   // (3, N), step * B + b: of i, l and r
+  const double* path;    // (6, S): scale, pulls, lifts, level, of_x, of_out
+  float* e;              // (S, B, D), updated
   int64_t S, B, D, K, N;
   int threads;
 };

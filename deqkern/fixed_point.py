@@ -18,6 +18,7 @@ from .checks import (
 )
 from .eager import uncompiled
 from .gradients import Implicit, Once, Phantom, named
+from .host import Ints
 from .layout import Layout, State
 from .network import leaves, pull
 from .ops._dispatch import requested_backends, use_backend
@@ -137,7 +138,7 @@ class _Step(Trajectory):
     def where(self, steps: Tensor) -> str:
         return ""
 
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows: Ints) -> None:
         super().select(rows)
         self._counts = torch.ones_like(self.nfe)  # the map sees all of the batch
 

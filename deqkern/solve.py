@@ -9,16 +9,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import ops
 from .capture import CapturedIterations
 from .eager import uncompiled
+from .host import Bools, Ints, Mailbox, on_device
 from .planning import Plan
 from .slopes import Secant, slope_of
 from .solvers import Solver
-from .thinning import PATIENCE, Gaps, Thinning, active, thins
+from .thinning import PATIENCE, Thinning, active, gaps, moves, thins
 from .trajectory import Trajectory
 
 Callback = Callable[[int, Tensor, Tensor], None]
@@ -134,9 +136,10 @@ class _Iteration:
         self.any_fallen = False
         held = trajectory.held() if self.size < steps else None
         self.held = None if held is None else held.to(device, x.dtype)  # (4, S), if windows move on
-        self.gaps: tuple[Tensor, Tensor] | None = None  # what `thin` was told, on the device
-        self.gap: Tensor | None = None
-        self.unmeasured: Tensor | None = None
+        self.path = torch.empty(0)  # (6, S), with thinning
+        self.gap: Tensor | None = None  # (B,), and of all that are not evaluated:
+        self.gap_rows: Tensor | None = None  # (3, N)
+        self.unmeasured: Tensor | None = None  # (S, B, 1, 1)
 
     def phase(self, k: int) -> tuple[int, ...]:
         """Iterations k > 0 of one phase launch the same kernels on the same memory."""
@@ -152,16 +155,18 @@ class _Iteration:
         self.trajectory.evaluate(self.outputs(k))
         self.update(k)
 
-    def thin(self, gaps: Gaps, unmeasured: Tensor) -> None:
-        """The next iteration interpolates the outputs of `gaps`, and takes no secant of steps `unmeasured` (S, B)."""
+    def thin(self, open_steps: Bools, evaluated: Bools, unmeasured: Bools) -> None:
+        """The next iteration interpolates the outputs of open steps that are not evaluated (S, B),
 
-        def placed(value: Tensor) -> Tensor:
-            return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value
-
-        device, skipped = self.slope.device, gaps.rows.shape[1] > 0
-        self.gaps = (placed(gaps.rows), placed(gaps.weights.to(self.slope.dtype))) if skipped else None
-        self.gap = placed(gaps.first) if skipped else None
-        self.unmeasured = placed(unmeasured)[..., None, None] if bool(unmeasured.any()) else None
+        and takes no secant of steps `unmeasured` (S, B).
+        """
+        device, batch, self.gap, self.gap_rows = self.slope.device, self.trajectory.batch, None, None
+        if not np.array_equal(open_steps, evaluated):
+            first, rows = gaps(open_steps, evaluated)
+            place = batch + batch % 2  # kernels are compiled for pointers that are divisible by 16, or again
+            sent = on_device(np.concatenate([first, first[: place - batch], rows.ravel()]), device)  # one copy
+            self.gap, self.gap_rows = sent[:batch], sent[place:].view(3, -1)
+        self.unmeasured = on_device(unmeasured, device)[..., None, None] if unmeasured.any() else None
 
     def update(self, k: int) -> None:
         """Iteration k once its `outputs` are there."""
@@ -177,8 +182,8 @@ class _Iteration:
             solver.slope.refine(self.slope, work.moments, self.low, self.high)
         if self.any_fallen:
             self.slope.copy_(torch.where(self.fallen_back[:, None], self.frozen, self.slope))
-        if self.gaps is not None:
-            op.fill_gaps(x, self.slope, bands, *self.gaps, e)
+        if self.gap_rows is not None:
+            op.fill_gaps(x, self.slope, bands, self.gap_rows, self.path, e)
         head = k % (m + 1)
         f, g = work.f_ring[head], work.g_ring[head]
         op.ddim_scan(
@@ -224,17 +229,17 @@ class _Iteration:
             rest = torch.full_like(self.work.window, self.trajectory.steps)
             self.extend(ops, count - 1, rest, self.fallen_back.long())
 
-    def fall_back(self, diverged: Tensor, window: Tensor, evaluated: Tensor, k: int) -> None:
+    def fall_back(self, diverged: Bools, window: Ints, evaluated: Bools, k: int) -> None:
         """Go on with plain iteration for the samples `diverged` (B,), from the first state that is exact.
 
-        window: (B, 2), what was active in iteration k; evaluated: (S, B) bool. All are on the CPU. Raises ValueError if
-        it was the map that gave NaN or infinity, at a state that was no overshoot.
+        window: (B, 2), what was active in iteration k; evaluated: (S, B). Raises ValueError if it was the map that gave
+        NaN or infinity, at a state that was no overshoot.
         """
         x, work = self.trajectory.x, self.work
-        for b in diverged.nonzero().flatten().tolist():
+        for b in np.flatnonzero(diverged).tolist():
             begin, end = window[b].tolist()
             exact = begin if self.implicit else begin + 1
-            bad = evaluated[begin:end, b] & ~self.outputs(k)[begin:end, b].isfinite().all(-1).cpu()
+            bad = torch.from_numpy(evaluated[begin:end, b]) & ~self.outputs(k)[begin:end, b].isfinite().all(-1).cpu()
             if not self.implicit:  # the map was called at x[i], of which norms hold |x[i+1]|^2
                 bad[1:] &= work.norms[begin : end - 1, b, 2].sqrt().cpu() <= OVERSHOOT * self.scale[b].cpu()
             if bad.any():
@@ -244,34 +249,11 @@ class _Iteration:
             x[exact + 1 :, b] = x[exact, b]
             if self.solver.history_size:  # what is not finite would get through a weight of zero
                 work.f_ring[:, :, b] = 0.0
-        fallen = (diverged != 0).to(x.device)
+        fallen = torch.from_numpy(diverged).to(x.device)
         # how fast it converged, and how near it had come, were those of another iteration
         work.errors[:, 1:4] = torch.where(fallen[:, None], work.fresh[1:4], work.errors[:, 1:4])
         self.fallen_back |= fallen
         self.any_fallen = True
-
-
-class _Mailbox:
-    """What the host sees of the iterations: a few small copies, and the one wait, between two iterations.
-
-    The alternative, to read it an iteration late, costs a whole iteration of model evaluations after the last one.
-    """
-
-    def __init__(self, *sent: Tensor) -> None:
-        self.sent, self.on_gpu = sent, sent[0].is_cuda
-        if self.on_gpu:
-            self.hosts = [torch.empty_like(value, device="cpu", pin_memory=True) for value in sent]
-            self.arrived = torch.cuda.Event()
-
-    def read(self) -> list[Tensor]:
-        """What was `sent`, on the CPU."""
-        if not self.on_gpu:
-            return [value.clone() for value in self.sent]
-        for host, value in zip(self.hosts, self.sent, strict=True):
-            host.copy_(value, non_blocking=True)
-        self.arrived.record(torch.cuda.current_stream(self.sent[0].device))
-        self.arrived.synchronize()
-        return [host.clone() for host in self.hosts]
 
 
 def warn_unless_converged(solution: Solution, of: str = "") -> None:
@@ -290,26 +272,11 @@ def relative_error(value: Tensor, reference: Tensor) -> Tensor:
     return (value - reference).norm(dim=1) / reference.norm(dim=1)
 
 
-def _rows(chosen: Tensor) -> Tensor:
-    """Flat indices i * B + b of the (step, sample) pairs `chosen` (S, B) bool, in the order of the steps."""
-    return chosen.flatten().nonzero().flatten()
-
-
 def _residuals(norms: Tensor, evaluated: Tensor) -> Tensor:
     """`Solution.residual_history` from the norms (iterations, S, B, 3) of scans, and what was evaluated for them."""
     residual, _, state = norms.sqrt().unbind(-1)
     relative = torch.where(residual == 0, 0.0, (residual / state).nan_to_num(torch.inf, torch.inf))
     return torch.where(evaluated.to(norms.device), relative, torch.nan)
-
-
-def _moves(norms: Tensor) -> Tensor:
-    """By what share of itself each state moved where a step begins (S, B), from the norms (S, B, 3) of a scan.
-
-    The first state never moves; one that no scan has come to counts as moving without bound.
-    """
-    _, correction, state = norms.unbind(-1)
-    moved = torch.where(state > 0, (correction / state).sqrt(), torch.inf).nan_to_num(torch.inf, torch.inf)
-    return torch.cat([torch.zeros_like(moved[:1]), moved[:-1]])
 
 
 def _stacked(values: list[Tensor], like: Tensor) -> Tensor:
@@ -335,22 +302,23 @@ class Solve:
     ) -> None:
         self.trajectory, self.rtol = trajectory, rtol
         thinned = trajectory.thins and thins(trajectory.steps, solver.thinning) and not cuda_graph
-        self.thinning = Thinning(trajectory.table, solver.thinning, rtol) if thinned else None
+        self.thinning: Thinning | None = None
         self.iteration = _Iteration(trajectory, solver, rtol)
         work = self.iteration.work
+        self.mailbox = Mailbox(work.status, work.norms) if thinned else Mailbox(work.status)
         if thinned:
+            self.thinning = Thinning(trajectory.table, solver.thinning, rtol)
+            self.iteration.path = self.thinning.path.to(trajectory.x.device)
             trajectory.reserve(self.iteration.size * trajectory.batch)
-        self.mailbox = _Mailbox(work.status, work.norms) if thinned else _Mailbox(work.status)
         self.captured = CapturedIterations(self.iteration, trajectory.x.device) if cuda_graph else None
         self.history: list[Tensor] = []
         self.nfe: list[Tensor] = []
         self.norms: list[Tensor] = []
-        self.evaluated: list[Tensor] = []  # (S, B) bool, on the CPU
+        self.evaluated: list[Bools] = []  # (S, B)
         self.limit = trajectory.steps if max_iterations is None else max_iterations
-        self.moves = torch.empty(0)  # (S, B), of `_moves`
-        self.ages = torch.zeros(trajectory.steps, trajectory.batch, dtype=torch.int64, device="cpu")  # iterations open
-        self.plain = torch.zeros(trajectory.batch, dtype=torch.bool, device="cpu")  # samples that fell back
-        self.window, _ = self._read()
+        self.ages = np.zeros((trajectory.steps, trajectory.batch), dtype=np.int64)  # iterations that a step was open
+        self.plain = np.zeros(trajectory.batch, dtype=bool)  # samples that fell back
+        self._read()
 
     @property
     def count(self) -> int:
@@ -377,43 +345,46 @@ class Solve:
             evaluated = self._thin(self.thinning, evaluated)
         self.evaluated.append(evaluated)
         if self.captured is None:
-            self.trajectory.select(_rows(evaluated))
+            self.trajectory.select(np.flatnonzero(evaluated))
             return
         # a graph goes on evaluating the rows it was captured with, new steps among them
-        rows = _rows(torch.arange(steps, device="cpu")[:, None] >= self.window[:, 0])
+        rows = np.flatnonzero(np.arange(steps)[:, None] >= self.window[:, 0])
         if 2 * len(rows) <= self.trajectory.selected or not self.count:
             self.trajectory.select(rows)
             self.captured.renew()
 
-    def _thin(self, thinning: Thinning, open_steps: Tensor) -> Tensor:
-        """Which of the open steps (S, B) bool the next iteration evaluates."""
-        self.moves[self.ages >= PATIENCE] = 0.0
+    def _thin(self, thinning: Thinning, open_steps: Bools) -> Bools:
+        """Which of the open steps (S, B) the next iteration evaluates."""
+        moved = self.moved
+        moved[:, self.plain] = 0.0  # plain iteration evaluates all of its steps
+        moved[self.ages >= PATIENCE] = 0.0
         self.ages += open_steps
-        evaluated = thinning.evaluated(self.window, self.moves)
+        evaluated = thinning.evaluated(open_steps, moved)
         measured = evaluated & self.evaluated[-1] if self.evaluated else evaluated
-        self.iteration.thin(thinning.gaps(evaluated, self.window), open_steps & ~measured)
+        self.iteration.thin(open_steps, evaluated, open_steps & ~measured)
         return evaluated
 
     def settle(self) -> None:
         """Wait for what the iteration reached, and take note of it."""
         self.trajectory.count()
-        before, (self.window, diverged) = self.window, self._read()
-        if bool(diverged.any()):
+        before = self.window
+        diverged = self._read()
+        if diverged.any():
             self.iteration.fall_back(diverged, before, self.evaluated[-1], self.count)
         self.history.append(self.iteration.work.errors[:, 0].clone())
         self.nfe.append(self.trajectory.nfe.clone())
         self.norms.append(self.iteration.work.norms.clone())
 
-    def _read(self) -> tuple[Tensor, Tensor]:
-        """The windows (B, 2) and the samples that diverged (B,), on the CPU; and how far the states moved."""
+    def _read(self) -> Bools:
+        """Take note of the windows (B, 2), and of how far the states moved; which samples diverged (B,)."""
         status, *norms = self.mailbox.read()
         batch = len(status) // 3
-        window, diverged = status[: 2 * batch].view(batch, 2), status[2 * batch :]
-        self.plain |= diverged != 0
+        self.window: Ints = status[: 2 * batch].reshape(batch, 2)
         if norms:
-            self.moves = _moves(norms[0])
-            self.moves[:, self.plain] = 0.0  # plain iteration evaluates all of its steps
-        return window, diverged
+            self.moved = moves(norms[0])
+        diverged: Bools = status[2 * batch :] != 0
+        self.plain |= diverged
+        return diverged
 
     @uncompiled
     def value(self, dtype: torch.dtype) -> Tensor:
@@ -430,9 +401,10 @@ class Solve:
         self.iteration.complete(self.count)
         trajectory, history, errors = self.trajectory, self.history, self.iteration.work.errors
         steps, batch = trajectory.steps, trajectory.batch
-        converged = (self.window[:, 0] >= steps).to(trajectory.x.device)
+        converged = torch.from_numpy(self.window[:, 0] >= steps).to(trajectory.x.device)
         estimate, residual = errors[:, 0].clone(), errors[:, 4].clone()
-        norms, evaluated = _stacked(self.norms, self.iteration.work.norms), active(self.window, steps)
+        norms = _stacked(self.norms, self.iteration.work.norms)
+        evaluated = torch.from_numpy(np.stack([active(self.window, steps), *self.evaluated])[1:])
         fallen_back = int(self.plain.sum())
         del self.iteration, self.captured, self.mailbox, errors  # their memory makes room for the states
         states = trajectory.x.new_empty(steps + 1, batch, *trajectory.basis.shape)
@@ -452,7 +424,7 @@ class Solve:
             nfe=trajectory.nfe,
             history=_stacked(history, estimate),
             nfe_history=_stacked(self.nfe, trajectory.nfe),
-            residual_history=_residuals(norms, _stacked(self.evaluated, evaluated)),
+            residual_history=_residuals(norms, evaluated),
             message=message,
         )
 

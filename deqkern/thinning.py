@@ -9,11 +9,12 @@ multiple of sqrt(m), and steps whose states have come to rest are all evaluated.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .host import Bools, Ints, Reals
 from .step_table import StepTable
 
 # A state that moves by more than this share of itself, or has not moved yet, counts as moving by so much.
@@ -27,10 +28,23 @@ APPROACH = 2
 PATIENCE = 8
 
 
-def active(windows: Tensor, steps: int) -> Tensor:
-    """Whether a step is in the window of a sample (.., S, B) bool, for windows (.., B, 2), on the CPU."""
-    index = torch.arange(steps, device="cpu")[:, None]
-    return (index >= windows[..., None, :, 0]) & (index < windows[..., None, :, 1])
+def active(windows: Ints, steps: int) -> Bools:
+    """Whether a step is in the window of a sample (S, B), for windows (B, 2)."""
+    index = np.arange(steps)[:, None]
+    found: Bools = (index >= windows[:, 0]) & (index < windows[:, 1])
+    return found
+
+
+def moves(norms: Reals) -> Reals:
+    """By what share of itself each state moved where a step begins (S, B), from the norms (S, B, 3) of a scan.
+
+    The first state never moves; one that no scan has come to, or that is not finite, counts as moving without bound.
+    """
+    moved = np.zeros(norms.shape[:2])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        moved[1:] = np.sqrt(norms[:-1, :, 1] / norms[:-1, :, 2])
+    moved[np.isnan(moved)] = np.inf
+    return moved
 
 
 def thins(steps: int, share: float) -> bool:
@@ -38,75 +52,56 @@ def thins(steps: int, share: float) -> bool:
     return share * steps * math.sqrt(LARGEST_MOVE) >= 2
 
 
-@dataclass(frozen=True)
-class Gaps:
-    """The steps of an iteration that are not evaluated; all on the CPU."""
-
-    first: Tensor  # (B,) int64, the first open step that is not evaluated, or the end of the window
-    rows: Tensor  # (3, N) int64, i * B + b: one that is not, and the evaluated ones before and after it
-    weights: Tensor  # (N, 8) float64, of the op `fill_gaps`
-
-
 class Thinning:
-    """Steps of an explicit chain without noise, `share` S sqrt(m) apart where a state moves by a share m of itself."""
+    """Steps of an explicit chain without noise, `share` S sqrt(m) apart where a state moves by a share m of itself.
+
+    path: (6, S) float64, of the op `fill_gaps`: x0 is linear in log-SNR between evaluated steps.
+    """
 
     def __init__(self, table: StepTable, share: float, rtol: float) -> None:
-        self.distance, self.level = share * table.num_inference_steps, table.log_snr
+        self.distance, level = min(share * table.num_inference_steps, 1e9), table.log_snr  # no chain is longer
         self.least_move = LEAST_MOVE * rtol
-        keep, pull, self.of_x, self.of_out = table.held_x0()
-        # the state before step i is scale[i] (x[j] / scale[j] + sum of pull[m] x0[m] / scale[m+1] over j <= m < i)
-        self.scale = torch.cat([torch.ones_like(keep[:1]), keep.cumprod(0)])  # (S+1,)
-        pull = pull / self.scale[1:]
-        sums = torch.stack([pull, pull * self.level]).cumsum(1)
-        self.sums = torch.nn.functional.pad(sums, (1, 0))  # (2, S+1), over m < i
+        keep, pull, of_x, of_out = table.held_x0()
+        after = keep.cumprod(0)
+        scale = torch.cat([torch.ones_like(keep[:1]), after[:-1]])
+        sums = torch.stack([pull, pull * level]).div(after).cumsum(1)
+        sums = torch.cat([torch.zeros_like(sums[:, :1]), sums[:, :-1]], 1)
+        self.path: Tensor = torch.stack([scale, *sums, level, of_x, of_out])
 
-    def evaluated(self, window: Tensor, moves: Tensor) -> Tensor:
-        """Whether each open step is evaluated (S, B) bool, on the CPU; the first and the last one are.
+    def evaluated(self, open_steps: Bools, moved: Reals) -> Bools:
+        """Whether each open step of a window (S, B) is evaluated (S, B); the first and the last one are.
 
-        window: (B, 2). moves: (S, B), the last change of the state where a step begins, relative to that state.
+        moved: (S, B), the last change of the state where a step begins, relative to that state.
         """
-        steps, batch = moves.shape
-        chosen = active(window, steps)
-        moves = torch.where(moves < self.least_move, 0.0, moves.clamp_max(LARGEST_MOVE))
-        distances = (self.distance * moves.sqrt()).floor()
-        far = (chosen & (distances > 1)).any(0)  # (B,), samples that leave something out: others need no walk
-        walks, spans, places = distances.mT.tolist(), window.tolist(), []
-        for b in far.nonzero().flatten().tolist():
-            (begin, end), walk = spans[b], walks[b]
-            i = begin
+        steps, batch = moved.shape
+        bounded = np.where(moved < self.least_move, 0.0, np.minimum(moved, LARGEST_MOVE))
+        distances = np.floor(self.distance * np.sqrt(bounded))
+        far = (open_steps & (distances > 1)).any(0)  # (B,), samples that leave something out: others need no walk
+        begins, lengths = open_steps.argmax(0), open_steps.sum(0)
+        places: list[int] = []
+        for b in np.flatnonzero(far).tolist():
+            begin, walk = int(begins[b]), distances[:, b].tolist()
+            i, end = begin, begin + int(lengths[b])
             while i < end:
                 places.append(i * batch + b)
                 i += int(max(1, min(walk[i], (i - begin) // APPROACH + 1)))
             places.append((end - 1) * batch + b)
-        met = torch.zeros_like(chosen)
-        met.view(-1)[places] = True
-        chosen &= met | ~far
+        met = np.zeros(steps * batch, dtype=bool)
+        met[places] = True
+        chosen: Bools = open_steps & (met.reshape(steps, batch) | ~far)
         return chosen
 
-    def gaps(self, evaluated: Tensor, window: Tensor) -> Gaps:
-        """What is not evaluated within `window` (B, 2), and where its outputs come from."""
-        steps, batch = evaluated.shape
-        index = torch.arange(steps, device="cpu")[:, None]
-        missing = ~evaluated & active(window, steps)
-        before = torch.where(evaluated, index, 0).cummax(0).values
-        after = torch.where(evaluated, index, steps).flip(0).cummin(0).values.flip(0)
-        i, b = missing.nonzero().unbind(1)
-        left, right = before[i, b], after[i, b]
-        first = torch.where(missing, index, steps).amin(0)
-        rows = torch.stack([i, left, right]) * batch + b
-        return Gaps(torch.minimum(first, window[:, 1]), rows, self._weights(i, left, right))
 
-    def _weights(self, i: Tensor, left: Tensor, right: Tensor) -> Tensor:  # (N,) each -> (N, 8)
-        """Of x and out at both ends, in the state at i and in its output: x0 is linear in log-SNR between them."""
-        span = self.level[right] - self.level[left]
-        span = torch.where(span == 0, torch.inf, span)
-        part = (self.level[i] - self.level[left]) / span  # of x0 at i that is of the right end
-        pulls, levels = self.sums[:, i] - self.sums[:, left]
-        pulled = self.scale[i] * (levels - self.level[left] * pulls) / span  # likewise, in the state at i
-        held = self.scale[i] * pulls - pulled
-        state = [held * self.of_x[left] + self.scale[i] / self.scale[left], held * self.of_out[left]]
-        state += [pulled * self.of_x[right], pulled * self.of_out[right]]
-        x0 = [(1 - part) * self.of_x[left], (1 - part) * self.of_out[left]]
-        x0 += [part * self.of_x[right], part * self.of_out[right]]
-        output = [(clean - self.of_x[i] * mixed) / self.of_out[i] for clean, mixed in zip(x0, state, strict=True)]
-        return torch.stack(state + output, 1)
+def gaps(open_steps: Bools, evaluated: Bools) -> tuple[Ints, Ints]:
+    """(B,) and (3, N): the first open step of each sample that is not evaluated, S if all are; and, of all that
+
+    are not, the rows i * B + b: their own, and those of the evaluated steps before and after them.
+    """
+    steps, batch = evaluated.shape
+    index = np.arange(steps)[:, None]
+    missing = open_steps & ~evaluated
+    before = np.maximum.accumulate(np.where(evaluated, index, 0), axis=0)
+    after = np.minimum.accumulate(np.where(evaluated, index, steps)[::-1], axis=0)[::-1]
+    i, b = missing.nonzero()
+    first = np.where(missing, index, steps).min(0)
+    return first, np.stack([i, before[i, b], after[i, b]]) * batch + b

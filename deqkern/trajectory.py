@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import ops
 from .eager import uncompiled
+from .host import Ints, on_device
 from .schedule import StepTable
 from .slopes import slope_of
 from .solvers import Solver
@@ -108,12 +110,11 @@ class Trajectory:
         """The number of selected rows."""
         return len(self.rows)
 
-    def select(self, rows: Tensor) -> None:
-        """Choose the states `rows` (N,) int64, on the CPU, that `evaluate` calls the map at."""
-        places = torch.stack([rows, rows // self.batch, rows % self.batch])  # here: no kernels for it in an iteration
-        self._counts = torch.bincount(places[2], minlength=self.batch)
-        if self.x.is_cuda:
-            places = places.pin_memory().to(self.x.device, non_blocking=True)
+    def select(self, rows: Ints) -> None:
+        """Choose the states `rows` (N,) that `evaluate` calls the map at."""
+        steps, samples = np.divmod(rows, self.batch)  # here: no kernels for it in an iteration
+        self._counts = torch.from_numpy(np.bincount(samples, minlength=self.batch))
+        places = on_device(np.stack([rows, steps, samples]), self.x.device)
         self.rows, self.row_steps, self.row_samples = places.unbind()
 
     def count(self) -> None:

@@ -11,33 +11,50 @@ from .launch import cdiv, next_power_of_2
 BLOCK = 512  # four floats, one 16-byte access, per thread and row
 
 
-@triton.jit
-def fill_gaps_kernel(x, slope, bands, rows, weights, e, number, size, count, BLOCK: tl.constexpr):
-    """y = w0 x[left] + w1 e[left] + w2 x[right] + w3 e[right],
-    e[row] = w4 x[left] + w5 e[left] + w6 x[right] + w7 e[right] + slope[row] (x[row] - y).
+@triton.jit(do_not_specialize=["number"])  # it changes from iteration to iteration
+def fill_gaps_kernel(x, slope, bands, rows, path, e, number, steps, batch, size, count, BLOCK: tl.constexpr):
+    """x0[j] = of_x[j] x[j] + of_out[j] e[j], j = l, r;   x0[i] = (1 - q) x0[l] + q x0[r],
+    y = scale[i] (x[l] / scale[l] + (p - p_r) x0[l] + p_r x0[r]),
+    e[i] = (x0[i] - of_x[i] y) / of_out[i] + slope[i] (x[i] - y),
+    q = (level[i] - level[l]) / (level[r] - level[l]), p = pulls[i] - pulls[l],
+    p_r = (lifts[i] - lifts[l] - level[l] p) / (level[r] - level[l]).
 
-    x (S+1, B, D), e (S, B, D), slope (S, B, K), weights (N, 8): fp32; rows (3, N): row, left, right. Grid
-    (N * cdiv(D, BLOCK),), blocks of a row beside each other. Accumulates in fp32.
+    x (S+1, B, D), e (S, B, D), slope (S, B, K): fp32; rows (3, N) int64: of i, l and r; path (6, S) fp64: scale, pulls,
+    lifts, level, of_x, of_out. Grid (N * cdiv(D, BLOCK),), blocks of a row beside each other. The coefficients are fp64
+    numbers of a program, rounded to fp32, in which the elements are worked on.
     """
     blocks = tl.cdiv(size, BLOCK)
     n = tl.program_id(0) // blocks
     d = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = d < size
     row = tl.load(rows + n)
-    left = tl.load(rows + number + n) * size
-    right = tl.load(rows + 2 * number + n) * size
+    left = tl.load(rows + number + n)
+    right = tl.load(rows + 2 * number + n)
+    i = path + row // batch
+    l = path + left // batch  # noqa: E741
+    r = path + right // batch
+    level_l = tl.load(l + 3 * steps)
+    span = tl.load(r + 3 * steps) - level_l
+    span = tl.where(span == 0.0, float("inf"), span)
+    q = (tl.load(i + 3 * steps) - level_l) / span
+    p = tl.load(i + steps) - tl.load(l + steps)
+    p_r = (tl.load(i + 2 * steps) - tl.load(l + 2 * steps) - level_l * p) / span
+    scale = tl.load(i)
     band = tl.zeros([BLOCK], tl.int32)
     for k in range(1, count):
         band += (d >= tl.load(bands + k)).to(tl.int32)
     bend = tl.load(slope + row * count + band, mask=inside, other=0.0)
-    x_left = tl.load(x + left + d, mask=inside, other=0.0)
-    e_left = tl.load(e + left + d, mask=inside, other=0.0)
-    x_right = tl.load(x + right + d, mask=inside, other=0.0)
-    e_right = tl.load(e + right + d, mask=inside, other=0.0)
-    w = weights + 8 * n
-    state = tl.load(w) * x_left + tl.load(w + 1) * e_left + tl.load(w + 2) * x_right + tl.load(w + 3) * e_right
-    output = tl.load(w + 4) * x_left + tl.load(w + 5) * e_left + tl.load(w + 6) * x_right + tl.load(w + 7) * e_right
-    output += bend * (tl.load(x + row * size + d, mask=inside, other=0.0) - state)
+    x_l = tl.load(x + left * size + d, mask=inside, other=0.0)
+    e_l = tl.load(e + left * size + d, mask=inside, other=0.0)
+    x_r = tl.load(x + right * size + d, mask=inside, other=0.0)
+    e_r = tl.load(e + right * size + d, mask=inside, other=0.0)
+    x0_l = tl.load(l + 4 * steps).to(tl.float32) * x_l + tl.load(l + 5 * steps).to(tl.float32) * e_l
+    x0_r = tl.load(r + 4 * steps).to(tl.float32) * x_r + tl.load(r + 5 * steps).to(tl.float32) * e_r
+    y = (scale / tl.load(l)).to(tl.float32) * x_l
+    y += (scale * (p - p_r)).to(tl.float32) * x0_l + (scale * p_r).to(tl.float32) * x0_r
+    x0 = (1.0 - q).to(tl.float32) * x0_l + q.to(tl.float32) * x0_r
+    output = (x0 - tl.load(i + 4 * steps).to(tl.float32) * y) / tl.load(i + 5 * steps).to(tl.float32)
+    output += bend * (tl.load(x + row * size + d, mask=inside, other=0.0) - y)
     tl.store(e + row * size + d, output, mask=inside)
 
 
@@ -46,13 +63,14 @@ def fill_gaps(
     slope: torch.Tensor,  # (S, B, K)
     bands: torch.Tensor,  # (K+1,) int64
     rows: torch.Tensor,  # (3, N) int64
-    weights: torch.Tensor,  # (N, 8)
+    path: torch.Tensor,  # (6, S) float64
     e: torch.Tensor,  # (S, B, D), updated
 ) -> None:
-    number, size = rows.shape[1], e.shape[2]
+    number, (steps, batch, size) = rows.shape[1], e.shape
     if number == 0:
         return
     block = min(BLOCK, max(32, next_power_of_2(size)))
     fill_gaps_kernel[(number * cdiv(size, block),)](
-        x, slope, bands, rows, weights, e, number, size, slope.shape[2], block, num_warps=max(1, block // 128)
-    )
+        x, slope, bands, rows, path, e, number, steps, batch, size, slope.shape[2], block,
+        num_warps=max(1, block // 128),
+    )  # fmt: skip

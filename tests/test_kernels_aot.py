@@ -27,10 +27,10 @@ KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 ARCHITECTURES = (80, 90)
 TYPES = {
     **dict.fromkeys(("x", "e", "z", "a", "b", "c", "n", "slope", "f", "g", "f_ring", "gamma", "out"), "*fp32"),
-    **dict.fromkeys(("dx", "e_prev", "g_ring", "image", "spectrum", "source", "target", "weights"), "*fp32"),
+    **dict.fromkeys(("dx", "e_prev", "g_ring", "image", "spectrum", "source", "target"), "*fp32"),
     **dict.fromkeys(("moved", "held"), "*fp32"),
     **dict.fromkeys(("matrix", "dct_h", "dct_w", "colour", "partial"), "*fp32"),
-    **dict.fromkeys(("norms", "moments", "gram", "rhs", "low", "high", "scale", "errors"), "*fp64"),
+    **dict.fromkeys(("norms", "moments", "gram", "rhs", "low", "high", "scale", "errors", "path"), "*fp64"),
     **dict.fromkeys(("window", "bands", "rows", "place", "gap", "diverged", "before", "skip"), "*i64"),
     **dict.fromkeys(("beta", "pull", "rtol", "tolerance", "contraction", "growth"), "fp32"),
 }

@@ -6,6 +6,7 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import problems
 import pytest
 import torch
@@ -19,7 +20,7 @@ from deqkern import NoiseSchedule, solvers
 from deqkern.ops import reference
 from deqkern.solvers import Solver
 from deqkern.step_table import StepTable
-from deqkern.thinning import APPROACH, LARGEST_MOVE, LEAST_MOVE, PATIENCE, Thinning, thins
+from deqkern.thinning import APPROACH, LARGEST_MOVE, LEAST_MOVE, PATIENCE, Thinning, active, gaps, moves, thins
 
 SCHEDULE = NoiseSchedule.linear()
 SHAPE = (3, 16, 16)
@@ -44,48 +45,47 @@ def test_the_ends_are_evaluated_and_no_gap_is_longer_than_it_may_be(data: st.Dat
     steps, batch = data.draw(st.integers(1, 120)), data.draw(st.integers(1, 3))
     thin = thinning(steps, share=data.draw(st.floats(0.0, 1.0)))
     begin = data.draw(st.lists(st.integers(0, steps), min_size=batch, max_size=batch))
-    window = torch.tensor([[first, data.draw(st.integers(first, steps))] for first in begin])
-    moves = torch.rand(steps, batch, dtype=torch.float64) ** 4
-    moves[torch.rand(steps, batch) < 0.1] = torch.inf
-    evaluated = thin.evaluated(window, moves)
-    assert evaluated.shape == (steps, batch) and evaluated.dtype is torch.bool
+    window = np.array([[first, data.draw(st.integers(first, steps))] for first in begin])
+    moved = np.random.default_rng(3).random((steps, batch)) ** 4
+    moved[np.random.default_rng(4).random((steps, batch)) < 0.1] = np.inf
+    evaluated = thin.evaluated(active(window, steps), moved)
+    assert evaluated.shape == (steps, batch) and evaluated.dtype == bool
     for b, (first, end) in enumerate(window.tolist()):
-        places = evaluated[:, b].nonzero().flatten().tolist()
+        places = np.flatnonzero(evaluated[:, b]).tolist()
         if first == end:
             assert not places
             continue
         assert places[0] == first and places[-1] == end - 1
         for here, there in itertools.pairwise(places):
-            move = min(float(moves[here, b]), LARGEST_MOVE)
+            move = min(float(moved[here, b]), LARGEST_MOVE)
             assert there - here <= max(1.0, thin.distance * move**0.5)
             assert there - here <= 1 + (here - first) / APPROACH
 
 
 def test_steps_that_move_little_are_all_evaluated() -> None:
-    window, rtol = torch.tensor([[0, 100], [3, 90]]), 1e-3
+    opened, rtol = active(np.array([[0, 100], [3, 90]]), 100), 1e-3
     for move in (0.0, 0.9 * LEAST_MOVE * rtol, (2 / (0.2 * 100)) ** 2 * 0.99):
-        evaluated = thinning(100, rtol=rtol).evaluated(window, torch.full((100, 2), move, dtype=torch.float64))
+        evaluated = thinning(100, rtol=rtol).evaluated(opened, np.full((100, 2), move))
         assert evaluated.sum(0).tolist() == [100, 87]
-    moved = torch.full((100, 2), torch.inf, dtype=torch.float64)
-    assert thinning(100).evaluated(window, moved)[:, 0].nonzero().flatten().tolist()[:8] == [0, 1, 2, 4, 7, 11, 17, 23]
+    evaluated = thinning(100).evaluated(opened, np.full((100, 2), np.inf))
+    assert np.flatnonzero(evaluated[:, 0]).tolist()[:8] == [0, 1, 2, 4, 7, 11, 17, 23]
 
 
 def test_no_share_is_too_large() -> None:
     """Only what `APPROACH` allows is left out, and nothing where a state does not move."""
-    moves = torch.full((40, 1), torch.inf, dtype=torch.float64)
-    moves[[0, 9]] = 0.0
+    moved = np.full((40, 1), np.inf)
+    moved[[0, 9]] = 0.0
     for share in (1e3, 1e308):
-        evaluated = thinning(40, share).evaluated(torch.tensor([[0, 40]]), moves)
-        assert evaluated.nonzero()[:, 0].tolist() == [0, 1, 2, 4, 7, 11, 17, 26, 39]
+        evaluated = thinning(40, share).evaluated(active(np.array([[0, 40]]), 40), moved)
+        assert np.flatnonzero(evaluated).tolist() == [0, 1, 2, 4, 7, 11, 17, 26, 39]
 
 
 def test_each_sample_is_thinned_by_its_own_moves() -> None:
     """Beside one that has converged, and one that rests."""
-    window = torch.tensor([[40, 40], [3, 30], [10, 20], [0, 40]])
-    moves = torch.full((40, 4), torch.inf, dtype=torch.float64)
-    moves[:, 1] = 0.0
-    evaluated = thinning(40, 1e3).evaluated(window, moves)
-    places = [evaluated[:, b].nonzero().flatten().tolist() for b in range(4)]
+    window, moved = np.array([[40, 40], [3, 30], [10, 20], [0, 40]]), np.full((40, 4), np.inf)
+    moved[:, 1] = 0.0
+    evaluated = thinning(40, 1e3).evaluated(active(window, 40), moved)
+    places = [np.flatnonzero(evaluated[:, b]).tolist() for b in range(4)]
     assert places == [[], list(range(3, 30)), [10, 11, 12, 14, 17, 19], [0, 1, 2, 4, 7, 11, 17, 26, 39]]
 
 
@@ -99,14 +99,20 @@ def test_a_short_chain_is_not_thinned() -> None:
 
 
 def test_gaps_lie_between_the_evaluated_steps_of_their_sample() -> None:
-    window = torch.tensor([[1, 9], [0, 4], [10, 10]])
-    evaluated = torch.zeros(10, 3, dtype=torch.bool)
+    opened = active(np.array([[1, 9], [0, 4], [10, 10]]), 10)
+    evaluated = np.zeros((10, 3), dtype=bool)
     evaluated[[1, 2, 5, 8], 0] = True
     evaluated[[0, 1, 2, 3], 1] = True
-    gaps = thinning(10).gaps(evaluated, window)
-    assert gaps.first.tolist() == [3, 4, 10]
-    assert gaps.rows.tolist() == [[9, 12, 18, 21], [6, 6, 15, 15], [15, 15, 24, 24]]  # steps 3, 4, 6, 7
-    assert gaps.weights.shape == (4, 8)
+    first, rows = gaps(opened, evaluated)
+    assert first.tolist() == [3, 10, 10]
+    assert rows.tolist() == [[9, 12, 18, 21], [6, 6, 15, 15], [15, 15, 24, 24]]  # steps 3, 4, 6, 7
+
+
+def test_how_far_states_moved() -> None:
+    """Where a step begins: the state after the step before it."""
+    norms = np.array([[9.0, 4.0, 16.0], [9.0, 0.0, 0.0], [9.0, 1.0, 0.0], [9.0, np.nan, 1.0], [9.0, 0.0, 4.0], [0] * 3])
+    with np.errstate(all="raise"):
+        assert moves(norms[:, None])[:, 0].tolist() == [0.0, 0.5, np.inf, np.inf, np.inf, 0.0]
 
 
 def walked(table: StepTable, x: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,14 +132,15 @@ def test_where_x0_is_linear_in_log_snr_nothing_is_lost(name: str, drift: float) 
     table, left, right = TABLES[name], 11, 17
     clean = torch.randn(5, dtype=torch.float64) + drift * table.log_snr[:, None] * torch.randn(5, dtype=torch.float64)
     x, e = walked(table, torch.randn(5, dtype=torch.float64), clean)
-    evaluated = torch.ones(table.num_inference_steps, 1, dtype=torch.bool)
+    evaluated = np.ones((table.num_inference_steps, 1), dtype=bool)
     evaluated[left + 1 : right] = False
-    gaps = Thinning(table, 0.2, 1e-2).gaps(evaluated, torch.tensor([[0, table.num_inference_steps]]))
+    _, rows = gaps(np.ones_like(evaluated), evaluated)
     x[14] += 1.0
     filled = e.clone()
     filled[left + 1 : right] = torch.nan
     slope = torch.randn(table.num_inference_steps, 1, 1, dtype=torch.float64)
-    reference.fill_gaps(x[:, None], slope, torch.tensor([0, 5]), gaps.rows, gaps.weights, filled[:, None])
+    path = Thinning(table, 0.2, 1e-2).path
+    reference.fill_gaps(x[:, None], slope, torch.tensor([0, 5]), torch.from_numpy(rows), path, filled[:, None])
     expected = e.clone()
     expected[14] += slope[14, 0]
     assert_close(filled, expected, 1e-9)

@@ -148,7 +148,7 @@ def secant_slope(moments: Tensor, low: Tensor, high: Tensor, pull: float, slope:
 
 
 @_documented
-def fill_gaps(x: Tensor, slope: Tensor, bands: Tensor, rows: Tensor, weights: Tensor, e: Tensor) -> None:
+def fill_gaps(x: Tensor, slope: Tensor, bands: Tensor, rows: Tensor, path: Tensor, e: Tensor) -> None:
     dtype, device = check.state("x", x), x.device
     shape = check.sizes("e", e, 3)
     steps, batch, size = shape
@@ -158,9 +158,9 @@ def fill_gaps(x: Tensor, slope: Tensor, bands: Tensor, rows: Tensor, weights: Te
     check.array("slope", slope, (steps, batch, count), dtype, device)
     check.array("bands", bands, (count + 1,), torch.int64, device)
     check.array("rows", rows, (3, number), torch.int64, device)
-    check.array("weights", weights, (number, 8), dtype, device)
+    check.array("path", path, (6, steps), torch.float64, device)
     check.array("e", e, shape, dtype, device)
-    _fill_gaps(x, slope, bands, rows, weights, e)
+    _fill_gaps(x, slope, bands, rows, path, e)
 
 
 @_documented

@@ -110,13 +110,13 @@ def secant_slope(moments: Tensor, low: Tensor, high: Tensor, pull: float, slope:
     _C.secant_slope(moments.data_ptr(), low.data_ptr(), high.data_ptr(), slope.data_ptr(), *slope.shape, pull)
 
 
-def fill_gaps(x: Tensor, slope: Tensor, bands: Tensor, rows: Tensor, weights: Tensor, e: Tensor) -> None:
+def fill_gaps(x: Tensor, slope: Tensor, bands: Tensor, rows: Tensor, path: Tensor, e: Tensor) -> None:
     _C.fill_gaps(
         x.data_ptr(),
         slope.data_ptr(),
         bands.data_ptr(),
         rows.data_ptr(),
-        weights.data_ptr(),
+        path.data_ptr(),
         e.data_ptr(),
         *e.shape,
         slope.shape[2],

@@ -156,22 +156,42 @@ def fill_gaps(
     slope: Tensor,  # (S, B, K)
     bands: Tensor,  # (K+1,) int64
     rows: Tensor,  # (3, N) int64, i * B + b: of a step that was not evaluated, and of the two around it that were
-    weights: Tensor,  # (N, 8)
+    path: Tensor,  # (6, S) float64: scale, pulls, lifts, level, of_x, of_out
     e: Tensor,  # (S, B, D), updated
 ) -> None:
-    """The outputs of steps that were not evaluated, between those of two evaluated steps of the same sample.
+    """The outputs of steps i that were not evaluated, from those of steps l < i < r of the same sample that were.
 
-        y = w0 x[left] + w1 e[left] + w2 x[right] + w3 e[right]                     where the chain between them leads
-        e[row] = w4 x[left] + w5 e[left] + w6 x[right] + w7 e[right] + slope[row] (x[row] - y)
+    x0 is taken to be linear in `level` between l and r, and the state y to lie on the chain that then begins at x[l]:
 
-    for rows[:, n] = row, left, right and weights[n] = w0 .. w7. No row is among the left or right ones.
+        x0[j] = of_x[j] x[j] + of_out[j] e[j],      j = l, r
+        q = (level[i] - level[l]) / (level[r] - level[l]),      0 / 0 is 0
+        x0[i] = (1 - q) x0[l] + q x0[r]
+        p = pulls[i] - pulls[l],    p_r = (lifts[i] - lifts[l] - level[l] p) / (level[r] - level[l])
+        y = scale[i] (x[l] / scale[l] + (p - p_r) x0[l] + p_r x0[r])
+        e[i] = (x0[i] - of_x[i] y) / of_out[i] + slope[i] (x[i] - y)
+
+    rows[:, n] are the rows of i, l and r; no i is an l or r. With the steps x[i+1] = keep[i] x[i] + pull[i] x0[i],
+    scale[i] is the product, and pulls[i] and lifts[i] are the sums of pull[j] / scale[j+1] and of that times level[j],
+    over j < i.
     """
-    row, left, right = rows
+    at, left, right = rows
+    batch = x.shape[1]
+    scale, pulls, lifts, level, of_x, of_out = path
+    i, l, r = at // batch, left // batch, right // batch  # noqa: E741
+    span = torch.where(level[r] == level[l], torch.inf, level[r] - level[l])
+    q, p = (level[i] - level[l]) / span, pulls[i] - pulls[l]
+    p_r = (lifts[i] - lifts[l] - level[l] * p) / span
+    coefficients = [1 - q, q, scale[i] / scale[l], scale[i] * (p - p_r), scale[i] * p_r, of_x[i], of_out[i]]
+    q_l, q_r, ratio, pull_l, pull_r, of_x_i, of_out_i = (value[:, None].to(x.dtype) for value in coefficients)
     states, outputs = x.flatten(0, 1), e.view(-1, e.shape[2])
-    ends = torch.stack([states[left], outputs[left], states[right], outputs[right]])  # (4, N, D)
-    y, output = (torch.einsum("nj,jnd->nd", part, ends) for part in (weights[:, :4], weights[:, 4:]))
-    bend = torch.repeat_interleave(slope.flatten(0, 1)[row], bands.diff(), dim=-1)  # (N, D)
-    outputs[row] = output + bend * (states[row] - y)
+
+    def x0(row: Tensor, step: Tensor) -> Tensor:
+        return of_x[step, None].to(x.dtype) * states[row] + of_out[step, None].to(x.dtype) * outputs[row]
+
+    x0_l, x0_r = x0(left, l), x0(right, r)
+    y = ratio * states[left] + pull_l * x0_l + pull_r * x0_r
+    bend = torch.repeat_interleave(slope.flatten(0, 1)[at], bands.diff(), dim=-1)  # (N, D)
+    outputs[at] = (q_l * x0_l + q_r * x0_r - of_x_i * y) / of_out_i + bend * (states[at] - y)
 
 
 def extend(

@@ -261,9 +261,19 @@ def fill_gaps(steps: int, batch: int, size: int, count: int) -> Arguments:
         "slope": slope,
         "bands": bands(size, count),
         "rows": torch.cat(rows, 1),
-        "weights": torch.randn(sum(part.shape[1] for part in rows), 8),
+        "path": _path(steps),
         "e": e,
     }
+
+
+def _path(steps: int) -> Tensor:
+    """(6, S) of a chain: scale, pulls, lifts, level, of_x, of_out; its first two levels are equal."""
+    level = torch.rand(steps, dtype=torch.float64).cumsum(0)
+    level[:2] = level[0].clone()
+    keep, pull, of_x, of_out = 0.5 + torch.rand(4, steps, dtype=torch.float64)
+    scale = torch.cat([torch.ones_like(keep[:1]), keep[:-1].cumprod(0)])
+    pulls = torch.stack([pull, pull * level]) / (scale * keep)
+    return torch.stack([scale, *(pulls.cumsum(1) - pulls), level, of_x, of_out])
 
 
 def extend(steps: int, batch: int, size: int, first: int = 0, noise: bool = True, implicit: bool = False) -> Arguments:

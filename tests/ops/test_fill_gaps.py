@@ -18,7 +18,7 @@ def test_equals_the_reference(backend: str, steps: int, batch: int, size: int, c
 @BACKENDS
 def test_nothing_is_missing(backend: str) -> None:
     arguments = inputs.fill_gaps(5, 2, 7, 3)
-    arguments["rows"], arguments["weights"] = arguments["rows"][:, :0].contiguous(), arguments["weights"][:0]
+    arguments["rows"] = arguments["rows"][:, :0].contiguous()
     inputs.check("fill_gaps", arguments, backend)
 
 
@@ -33,7 +33,11 @@ def test_between_two_outputs(backend: str) -> None:
         "slope": torch.tensor([10.0, 100.0]).expand(3, 1, 2).contiguous(),
         "bands": torch.tensor([0, 4, 5]),
         "rows": torch.tensor([[1], [0], [2]]),
-        "weights": torch.tensor([[0.5, 0.0, 0.5, 0.0, 0.0, 0.5, 0.0, 0.5]]),
+        # x0 = x - e is -1 on the left, 1 on the right and 0 between them: y = 2 (x[left] + 1/4 + 1/4) = 3
+        "path": torch.tensor(
+            [[1.0, 2.0, 1.0], [0.0, 0.0, 0.0], [0.0, 0.5, 0.0], [0.0, 1.0, 2.0], [1.0] * 3, [-1.0] * 3],
+            dtype=torch.float64,
+        ),
         "e": e,
     }
     inputs.run("fill_gaps", backend, arguments)

@@ -104,7 +104,7 @@ def test_requires_grad(op: str, name: str) -> None:
 STATE = [
     *[("dct2", name) for name in ("dct_h", "dct_w", "colour")],
     *[("ddim_scan", name) for name in ("z", "a", "b", "c", "n", "slope", "f", "g")],
-    *[("fill_gaps", name) for name in ("slope", "weights", "e")],
+    *[("fill_gaps", name) for name in ("slope", "e")],
     *[("extend", name) for name in ("moved", "e", "z", "held", "n")],
     ("anderson_mix", "gamma"),
     ("anderson_mix", "out"),
