@@ -192,18 +192,19 @@ void anderson_mix(Address f_ring, Address gamma, Address window, Address out, in
                           S, B, D, m, head, count, threads});
 }
 
-void progress(Address norms, Address scale, Address gap, Address errors, Address window, Address diverged, int64_t S,
-              int64_t B, double rtol, double tolerance, double contraction, double growth, int64_t size,
+void progress(Address norms, Address scale, Address gap, Address tolerance, Address errors, Address window,
+              Address diverged, int64_t S, int64_t B, double rtol, double contraction, double growth, int64_t size,
               bool implicit) {
   require(S >= 0 && B >= 0, "sizes must not be negative");
   if (S == 0 || B == 0) return;
   kernels().progress({pointer<const double>(norms, true, "norms"),
                       pointer<const double>(scale, true, "scale"),
                       pointer<const int64_t>(gap, false, "gap"),
+                      pointer<const double>(tolerance, true, "tolerance"),
                       pointer<double>(errors, true, "errors"),
                       pointer<int64_t>(window, true, "window"),
                       pointer<int64_t>(diverged, true, "diverged"),
-                      S, B, rtol, tolerance, contraction, growth, size, implicit});
+                      S, B, rtol, contraction, growth, size, implicit});
 }
 
 #ifdef DEQKERN_CUDA
@@ -257,8 +258,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("extend", &extend, NoGil(), arg("x"), arg("moved"), arg("e"), arg("z"), arg("held"), arg("n"),
              arg("before"), arg("window"), arg("skip"), arg("S"), arg("B"), arg("D"), arg("beta"), arg("implicit"),
              arg("threads"));
-  module.def("progress", &progress, NoGil(), arg("norms"), arg("scale"), arg("gap"), arg("errors"), arg("window"),
-             arg("diverged"), arg("S"), arg("B"), arg("rtol"), arg("tolerance"), arg("contraction"), arg("growth"),
+  module.def("progress", &progress, NoGil(), arg("norms"), arg("scale"), arg("gap"), arg("tolerance"), arg("errors"),
+             arg("window"), arg("diverged"), arg("S"), arg("B"), arg("rtol"), arg("contraction"), arg("growth"),
              arg("size"), arg("implicit"));
   module.def("anderson_gram", &anderson_gram, NoGil(), arg("g_ring"), arg("window"), arg("gram"), arg("rhs"), arg("S"),
              arg("B"), arg("D"), arg("m"), arg("head"), arg("count"), arg("threads"));

@@ -6,8 +6,9 @@
 //   rho = sqrt(ratio last_ratio),        left = change rho / max(1 - rho^2, 0.1), explicit: and no less than residual
 //
 // 0 / 0 is 0, and anything else over 0 is inf; |x[0]| may be inf.
-// The new window begins at the first step that is not settled, |r[i+1]| > tolerance |x[i+1]|, but past the first active
-// step of an explicit chain, which is exact. A sample has converged when its window is empty, or left <= rtol, rtol > 0.
+// The new window begins at the first step that is not settled, |r[i+1]| > tolerance[i] |x[i+1]|, but past the first active
+// step of an explicit chain, which is exact. A sample has converged when its window is empty, then with no more left than
+// all tolerances together, or left <= rtol, rtol > 0.
 // It diverged if a norm is not finite, or |g[S]| > growth times the smallest one before; it then keeps what is exact.
 // Samples that had converged keep everything. From the gap on no step settles.
 #pragma once
@@ -16,14 +17,15 @@
 namespace deqkern {
 
 struct Progress {
-  const double* norms;  // (S, B, 3): |r|^2, |g|^2, |x|^2
-  const double* scale;  // (B,): |x[0]|
-  const int64_t* gap;   // (B,), the first active step whose output was filled in, never the first; null: none
-  double* errors;       // (B, 5), updated: left, change, ratio, smallest |g[S]|, residual
-  int64_t* window;      // (B, 2), updated
-  int64_t* diverged;    // (B,), written
+  const double* norms;      // (S, B, 3): |r|^2, |g|^2, |x|^2
+  const double* scale;      // (B,): |x[0]|
+  const int64_t* gap;       // (B,), the first active step whose output was filled in, never the first; null: none
+  const double* tolerance;  // (S,)
+  double* errors;           // (B, 5), updated: left, change, ratio, smallest |g[S]|, residual
+  int64_t* window;          // (B, 2), updated
+  int64_t* diverged;        // (B,), written
   int64_t S, B;
-  double rtol, tolerance, contraction, growth;
+  double rtol, contraction, growth;
   int64_t size;  // steps in a window
   bool implicit;
 };

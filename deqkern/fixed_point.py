@@ -132,8 +132,9 @@ class _Step(Trajectory):
         super().__init__(map, table, basis, torch.stack([first, first]), None)
         self.scale.fill_(torch.inf)
 
-    def settled(self, rtol: float) -> float:
-        return self.rounding  # a small residual alone says nothing of the error where f hardly contracts
+    def settled(self, rtol: float) -> Tensor:
+        # a small residual alone says nothing of the error where f hardly contracts
+        return torch.full_like(self.table.b, self.rounding)
 
     def where(self, steps: Tensor) -> str:
         return ""
@@ -150,7 +151,7 @@ class _Step(Trajectory):
 class _Called:
     """f as the map of `_STEP`."""
 
-    what = "f returned"
+    what, dtype, precision = "f returned", None, 0.0
 
     def __init__(self, f: Function, layout: Layout) -> None:
         self.f, self.layout = f, layout
@@ -190,7 +191,7 @@ def solved(
 class Linearized:
     """f around one state, under autograd, and its transposed Jacobian as the map of `_TRANSPOSED`."""
 
-    what = "f has a gradient with"
+    what, dtype, precision = "f has a gradient with", None, 0.0
 
     def __init__(self, f: Function, layout: Layout, rows: Tensor) -> None:
         self.layout = layout

@@ -365,10 +365,14 @@ class _Sums:
 class _Transposed:
     """The map of the transposed chain."""
 
-    what = "model has a gradient with"
+    what, dtype = "model has a gradient with", None
 
     def __init__(self, sums: _Sums) -> None:
         self.sums, self.last = sums, len(sums.states) - 2
+
+    @property
+    def precision(self) -> float:
+        return self.sums.network.precision
 
     def __call__(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
         return self.sums.vjp(states, self.last - steps, samples)[0]

@@ -184,14 +184,15 @@ def _undo(
             message=message,
         )
     if method == "stepwise":
-        return run(every, table, stepwise(), max_iterations or STEP_LIMIT * steps, rtol=rtol, callback=callback)
+        limit, patience = (STEP_LIMIT * steps, STEP_LIMIT) if max_iterations is None else (max_iterations, None)
+        return run(every, table, stepwise(), limit, patience=patience, rtol=rtol, callback=callback)
     limit = max_iterations or JOINT_LIMIT * math.ceil(steps / solver.width(steps))
     found = run(every, table, solver, limit, rtol=rtol, callback=callback, cuda_graph=cuda_graph)
     left = (~found.converged).nonzero().flatten()
     if len(left) and max_iterations is None:
         follow = callback and _continued(callback, found, left)
-        again = run(left, table, stepwise(), STEP_LIMIT * steps, rtol=rtol, callback=follow)
-        found = _merge(found, again, left)
+        options = {"patience": STEP_LIMIT, "rtol": rtol, "callback": follow}
+        found = _merge(found, run(left, table, stepwise(), STEP_LIMIT * steps, **options), left)
     return found
 
 
@@ -199,7 +200,11 @@ class _Chosen:
     """The network of a batch, for the samples `chosen` (n,) of it."""
 
     def __init__(self, network: Network, chosen: Tensor) -> None:
-        self.network, self.chosen, self.what = network, chosen, network.what
+        self.network, self.chosen, self.what, self.dtype = network, chosen, network.what, network.dtype
+
+    @property
+    def precision(self) -> float:
+        return self.network.precision
 
     def __call__(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
         return self.network(states, steps, self.chosen[samples])
@@ -226,10 +231,15 @@ def _continued(callback: Callback, joint: Solution, left: Tensor) -> Callback:
 
 
 def _merge(joint: Solution, again: Solution, left: Tensor) -> Solution:
-    """`joint`, in its memory, with the samples `left` (n,) taken from `again`, whose iterations came after its own."""
+    """`joint`, in its memory, with those of the samples `left` (n,) taken from `again` that it solved further.
+
+    The iterations of `again` came after those of `joint`.
+    """
+    taken = again.converged | (again.error_estimate < joint.error_estimate[left])
+    better = left[taken]
     for name in ("value", "converged", "error_estimate", "residual"):
-        getattr(joint, name)[left] = getattr(again, name)
-    joint.trajectory[:, left] = again.trajectory
+        getattr(joint, name)[better] = getattr(again, name)[taken]
+    joint.trajectory[:, better] = again.trajectory[:, taken]
     joint.nfe[left.cpu()] += again.nfe
     later, later_nfe = (v[-1].repeat(len(again.history), 1) for v in (joint.history, joint.nfe_history))
     later[:, left] = again.history

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,15 +15,20 @@ from .replication import Replicated, autocast_of
 from .schedule import StepTable
 
 Model = Callable[..., Any]
+_LARGEST_SUM = 2.0**13  # of absolute cotangents: fp16 ends at 2^16
 
 
 def model_dtype(model: Model, default: torch.dtype) -> torch.dtype:
-    """The dtype of the model's first floating-point parameter, or `default` for a plain function."""
-    if isinstance(model, torch.nn.Module):
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                return parameter.dtype
-    return default
+    """What a module says its `dtype` is, or that of its first parameter of 16 bits or more; `default` of a function.
+
+    Weights may be stored in 8 bits by a module that computes in more.
+    """
+    if not isinstance(model, torch.nn.Module):
+        return default
+    says = getattr(model, "dtype", None)
+    found = [says] if isinstance(says, torch.dtype) else []
+    found += [parameter.dtype for parameter in model.parameters()]
+    return next((dtype for dtype in found if dtype.is_floating_point and dtype.itemsize > 1), default)
 
 
 def arguments_of(model: Model, model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -69,11 +75,14 @@ def pull(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """J^T cotangents by the states, zeros where the output does not depend on them, and by `inputs`, None there.
 
-    The cotangents are scaled to a largest entry of 1 for the graph, whose dtypes may be narrow.
+    The graph, whose dtypes may be narrow, gets cotangents that are scaled to a largest entry of 1, and to a sum that no
+    gradient of `inputs` overflows by; what comes back by those is in fp32 at least.
     """
     if not output.requires_grad:
         return torch.zeros_like(states), [None] * len(inputs)
-    scale = cotangents.abs().amax().clamp_min(torch.finfo(cotangents.dtype).tiny)
+    size = cotangents.abs()
+    scale = torch.maximum(size.amax(), size.sum() / _LARGEST_SUM) if inputs else size.amax()
+    scale = scale.clamp_min(torch.finfo(cotangents.dtype).tiny)
     by_states, *found = torch.autograd.grad(
         output,
         [states, *inputs],
@@ -83,7 +92,13 @@ def pull(
         allow_unused=True,
     )
     by_states = torch.zeros_like(states) if by_states is None else by_states * scale.to(by_states.dtype)
-    return by_states, [None if value is None else value * scale.to(value.dtype) for value in found]
+    return by_states, [None if value is None else _times(value, scale) for value in found]
+
+
+def _times(value: Tensor, scale: Tensor) -> Tensor:
+    """`value` * `scale`, in fp32 at least."""
+    wide = torch.promote_types(value.dtype, torch.float32)
+    return value.to(wide) * scale.to(wide)
 
 
 class Network:
@@ -104,17 +119,17 @@ class Network:
         example: Tensor,  # (B, *shape)
     ) -> None:
         self.model, self.table, self.model_kwargs = model, table, model_kwargs
-        self.batch, self.dtype = len(example), model_dtype(model, example.dtype)
+        self.batch, self._computes = len(example), model_dtype(model, example.dtype)
+        self.dtype = None if table.converts else self._computes  # what converts is read as it is
         self.timesteps = table.timesteps.to(example.device)
-        self._inputs: Tensor | None = None  # (rows, *shape), the states in the model's dtype
+        self._inputs: Tensor | None = None  # (rows, *shape), states that are converted, in the model's dtype
         self._most = 0  # rows of a call to come
         self._autocast = autocast_of(example.device)
-        inner = model
+        arithmetic = [self._computes, *([self._autocast["dtype"]] if self._autocast["enabled"] else [])]
+        self.precision = max(torch.finfo(dtype).eps for dtype in arithmetic)
         if isinstance(model, Guided):
-            inner = model.model
             with torch.no_grad():
                 model.check(model_kwargs, self.batch)
-        self._holds = not isinstance(inner, torch.nn.Module)  # a plain function: what it depends on is not known
         # what the caller differentiates by, cut off from the graph that made it
         self._leaves = {id(v): v.detach().requires_grad_() for v in tensors_in(model_kwargs) if v.requires_grad}
 
@@ -145,7 +160,7 @@ class Network:
             states = states.detach().requires_grad_()
             output = self._evaluate(states, steps, samples, rebuilt(self.model_kwargs, self._leaf))
         inputs = [self._leaves.get(id(value), value) for value in inputs]
-        if inputs or self.dtype is not torch.float16:
+        if inputs or self._computes is not torch.float16:
             # what a function holds may have a graph of its own, which every other call needs as well
             again = self._holds and bool(inputs)
             return pull(output, states, cotangents, inputs, retain_graph=again)
@@ -160,8 +175,8 @@ class Network:
     def inputs(self, example: Tensor) -> list[Tensor]:
         """The tensors besides the states that the output depends on and that require grad.
 
-        Those of `model_kwargs`, and the model's parameters. If the model is a plain function, they are found by calling
-        it once, for one row of `example` (B, *shape), under autograd.
+        Those of `model_kwargs`, and the model's parameters. If the model is a plain function, or a module that holds a
+        tensor which is no parameter, they are found by calling it once, for one row of `example` (B, *shape).
         """
         given = [value for value in tensors_in(self.model_kwargs) if value.requires_grad]
         held: list[Tensor]
@@ -170,6 +185,15 @@ class Network:
         else:
             held = self._closure(example)
         return list({id(value): value for value in given + held}.values())
+
+    @cached_property
+    def _holds(self) -> bool:
+        """Whether the model may depend on more than parameters and what it is given."""
+        inner = self.model.model if isinstance(self.model, Guided) else self.model
+        if not isinstance(inner, torch.nn.Module):
+            return True
+        plain = ({k: v for k, v in vars(module).items() if k != "_parameters"} for module in inner.modules())
+        return any(value.requires_grad for values in plain for value in tensors_in(values))
 
     def _closure(self, example: Tensor) -> list[Tensor]:
         cut = {name: _detached(value) for name, value in self.model_kwargs.items()}
@@ -187,11 +211,11 @@ class Network:
         Under autograd in memory of their own: the model may write into it, which a leaf does not allow.
         """
         if torch.is_grad_enabled():
-            return states.to(self.dtype, copy=True)
-        if states.dtype == self.dtype:
+            return states.to(self._computes, copy=True)
+        if states.dtype == self._computes:
             return states
         if self._inputs is None or len(self._inputs) < len(states):
-            self._inputs = states.new_empty(max(self._most, len(states)), *states.shape[1:], dtype=self.dtype)
+            self._inputs = states.new_empty(max(self._most, len(states)), *states.shape[1:], dtype=self._computes)
         return self._inputs[: len(states)].copy_(states)
 
     def _call(self, states: Tensor, timesteps: Tensor, samples: Tensor, model_kwargs: Mapping[str, Any]) -> Tensor:
@@ -209,6 +233,7 @@ class Network:
             raise ValueError(f"model returned shape {tuple(output.shape)} for an input of shape {tuple(states.shape)}")
         if output.device != states.device or not output.is_floating_point():
             raise ValueError(f"model returned {output.dtype} on {output.device} for an input on {states.device}")
+        self.precision = max(self.precision, torch.finfo(output.dtype).eps)
         return output
 
 

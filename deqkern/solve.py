@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import warnings
@@ -118,7 +119,7 @@ class _Iteration:
         table, device, steps = trajectory.table, trajectory.x.device, trajectory.steps
         self.size = solver.width(steps)
         self.trajectory, self.solver, self.work = trajectory, solver, _Workspace(trajectory, solver, self.size)
-        self.rtol, self.tolerance = rtol, trajectory.settled(rtol)
+        self.rtol, self.tolerance = rtol, torch.empty(0)  # (S,), once the map has been called
         x, self.implicit = trajectory.x, table.implicit
         self.arguments = x[1:] if self.implicit else x[:-1]  # the states that the model is called at
         self.moved = self.work.g_ring[0] if self.implicit else self.work.dx  # their last change, if nothing mixes
@@ -173,6 +174,8 @@ class _Iteration:
         work, solver, trajectory, bands = self.work, self.solver, self.trajectory, self.trajectory.basis.bands
         x, window, m = trajectory.x, work.window, solver.history_size
         op = ops.unchecked if k > m else ops  # by then all of them have been called with these tensors
+        if not k:
+            self.tolerance = on_device(trajectory.settled(self.rtol).numpy(), x.device)
         e, e_prev = self.outputs(k), self.outputs(k + 1)
         if isinstance(solver.slope, Secant) and (k or solver.slope.start is None):
             dx = self.moved if k else self.arguments  # with the first e_prev: from zero to the first states
@@ -195,7 +198,7 @@ class _Iteration:
         if self.held is not None:
             work.before.copy_(window)
         op.progress(
-            *(work.norms, self.scale, self.gap, self.rtol, self.tolerance, CONTRACTION, GROWTH, self.size),
+            *(work.norms, self.scale, self.gap, self.tolerance, self.rtol, CONTRACTION, GROWTH, self.size),
             *(self.implicit, work.errors, window, work.diverged),
         )
         self.extend(op, k, window, work.diverged)
@@ -298,6 +301,7 @@ class Solve:
         *,
         rtol: float,
         max_iterations: int | None = None,
+        patience: int | None = None,
         cuda_graph: bool = False,
     ) -> None:
         self.trajectory, self.rtol = trajectory, rtol
@@ -316,6 +320,8 @@ class Solve:
         self.norms: list[Tensor] = []
         self.evaluated: list[Bools] = []  # (S, B)
         self.limit = trajectory.steps if max_iterations is None else max_iterations
+        self.patience = math.inf if patience is None else patience
+        self.waited = np.zeros(trajectory.batch)  # iterations since the window of a sample moved
         self.ages = np.zeros((trajectory.steps, trajectory.batch), dtype=np.int64)  # iterations that a step was open
         self.plain = np.zeros(trajectory.batch, dtype=bool)  # samples that fell back
         self._read()
@@ -328,7 +334,8 @@ class Solve:
     @property
     def open(self) -> bool:
         """Whether there is another iteration to do."""
-        return self.count < self.limit and bool((self.window[:, 0] < self.trajectory.steps).any())
+        going = (self.window[:, 0] < self.trajectory.steps) & (self.waited < self.patience)
+        return self.count < self.limit and bool(going.any())
 
     @uncompiled
     def iterate(self) -> None:
@@ -369,6 +376,7 @@ class Solve:
         self.trajectory.count()
         before = self.window
         diverged = self._read()
+        self.waited = np.where(self.window[:, 0] > before[:, 0], 0, self.waited + 1)
         if diverged.any():
             self.iteration.fall_back(diverged, before, self.evaluated[-1], self.count)
         self.history.append(self.iteration.work.errors[:, 0].clone())
@@ -397,7 +405,9 @@ class Solve:
 
     @uncompiled
     def solution(self, dtype: torch.dtype) -> Solution:
-        """The result. Gives the memory of the iteration back: the solve is over."""
+        """The result, once: it gives the memory of the iteration back, and the solve is over."""
+        if not hasattr(self, "iteration"):
+            raise RuntimeError("the solution of this solve was taken before, which ended it")
         self.iteration.complete(self.count)
         trajectory, history, errors = self.trajectory, self.history, self.iteration.work.errors
         steps, batch = trajectory.steps, trajectory.batch
@@ -436,16 +446,19 @@ def solve(
     *,
     rtol: float,
     max_iterations: int | None = None,
+    patience: int | None = None,
     callback: Callback | None = None,
     dtype: torch.dtype = torch.float32,
     cuda_graph: bool = False,
 ) -> Solution:
     """Iterate `solver` on `trajectory` in place until every sample's estimated remaining error is at most rtol.
 
-    rtol = 0 goes on until every step is exact. cuda_graph: launch iterations as graphs; no solver.window then. Raises
-    ValueError if the map gives NaN.
+    rtol = 0 goes on until every step is exact. patience: end when no open sample has settled a step in so many
+    iterations. cuda_graph: launch iterations as graphs; no solver.window of so many steps then. Raises ValueError if
+    the map gives NaN.
     """
-    running = Solve(trajectory, solver, rtol=rtol, max_iterations=max_iterations, cuda_graph=cuda_graph)
+    options: dict[str, Any] = {"rtol": rtol, "max_iterations": max_iterations, "patience": patience}
+    running = Solve(trajectory, solver, **options, cuda_graph=cuda_graph)
     while running.open:
         running.iterate()
         if callback is not None:

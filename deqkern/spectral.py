@@ -104,11 +104,12 @@ class Basis:
             spectrum.index_copy_(0, rows, image.reshape(len(rows), -1).to(spectrum.dtype))
         else:
             assert self.dct_w is not None and self.order is not None and self.place is not None
-            image = image.to(spectrum.dtype).contiguous()
-            ops.dct2(image, spectrum, rows, self.dct_h, self.dct_w, self.colour, self.order, self.place, False)
+            ops.dct2(
+                image.contiguous(), spectrum, rows, self.dct_h, self.dct_w, self.colour, self.order, self.place, False
+            )
 
     def inverse(self, spectrum: Tensor, image: Tensor, rows: Tensor) -> None:
-        """Image = V^T spectrum[rows]; shapes as in `forward`, image is written."""
+        """Image = V^T spectrum[rows]; shapes as in `forward`, image is written. The identity keeps the dtype."""
         if self.dct_h is None:
             torch.index_select(spectrum, 0, rows, out=image.view(len(rows), -1))
         else:

@@ -26,6 +26,14 @@ class Map(Protocol):
 
     what: str  # how an error about the result begins
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the states that it is called at; None: their own."""
+
+    @property
+    def precision(self) -> float:
+        """The eps of the arithmetic behind it, as far as the calls until now have shown."""
+
     def __call__(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
         """Evaluate; the result may be of any floating dtype."""
 
@@ -63,7 +71,9 @@ class Trajectory:
         self.nfe = torch.zeros(self.batch, dtype=torch.int64, device="cpu")
         self.rows = self.row_steps = self.row_samples = torch.empty(0, dtype=torch.int64, device="cpu")
         self.scale = self.x[0].double().norm(dim=-1)
-        self._images: Tensor | None = None  # (rows, *shape), in the dtype of x
+        self._images: dict[torch.dtype, Tensor] = {}  # (rows, *shape)
+        # whether the op between states and samples reads and writes the map's own dtype in its one pass
+        self.converts = self.x.is_cuda and self.basis.dct_h is not None
         self._counts = torch.zeros_like(self.nfe)
 
     @property
@@ -81,27 +91,37 @@ class Trajectory:
         """Whether outputs can be interpolated: along an explicit chain without noise, of states that start from it."""
         return self.guess == "chain" and not self.table.implicit and self.z is None
 
-    def settled(self, rtol: float) -> float:
-        """A step whose one-step residual, relative to its state, is at most this is not evaluated again."""
-        return max(rtol / (2 * self.steps), ROUNDINGS * torch.finfo(self.x.dtype).eps)
+    def settled(self, rtol: float) -> Tensor:
+        """A step whose one-step residual, relative to its state, is at most this (S,) is not evaluated again.
+
+        With rtol > 0 no less than what the map's own rounding makes of it, which no iteration can take away.
+        """
+        rounding = torch.finfo(self.x.dtype).eps
+        precision = self.map.precision if rtol and self.map.precision > rounding else 0.0
+        weight = self.table.b.abs() + self.table.c.abs()
+        return (precision * weight).clamp_min(max(rtol / (2 * self.steps), ROUNDINGS * rounding))
 
     def where(self, steps: Tensor) -> str:
         """What an error about the map says of `steps` (N,) bool or int64."""
         return f", timesteps {self.table.timesteps[steps].tolist()}"
 
-    def images(self, rows: Tensor) -> Tensor:
-        """The states `rows` (N,) of all S+1, as samples (N, *shape). The memory is reused by the next call."""
-        count = len(rows)
-        if self._images is None or len(self._images) < count:
-            self._images = self.x.new_empty(count, *self.basis.shape)
-        image = self._images[:count]
+    def images(self, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The states `rows` (N,) of all S+1, as samples (N, *shape), in the dtype of the states if None is given.
+
+        The memory is reused by the next call for that dtype.
+        """
+        count, dtype = len(rows), dtype or self.x.dtype
+        if dtype not in self._images or len(self._images[dtype]) < count:
+            self._images[dtype] = self.x.new_empty(count, *self.basis.shape, dtype=dtype)
+        image = self._images[dtype][:count]
         self.basis.inverse(self.x.flatten(0, 1), image, rows)
         return image
 
     def reserve(self, rows: int) -> None:
         """The memory for calls with so many rows, though the first ones have fewer."""
         most = min(rows, self.max_batch or rows)
-        self._images = self.x.new_empty(most, *self.basis.shape)
+        dtype = self._image_dtype
+        self._images[dtype] = self.x.new_empty(most, *self.basis.shape, dtype=dtype)
         if isinstance(self.map, Reserving):
             self.map.reserve(most)
 
@@ -125,11 +145,15 @@ class Trajectory:
         """Call the map at the selected states; what it gives goes to `out` (S, B, D), in the basis."""
         places = (self.rows, self.row_steps, self.row_samples)
         for part, steps, samples in zip(*(calls(values, self.max_batch) for values in places), strict=True):
-            image = self.images(part + self.batch if self.table.implicit else part)
+            image = self.images(part + self.batch if self.table.implicit else part, self._image_dtype)
             output = self.map(image, steps, samples)
-            if output.dtype != image.dtype or not output.is_contiguous():
+            if output.dtype != image.dtype and not self.converts:
                 output = image.copy_(output)  # the images are not needed any more
             self.basis.forward(output, out.flatten(0, 1), part)
+
+    @property
+    def _image_dtype(self) -> torch.dtype:
+        return self.map.dtype or self.x.dtype if self.converts else self.x.dtype
 
     def held(self) -> Tensor | None:
         """What the op `extend` holds (4, S), on the CPU: x0, or with the guess "constant" the state (ParaDiGMS)."""

@@ -14,8 +14,8 @@ def progress_kernel(
     norms,
     scale,
     gap,  # None: nothing was filled in
-    rtol,
     tolerance,
+    rtol,
     contraction,
     growth,
     held,  # steps in a window
@@ -32,8 +32,8 @@ def progress_kernel(
     rho = sqrt(ratio last_ratio),  left = change rho / max(1 - rho^2, 0.1), explicit: and no less than residual;
     and the next window. Where outputs were filled in, change is inf, and no step settles from the first of them, `gap`.
 
-    norms (S, B, 3), scale (B,), errors (B, 5) float64; window (B, 2), gap, diverged (B,) int64. Grid (B,): a program
-    walks its steps BLOCK at a time. In float64.
+    norms (S, B, 3), scale (B,), tolerance (S,), errors (B, 5) float64; window (B, 2), gap, diverged (B,) int64. Grid
+    (B,): a program walks its steps BLOCK at a time. In float64.
     """
     sample = tl.program_id(0)
     begin = tl.load(window + 2 * sample)
@@ -50,6 +50,7 @@ def progress_kernel(
     largest = tl.load(scale + sample)
     change = tl.zeros([BLOCK], tl.float64)
     unsolved = tl.zeros([BLOCK], tl.float64)  # the largest relative residual of an active step that is not exact now
+    allowed = tl.zeros([BLOCK], tl.float64)
     finite = tl.full([BLOCK], 1, tl.int32)
     first = tl.zeros([BLOCK], tl.int64) + steps  # the first step that is not settled
     for start in range(0, steps, BLOCK):
@@ -67,7 +68,9 @@ def progress_kernel(
         change = tl.where(relative > change, relative, change)  # 0 / 0 is not larger
         relative = residual / state
         unsolved = tl.where((i >= exact) & (i < end) & (relative > unsolved), relative, unsolved)
-        settled = (i < begin) | ((i < known) & (residual <= tolerance * state)) | (i >= steps)
+        small = tl.load(tolerance + i, mask=inside, other=0.0)
+        allowed += small
+        settled = (i < begin) | ((i < known) & (residual <= small * state)) | (i >= steps)
         first = tl.where(settled, first, tl.minimum(first, i))
     last = tl.sqrt(tl.load(norms + ((steps - 1) * batch + sample) * 3 + 1))
     whole = end == steps
@@ -84,7 +87,7 @@ def progress_kernel(
     if not IMPLICIT:
         left = tl.where(tl.max(unsolved, 0) > left, tl.max(unsolved, 0), left)
     frontier = tl.where(failed, exact, tl.maximum(tl.min(first, 0), exact))
-    left = tl.where((frontier >= steps) & (left > tolerance), tolerance, left)
+    left = tl.where((frontier >= steps) & (left > tl.sum(allowed, 0)), tl.sum(allowed, 0), left)
     converged = (frontier >= steps) | ((failed == 0) & (rtol > 0) & (left <= rtol))
     opened = tl.where(converged, steps, frontier)
     tl.store(errors + 5 * sample, left)
@@ -101,8 +104,8 @@ def progress(
     norms: torch.Tensor,  # (S, B, 3) float64
     scale: torch.Tensor,  # (B,) float64
     gap: torch.Tensor | None,  # (B,) int64
+    tolerance: torch.Tensor,  # (S,) float64
     rtol: float,
-    tolerance: float,
     contraction: float,
     growth: float,
     size: int,
@@ -114,6 +117,6 @@ def progress(
     steps, batch, _ = norms.shape
     block = min(next_power_of_2(steps), 256)
     progress_kernel[(batch,)](
-        norms, scale, gap, rtol, tolerance, contraction, growth, size, errors, window, diverged, steps, batch,
+        norms, scale, gap, tolerance, rtol, contraction, growth, size, errors, window, diverged, steps, batch,
         implicit, block, num_warps=1,
     )  # fmt: skip

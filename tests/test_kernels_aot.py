@@ -30,9 +30,11 @@ TYPES = {
     **dict.fromkeys(("dx", "e_prev", "g_ring", "image", "spectrum", "source", "target"), "*fp32"),
     **dict.fromkeys(("moved", "held"), "*fp32"),
     **dict.fromkeys(("matrix", "dct_h", "dct_w", "colour", "partial"), "*fp32"),
-    **dict.fromkeys(("norms", "moments", "gram", "rhs", "low", "high", "scale", "errors", "path"), "*fp64"),
+    **dict.fromkeys(
+        ("norms", "moments", "gram", "rhs", "low", "high", "scale", "errors", "path", "tolerance"), "*fp64"
+    ),
     **dict.fromkeys(("window", "bands", "rows", "place", "gap", "diverged", "before", "skip"), "*i64"),
-    **dict.fromkeys(("beta", "pull", "rtol", "tolerance", "contraction", "growth"), "fp32"),
+    **dict.fromkeys(("beta", "pull", "rtol", "contraction", "growth"), "fp32"),
 }
 ALIGNED = {"size", "plane", "height", "width", "length", "other"}  # integers divisible by 16 where a sample's sides are
 

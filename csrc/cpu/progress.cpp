@@ -16,6 +16,7 @@ struct Chain {
   double change = 0.0;    // the largest relative correction
   double unsolved = 0.0;  // the largest relative residual of an active step that is not exact now
   double last = 0.0;      // |g[S]|
+  double allowed = 0.0;   // the sum of all tolerances
   int64_t frontier;       // the first step that is not settled
   bool is_finite = true;
 };
@@ -31,8 +32,9 @@ Chain look(const Progress& op, int64_t b, Window window, int64_t exact, int64_t 
     const double relative = correction / (state < op.scale[b] ? state : op.scale[b]);
     if (relative > chain.change) chain.change = relative;  // 0 / 0 is not
     if (i >= exact && i < window.end && residual / state > chain.unsolved) chain.unsolved = residual / state;
-    if (i == chain.frontier && i < known && residual <= op.tolerance * state) ++chain.frontier;
+    if (i == chain.frontier && i < known && residual <= op.tolerance[i] * state) ++chain.frontier;
     chain.last = correction;
+    chain.allowed += op.tolerance[i];
   }
   return chain;
 }
@@ -52,7 +54,7 @@ void advance(const Progress& op, int64_t b, Window window) {
   if (!op.implicit && chain.unsolved > left) left = chain.unsolved;
   const bool diverged = !chain.is_finite || (whole && chain.last > op.growth * errors[3]);
   const int64_t frontier = diverged ? exact : larger(chain.frontier, exact);
-  if (frontier >= op.S && left > op.tolerance) left = op.tolerance;
+  if (frontier >= op.S && left > chain.allowed) left = chain.allowed;
   const bool converged = frontier >= op.S || (!diverged && op.rtol > 0.0 && left <= op.rtol);
   errors[0] = left;
   errors[1] = change;

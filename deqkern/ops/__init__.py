@@ -245,8 +245,8 @@ def progress(
     norms: Tensor,
     scale: Tensor,
     gap: Tensor | None,
+    tolerance: Tensor,
     rtol: float,
-    tolerance: float,
     contraction: float,
     growth: float,
     size: int,
@@ -261,15 +261,15 @@ def progress(
     check.array("scale", scale, (batch,), torch.float64, device)
     if gap is not None:
         check.array("gap", gap, (batch,), torch.int64, device)
+    check.array("tolerance", tolerance, (steps,), torch.float64, device)
     check.real("rtol", rtol, 0.0)
-    check.real("tolerance", tolerance, 0.0)
     check.real("contraction", contraction, 0.0)
     check.real("growth", growth, 0.0)
     check.integer("size", size, 1, steps)
     check.array("errors", errors, (batch, 5), torch.float64, device)
     check.array("window", window, (batch, 2), torch.int64, device)
     check.array("diverged", diverged, (batch,), torch.int64, device)
-    _progress(norms, scale, gap, rtol, tolerance, contraction, growth, size, implicit, errors, window, diverged)
+    _progress(norms, scale, gap, tolerance, rtol, contraction, growth, size, implicit, errors, window, diverged)
 
 
 def _ring(

@@ -337,8 +337,8 @@ def progress(
     norms: Tensor,  # (S, B, 3) float64, of ddim_scan: |r|^2, |g|^2, |x|^2
     scale: Tensor,  # (B,) float64, |x[0]|
     gap: Tensor | None,  # (B,) int64, the first active step whose output was filled in, but never the first; None: none
+    tolerance: Tensor,  # (S,) float64, a step whose residual is below it, relative to the state, is settled
     rtol: float,
-    tolerance: float,  # a step whose residual is below it, relative to the state, is settled
     contraction: float,  # no contraction from one iteration to the next is believed to be better
     growth: float,  # a last correction larger than this times the smallest one before it diverges
     size: int,  # steps in a window
@@ -357,10 +357,11 @@ def progress(
     0 / 0 is 0, and anything else over 0 is inf; |x[0]| may be inf.
 
     `left` is what a contraction by rho, rho^2, rho^2, .. from now on would still bring: between a linear and a
-    superlinear end. The new window begins at the first step that is not settled, |r[i+1]| > tolerance |x[i+1]|, but
-    past the first active step of an explicit chain, which took the plain step and is exact. A sample has converged when
-    its window is empty, or left <= rtol, rtol > 0. It diverged if a norm is not finite, or by `growth`, and keeps what
-    is exact. Samples that had converged before keep everything. From the gap on no step settles.
+    superlinear end. The new window begins at the first step that is not settled, |r[i+1]| > tolerance[i] |x[i+1]|,
+    but past the first active step of an explicit chain, which took the plain step and is exact. A sample has converged
+    when its window is empty, then with no more left than all tolerances together, or left <= rtol, rtol > 0. It
+    diverged if a norm is not finite, or by `growth`, and keeps what is exact. Samples that had converged before keep
+    everything. From the gap on no step settles.
     """
     steps = norms.shape[0]
     residual, correction, state = norms.sqrt().unbind(-1)  # (S, B) each
@@ -377,13 +378,13 @@ def progress(
     finite = norms.isfinite().all(-1).all(0)
     failed = active & (~finite | (whole & (correction[-1] > growth * smallest)))
     exact = begin if implicit else torch.minimum(begin + 1, end)
-    settled = (index < begin) | ((index < known) & (residual <= tolerance * state))
+    settled = (index < begin) | ((index < known) & (residual <= tolerance[:, None] * state))
     frontier = torch.maximum(settled.long().cumprod(0).sum(0), exact)
     frontier = torch.where(failed, exact, frontier)
     counted = (index >= exact) & (index < end)
     unsolved = torch.where(counted, (residual / state).nan_to_num(0.0, torch.inf), 0.0).amax(0)
     left = left if implicit else torch.maximum(left, unsolved)
-    left = torch.where(frontier >= steps, left.clamp_max(tolerance), left)
+    left = torch.where(frontier >= steps, left.clamp_max(tolerance.sum()), left)
     converged = (frontier >= steps) | (~failed & (rtol > 0) & (left <= rtol))
     opened = torch.where(converged, steps, frontier)
     smallest_now = torch.where(whole, torch.fmin(smallest, correction[-1]), smallest)

@@ -39,8 +39,8 @@ def sample(
         "norms": norms,
         "scale": torch.ones(1, dtype=torch.float64),
         "gap": None,
+        "tolerance": torch.full((steps,), 1e-3, dtype=torch.float64),
         "rtol": 1e-2,
-        "tolerance": 1e-3,
         "contraction": 0.1,
         "growth": 1e3,
         "size": steps,
@@ -222,6 +222,7 @@ def test_the_residual_is_kept_once_a_sample_has_converged(backend: str) -> None:
     both = {
         "norms": torch.full((2, 2, 3), 0.25, dtype=torch.float64),
         "scale": torch.ones(2, dtype=torch.float64),
+        "tolerance": torch.full((2,), 1e-3, dtype=torch.float64),
         "errors": torch.tensor([[1e-3, 1e-3, 0.1, 1.0, 7.0], [1.0, 1.0, 1.0, 1.0, 7.0]], dtype=torch.float64),
         "window": torch.tensor([[2, 2], [0, 2]]),
         "diverged": torch.tensor([9, 9]),

@@ -299,7 +299,7 @@ class ParallelRun:
             noise = torch.stack([randn_tensor(first.shape, generator, x.device, dtype) for _ in self._span])
         table = self._table(eta).part(self._span)
         self._timesteps = table.timesteps.to(x.device)
-        trajectory = start(_Denoiser(), first, table, self._solver, step_noise=noise)
+        trajectory = start(_Denoiser(x.dtype), first, table, self._solver, step_noise=noise)
         self._solve = Solve(trajectory, self._solver, rtol=self._rtol)
 
     @property
@@ -355,6 +355,9 @@ class _Denoiser:
     """In the place of the map, which the pipeline evaluates itself."""
 
     what = "pipe's denoiser returned"
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype, self.precision = dtype, torch.finfo(dtype).eps
 
     def __call__(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
         raise NotImplementedError
