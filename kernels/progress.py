@@ -33,7 +33,7 @@ def progress_kernel(
     and the next window. Where outputs were filled in, change is inf, and no step settles from the first of them, `gap`.
 
     norms (S, B, 3), scale (B,), tolerance (S,), errors (B, 5) float64; window (B, 2), gap, diverged (B,) int64. Grid
-    (B,): a program walks its steps BLOCK at a time. In float64.
+    (B,): a program walks its steps BLOCK at a time. In float64, but for the scalars of a launch: fp32.
     """
     sample = tl.program_id(0)
     begin = tl.load(window + 2 * sample)
