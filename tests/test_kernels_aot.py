@@ -204,6 +204,13 @@ def test_nothing_spills_and_accesses_are_wide(results: dict[str, Any], number: i
     assert result["shared"] <= 48 * 1024, result
 
 
+def test_launches_are_rounded_as_triton_does() -> None:
+    triton, launch = pytest.importorskip("triton"), importlib.import_module("deqkern.kernels.launch")
+    for n in range(1, 1100):
+        assert launch.next_power_of_2(n) == triton.next_power_of_2(n)
+        assert [launch.cdiv(n, block) for block in (1, 7, 256)] == [triton.cdiv(n, block) for block in (1, 7, 256)]
+
+
 def kernel_names() -> list[str]:
     trees = [ast.parse(path.read_text()) for path in KERNELS]
     names = [node.name for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)]

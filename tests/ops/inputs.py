@@ -78,6 +78,16 @@ def wide(arguments: Arguments) -> Arguments:
     }
 
 
+def filled(arguments: Arguments) -> Arguments:
+    """A copy with random numbers in place of NaN: what is written outside the windows then shows."""
+    return {
+        name: torch.where(value.isnan(), torch.randn_like(value), value)
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for name, value in arguments.items()
+    }
+
+
 def clone(arguments: Arguments) -> Arguments:
     return {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
 
@@ -495,3 +505,28 @@ def example(op: str) -> Arguments:
     else:
         arguments = globals()[op](4, 1, 10, 3, 1, 2)
     return {name: value.nan_to_num() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+
+# Rows that end within a vector and within a block. The last step of the last of three samples is active: what lies
+# beyond it lies beyond the tensor.
+SMALL: dict[str, list[Callable[[], Arguments]]] = {
+    "dct2": [
+        lambda shape=shape, inverse=inverse: dct2(*shape, inverse=inverse)
+        for shape in [(2, 2, 5, 7), (1, 1, 35, 18), (1, 1, 9, 33), (1, 2, 9, 65), (1, 1, 66, 5)]
+        for inverse in (False, True)
+    ],
+    "ddim_scan": [
+        lambda kind=kind: ddim_scan(4, 3, 300, 9, **kind)
+        for kind in ({}, {"implicit": True, "noise": False}, {"two_step": True})
+    ],
+    "band_moments": [lambda: band_moments(3, 3, 90, 9), lambda: band_moments(2, 3, 9, 9)],
+    "secant_slope": [lambda: secant_slope(7, 3, 5)],
+    "fill_gaps": [lambda: fill_gaps(5, 3, 90, 9), lambda: fill_gaps(4, 2, 9, 3)],
+    "anderson_gram": [
+        lambda: anderson_gram(2, 3, 1200, 3, 1, 3),
+        lambda: anderson_gram(2, 3, 9, 16, 5, 15),
+    ],
+    "anderson_solve": [lambda: anderson_solve(4, 3, 5)],
+    "anderson_mix": [lambda: anderson_mix(3, 3, 90, 3, 1, 3), lambda: anderson_mix(2, 3, 9, 16, 5, 15)],
+    "progress": [lambda: progress(300, 3, gaps=True), lambda: progress(7, 3, implicit=True)],
+}

@@ -27,7 +27,7 @@ def test_equals_the_reference(backend: str, steps: int, batch: int, size: int, _
     inputs.skip_slow(backend, steps, batch, size, history)
     count = 1 + size % history
     head = steps % (history + 1)
-    arguments = inputs.anderson_gram(steps, batch, size, history, head, count, first=size % 5)
+    arguments = inputs.anderson_gram(steps, batch, size, history, head, count, first=size % 4)
     inputs.check("anderson_gram", arguments, backend)
 
 
@@ -54,3 +54,11 @@ def test_updates_add_up_to_the_gram_matrix(backend: str, fresh: Callable[..., Te
         assert_close(gram[..., :count, :count], differences.mT @ differences, 1e-6)
         assert_close(rhs[..., :count], (differences.mT @ corrections[-1][..., None])[..., 0], 1e-6)
         assert not gram[..., count:, :].any() and not gram[..., :, count:].any() and not rhs[..., count:].any()
+
+
+@BACKENDS
+def test_blocks_are_added_in_double_precision(backend: str) -> None:
+    arguments = inputs.anderson_gram(1, 1, 1025, 1, 0, 1) | {"g_ring": torch.zeros(2, 1, 1, 1025)}
+    arguments["g_ring"][0, ..., 0], arguments["g_ring"][0, ..., -1] = 2.0**12, 1.0
+    inputs.run("anderson_gram", backend, arguments)
+    assert arguments["gram"].item() == arguments["rhs"].item() == 2**24 + 1

@@ -34,6 +34,12 @@ def test_every_kind_of_window(backend: str, first: int, kind: dict[str, bool]) -
 
 
 @BACKENDS
+@KINDS
+def test_rows_outside_the_windows_are_not_written(backend: str, kind: dict[str, bool]) -> None:
+    inputs.check("ddim_scan", inputs.filled(inputs.ddim_scan(4, 5, 33, 3, **kind)), backend)
+
+
+@BACKENDS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_model_output_in_half_precision(backend: str, dtype: torch.dtype) -> None:
     arguments = inputs.ddim_scan(7, 3, 65, 3)
@@ -130,6 +136,15 @@ def test_a_sample_that_overflowed_stays_alone(backend: str, kind: dict[str, bool
     others = [d for d in range(300) if d not in (7, 70)]
     assert torch.equal(spoilt["f"][:, 1, others], arguments["f"][:, 1, others])
     assert not spoilt["norms"][2, 1, 0].isfinite() and not spoilt["norms"][2:, 1, 1].isfinite().any()
+
+
+@BACKENDS
+def test_blocks_are_added_in_double_precision(backend: str) -> None:
+    arguments = inputs.ddim_scan(1, 1, 1025, 1, noise=False)
+    arguments["x"], arguments["e"] = torch.zeros(2, 1, 1025), torch.zeros(1, 1, 1025)
+    arguments["x"][1, 0, 0], arguments["x"][1, 0, -1] = 2.0**12, 1.0
+    inputs.run("ddim_scan", backend, arguments)
+    assert (arguments["norms"] == 2**24 + 1).all()
 
 
 @KINDS
