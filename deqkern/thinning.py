@@ -68,8 +68,8 @@ class Thinning:
         steps, batch = moves.shape
         chosen = active(window, steps)
         moves = torch.where(moves < self.least_move, 0.0, moves.clamp_max(LARGEST_MOVE))
-        distances = (self.distance * moves.sqrt()).floor()
-        far = (chosen & (distances > 1)).any(0)  # (B,), samples that leave something out: others need no walk
+        distances = self.distance * moves.sqrt()
+        far = (chosen & (distances >= 2)).any(0)  # (B,), samples that leave something out: others need no walk
         walks, spans, places = distances.mT.tolist(), window.tolist(), []
         for b in far.nonzero().flatten().tolist():
             (begin, end), walk = spans[b], walks[b]

@@ -23,6 +23,7 @@ from deqkern.thinning import APPROACH, LARGEST_MOVE, LEAST_MOVE, PATIENCE, Thinn
 
 SCHEDULE = NoiseSchedule.linear()
 SHAPE = (3, 16, 16)
+FLAT = torch.cat([torch.linspace(0.99, 0.5, 450), torch.full((300,), 0.4), torch.linspace(0.3, 0.01, 250)])
 TABLES = {
     "DDIM": SCHEDULE.steps(40),
     "v": NoiseSchedule.cosine(prediction_type="v_prediction").steps(40),
@@ -32,6 +33,7 @@ TABLES = {
     "2M": SCHEDULE.steps(40, order=2),
     "flow": NoiseSchedule.flow().steps(40),
     "zero SNR": NoiseSchedule.linear(prediction_type="v_prediction", rescale_betas_zero_snr=True).steps(40),
+    "one noise level": NoiseSchedule(FLAT).steps(40),
 }
 
 
@@ -99,14 +101,16 @@ def test_a_short_chain_is_not_thinned() -> None:
 
 
 def test_gaps_lie_between_the_evaluated_steps_of_their_sample() -> None:
-    window = torch.tensor([[1, 9], [0, 4], [10, 10]])
-    evaluated = torch.zeros(10, 3, dtype=torch.bool)
+    window = torch.tensor([[1, 9], [0, 4], [10, 10], [0, 4]])
+    evaluated = torch.zeros(10, 4, dtype=torch.bool)
     evaluated[[1, 2, 5, 8], 0] = True
     evaluated[[0, 1, 2, 3], 1] = True
+    evaluated[[0, 3], 3] = True
     gaps = thinning(10).gaps(evaluated, window)
-    assert gaps.first.tolist() == [3, 4, 10]
-    assert gaps.rows.tolist() == [[9, 12, 18, 21], [6, 6, 15, 15], [15, 15, 24, 24]]  # steps 3, 4, 6, 7
-    assert gaps.weights.shape == (4, 8)
+    assert gaps.first.tolist() == [3, 4, 10, 1]
+    places = [(1, 0, 3, 3), (2, 0, 3, 3), (3, 2, 5, 0), (4, 2, 5, 0), (6, 5, 8, 0), (7, 5, 8, 0)]
+    assert gaps.rows.mT.tolist() == [[4 * step + b for step in steps] for *steps, b in places]
+    assert gaps.weights.shape == (6, 8)
 
 
 def walked(table: StepTable, x: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
