@@ -17,6 +17,8 @@ def write(path: str | PathLike[str], tensors: Mapping[str, Tensor], metadata: di
     """Write tensors of any layout and device. Raises OSError if `path` cannot be written."""
     if Path(path).is_dir():
         raise IsADirectoryError(f"path {path} is a folder")
+    if Path(path).exists() and not Path(path).is_file():  # the file takes the place of what is there
+        raise OSError(f"path {path} is no regular file")
     if not Path(path).parent.is_dir():
         raise FileNotFoundError(f"path {path}: there is no folder {Path(path).parent}")
     clones = {name: tensor.cpu().clone().contiguous() for name, tensor in tensors.items()}

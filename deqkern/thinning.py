@@ -75,8 +75,8 @@ class Thinning:
         """
         steps, batch = moved.shape
         bounded = np.where(moved < self.least_move, 0.0, np.minimum(moved, LARGEST_MOVE))
-        distances = np.floor(self.distance * np.sqrt(bounded))
-        far = (open_steps & (distances > 1)).any(0)  # (B,), samples that leave something out: others need no walk
+        distances = self.distance * np.sqrt(bounded)
+        far = (open_steps & (distances >= 2)).any(0)  # (B,), samples that leave something out: others need no walk
         begins, lengths = open_steps.argmax(0), open_steps.sum(0)
         places: list[int] = []
         for b in np.flatnonzero(far).tolist():

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import types
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -31,23 +31,35 @@ class FakeGraph:
     recording: FakeGraph | None = None
     captured = 0
     replayed = 0
+    log: ClassVar[list[str]] = []  # of captures and waits
 
     def __init__(self) -> None:
         self.iteration: Any = None
         self.k = -1
 
-    def capture_begin(self, **_: Any) -> None:
+    def capture_begin(self, pool: str = "its own", capture_error_mode: str = "global") -> None:
+        assert FakeGraph.recording is None and capture_error_mode == "relaxed"
         FakeGraph.recording = self
         FakeGraph.captured += 1
+        FakeGraph.log.append(f"begin in {pool}")
 
     def capture_end(self) -> None:
         assert FakeGraph.recording is self
         FakeGraph.recording = None
+        FakeGraph.log.append("end")
 
     def replay(self) -> None:
         assert self.k >= 0, "nothing was captured"
         FakeGraph.replayed += 1
         self.iteration.run(self.k)
+
+
+class FakeStream:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def wait_stream(self, other: FakeStream) -> None:
+        FakeGraph.log.append(f"{self.name} waits for {other.name}")
 
 
 class Recorded:
@@ -65,20 +77,20 @@ class Recorded:
 
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    stream = types.SimpleNamespace(wait_stream=lambda other: None)
     cuda = types.SimpleNamespace(
         CUDAGraph=FakeGraph,
-        Stream=lambda device: stream,
-        current_stream=lambda device: stream,
+        Stream=lambda device: FakeStream("side"),
+        current_stream=lambda device: FakeStream("current"),
         stream=lambda stream: contextlib.nullcontext(),
         device=lambda device: contextlib.nullcontext(),
-        graph_pool_handle=lambda: None,
+        graph_pool_handle=lambda: "one pool",
     )
     monkeypatch.setattr(capture, "torch", types.SimpleNamespace(cuda=cuda, zeros=torch.zeros))
     real = capture.CapturedIterations
     monkeypatch.setattr(solve, "CapturedIterations", lambda iteration, device: real(Recorded(iteration), device))
     monkeypatch.setattr(sampling, "check_cuda_graph", lambda *arguments: None)
     FakeGraph.captured = FakeGraph.replayed = 0
+    FakeGraph.log.clear()
     yield
 
 
@@ -161,21 +173,43 @@ def test_bad_input(options: dict[str, Any], error: type[Exception], words: str) 
         deqkern.sample(lambda x, t: x, torch.randn(1, *SHAPE), SCHEDULE, 10, **options)
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_any_error_ends_the_capture(error: type[BaseException], fake_cuda: None) -> None:
-    class Failing:
-        def phase(self, k: int) -> tuple[int, ...]:
-            return ()
+class Iteration:
+    """It raises `error` at k = 1; two phases."""
 
-        def run(self, k: int) -> None:
-            if k:
-                raise error("from the model")
+    def __init__(self, error: type[BaseException] | None = None) -> None:
+        self.error = error
 
-    captured = capture.CapturedIterations(Failing(), torch.device("cpu"))
+    def phase(self, k: int) -> tuple[int, ...]:
+        return (k % 2,)
+
+    def run(self, k: int) -> None:
+        if k == 1 and self.error is not None:
+            raise self.error("from the model")
+
+
+def test_a_capture_keeps_its_place_among_what_is_launched(fake_cuda: None) -> None:
+    """On a stream of its own, and in the memory of all the others."""
+    captured = capture.CapturedIterations(Recorded(Iteration()), torch.device("cpu"))
+    for k in range(6):
+        captured.run(k)
+    assert FakeGraph.log == 2 * ["side waits for current", "begin in one pool", "end", "current waits for side"]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ValueError, "^from the model"),
+        (KeyboardInterrupt, "^from the model"),
+        (RuntimeError, "cuda_graph=False: from the model"),
+    ],
+)
+def test_any_error_ends_the_capture(error: type[BaseException], words: str, fake_cuda: None) -> None:
+    captured = capture.CapturedIterations(Iteration(error), torch.device("cpu"))
     captured.run(0)
-    with pytest.raises(error, match="from the model"):
+    with pytest.raises(error, match=words):
         captured.run(1)
-    assert FakeGraph.captured >= 1 and FakeGraph.recording is None
+    assert FakeGraph.recording is None
+    assert FakeGraph.captured == 2, "a capture that ends well comes after it, for torch's generator"
 
 
 @pytest.mark.gpu

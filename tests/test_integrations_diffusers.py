@@ -193,6 +193,13 @@ def test_pipelines_that_do_not_go_with_the_multistep_scheduler_are_refused() -> 
     refused(pipe, "does not take the eta that DDIMPipeline gives it")
 
 
+def test_guidance_that_is_not_asked_for() -> None:
+    """A pipeline may have it all the same."""
+    pipe, call = pieces("dit", True)
+    del call["guidance_scale"]
+    check_exact(pipe, call)
+
+
 @pytest.mark.parametrize("generators", ["none", "one", "list"])
 @pytest.mark.parametrize("name", ["ddim", "sd"])
 def test_step_noise_is_drawn_as_the_sequential_loop_does(name: str, generators: str) -> None:
@@ -283,6 +290,14 @@ def test_ip_adapters() -> None:
     before = result(pipe, call | {"ip_adapter_image_embeds": [random(2, 1, 6, seed=10)]})
     assert float(relative_error(result(pipe, call), before).max()) > 0.1
     check_exact(pipe, call)
+
+    def rescale(pipe: Any, i: int, t: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+        for processor in pipe.unet.attn_processors.values():
+            if isinstance(processor, IPAdapterAttnProcessor2_0):
+                processor.scale[0] = 0.5
+        return given
+
+    refused(pipe, "changed the conditioning or the guidance", call | {"callback_on_step_end": rescale})
 
 
 @pytest.mark.parametrize("max_batch", [1, 5, 1000])
@@ -381,6 +396,7 @@ def test_the_pipe_is_left_as_it_was() -> None:
     with parallel(pipe, rtol=0.0) as run:
         assert isinstance(pipe.scheduler, diffusers.DDIMScheduler)
         assert isinstance(pipe, diffusers.StableDiffusionPipeline)
+        assert repr(type(pipe)) == repr(diffusers.StableDiffusionPipeline)
         assert pipe.scheduler.config == before[0]["scheduler"].config
         with pytest.raises(KeyError, match="from the callback"):
             result(pipe, call, callback_on_step_end=fail)
@@ -418,6 +434,7 @@ def test_a_subclass_with_the_same_loop_is_as_good() -> None:
         def __call__(self) -> None:
             raise NotImplementedError
 
+    Other.__call__.__qualname__ = "StableDiffusionPipeline.__call__"  # as where it had the same name
     pipe, call = pieces("sd", False)
     expected = result(pipe, call)
     with parallel(Mine(**pipe.components), rtol=0.0):
@@ -478,20 +495,25 @@ def test_what_changes_between_steps_is_refused() -> None:
     refused(pipe, "or the guidance", returning() | {"callback_on_step_end": without_guidance})
     ddim_only, call = pieces("ddim", True)
     refused(ddim_only, "use_clipped_model_output", call | {"use_clipped_model_output": True})
+    with parallel(ddim_only):
+        result(ddim_only, call | {"use_clipped_model_output": False})
 
 
 def test_denoisers_that_depend_on_more_than_their_timestep_are_refused() -> None:
     pipe, call = pieces("sd3", True)
     skipping = call | {"skip_guidance_layers": [0], "skip_layer_guidance_start": -1, "skip_layer_guidance_stop": 1.0}
     refused(pipe, "skip_guidance_layers", skipping)
+    refused(pipe, "skip_guidance_layers", skipping | {"skip_guidance_layers": []})
     refused(pipe, "ip_adapter_image", call | {"joint_attention_kwargs": {"ip_adapter_image_embeds": noise()}})
 
     pipe, call = pieces("sd", False)
-    handle = pipe.unet.register_forward_pre_hook(
-        lambda module, args, given: (args, given | {"mid_block_additional_residual": torch.zeros(1)}), with_kwargs=True
-    )
-    refused(pipe, r"mid_block_additional_residual.*T2I adapters", call)
-    handle.remove()
+    for place in ("down_block_additional_residuals", "mid_block_additional_residual",
+                  "down_intrablock_additional_residuals", "block_controlnet_hidden_states"):  # fmt: skip
+        handle = pipe.unet.register_forward_pre_hook(
+            lambda module, args, given, place=place: (args, given | {place: torch.zeros(1)}), with_kwargs=True
+        )
+        refused(pipe, rf"{place}.*T2I adapters", call)
+        handle.remove()
 
     def twice(module: Any, args: Any, given: dict[str, Any], output: Any) -> None:
         handle.remove()
@@ -516,6 +538,9 @@ def test_wrong_arguments() -> None:
     refused(pipe, "solver must be a Solver", solver="default", error=TypeError)
     refused(pipe, "devices must hold the model's own, cpu, got meta", devices=["meta"])
     refused(pipe, "num_inference_steps", call | {"num_inference_steps": 1001})
+    other, its_call = pieces("sd", False)
+    second_order(other)
+    refused(other, "are not those of its chain", its_call | {"timesteps": [900, 500, 300, 100]})
     pipe.scheduler = diffusers.DDIMScheduler(timestep_spacing="trailing", clip_sample=False)
     with parallel(pipe, rtol=0.0):  # a spacing that its chain reproduces
         result(pipe, call)
@@ -548,8 +573,12 @@ def test_inverted_latents_make_the_image_again(method: str, guidance_scale: floa
     prompts = ["a b", "c"]
     call = given | {"prompt": prompts, "output_type": "latent"}
     latents = pipe(**call, latents=noise()).images
+    rows, per_state = list[int](), 2 if guidance_scale > 1 else 1
+    handle = pipe.unet.conv_in.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     found = invert(pipe, latents, prompts, method=method, rtol=1e-5, max_batch=8, **given)
+    handle.remove()
     assert bool(found.converged.all())
+    assert max(rows) == (8 if method == "joint" else 2 * per_state) and sum(rows) == per_state * int(found.nfe.sum())
     assert float(relative_error(found.value, noise()).max()) <= 1e-3
     assert float(relative_error(pipe(**call, latents=found.value).images, latents).max()) <= 1e-3
 
@@ -562,6 +591,9 @@ def test_invert_encodes_images() -> None:
     with torch.no_grad():
         encoded = pipe.vae.encode(2 * image - 1).latent_dist.mode() * pipe.vae.config.scaling_factor
     assert float(relative_error(found.trajectory[-1], encoded).max()) <= 1e-5
+    img2img = quiet(diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False))
+    same = invert(img2img, list(image), "a", num_inference_steps=STEPS, devices=["cpu", "cpu"])
+    assert float(relative_error(same.value, found.value).max()) <= 1e-5
     again = pipe("a", num_images_per_prompt=2, latents=found.value, num_inference_steps=STEPS, guidance_scale=1.0,
                  output_type="latent").images  # fmt: skip
     assert float(relative_error(again, encoded).max()) <= 1e-3
@@ -573,7 +605,11 @@ def test_invert_pixels() -> None:
     pipe = diffusers.DDIMPipeline(loaded.model, diffusers.DDIMScheduler.from_config(config))
     image = deqkern.sample(loaded.model, torch.randn(1, *loaded.shape), loaded.schedule, 15, sigma_min=0.08).value
     image = image.clamp(-1, 1)
-    found = invert(pipe, image / 2 + 0.5, num_inference_steps=15, sigma_min=0.08)
+    rows: list[int] = []
+    handle = pipe.unet.conv_in.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    found = invert(pipe, image / 2 + 0.5, num_inference_steps=15, sigma_min=0.08, max_batch=5)
+    handle.remove()
+    assert max(rows) == 5 and sum(rows) == int(found.nfe.sum())
     again = deqkern.sample(loaded.model, found.value, loaded.schedule, 15, rtol=0.0, sigma_min=0.08).value
     assert bool(found.converged.all())
     assert float(relative_error(again, image).max()) <= 1e-3
@@ -583,20 +619,30 @@ def test_invert_refuses_what_it_cannot_undo() -> None:
     pipe, _ = pieces("ddim", True)
     with pytest.raises(ValueError, match="clip_sample=False"):
         invert(pipe, random(2, 3, 8, 8).clamp(0, 1))
+    pipe.scheduler = diffusers.DDIMScheduler(clip_sample=False, thresholding=True)
+    with pytest.raises(ValueError, match="thresholding=False"):
+        invert(pipe, random(2, 3, 8, 8).clamp(0, 1))
     pipe.scheduler = diffusers.DDIMScheduler(clip_sample=False)
-    with pytest.raises(ValueError, match="no conditioning"):
-        invert(pipe, random(2, 3, 8, 8).clamp(0, 1), "a")
+    for conditioning in ({"prompt": "a"}, {"guidance_scale": 2.0}):
+        with pytest.raises(ValueError, match="no conditioning"):
+            invert(pipe, random(2, 3, 8, 8).clamp(0, 1), **conditioning)
     with pytest.raises(ValueError, match="pipe must be one of"):
         invert(pieces("xl", False)[0], random(2, 3, 8, 8))
     pipe = text_to_image()
     with pytest.raises(ValueError, match="prompt must be one or 2"):
         invert(pipe, noise(), ["a", "b", "c"])
+    with pytest.raises(ValueError, match="max_batch must be None or an int >= 1"):
+        invert(pipe, noise(), max_batch=-1)
+    with pytest.raises(ValueError, match="method must be"):
+        invert(pipe, noise(), method="newton")
+    with pytest.raises(ValueError, match="devices must hold the model's own, cpu, got meta"):
+        invert(pipe, noise(), devices=["meta"])
     pipe.scheduler = diffusers.PNDMScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(ValueError, match=r"DDIMScheduler\.from_config"):
         invert(pipe, noise())
 
 
-@pytest.mark.parametrize("look", [list, max, lambda t: [float(v) for v in t[2:]]])
+@pytest.mark.parametrize("look", [list, max, lambda t: [float(v) for v in t[2:]], lambda t: (t[[0, 2]], list(2 * t))])
 def test_a_callback_may_go_through_the_timesteps(look: Callable[[Any], Any]) -> None:
     pipe, call = pieces("sd", True)
     expected, seen = result(pipe, call), list[Any]()
@@ -615,15 +661,17 @@ def test_a_callback_may_go_through_the_timesteps(look: Callable[[Any], Any]) -> 
 def test_settings_that_a_callback_changes_are_refused() -> None:
     pipe, call = pieces("sd", True)
 
-    def guidance(pipe: Any, i: int, t: Tensor, given: dict[str, Any]) -> dict[str, Any]:
-        pipe._guidance_scale = 2.0
+    def guidance(name: str, pipe: Any, i: int, t: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+        setattr(pipe, name, 2.0)
         return given
 
     def in_place(pipe: Any, i: int, t: Tensor, given: dict[str, Any]) -> dict[str, Any]:
         given["prompt_embeds"].mul_(0.5)
         return given
 
-    refused(pipe, "changed the conditioning or the guidance", call | {"callback_on_step_end": guidance})
+    for name in ("_guidance_scale", "_guidance_rescale"):
+        change = {"callback_on_step_end": functools.partial(guidance, name)}
+        refused(pipe, "changed the conditioning or the guidance", call | change)
     more = {"callback_on_step_end": in_place, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
     refused(pipe, "changed the conditioning or the guidance", call | more)
     cutoff = diffusers.callbacks.SDCFGCutoffCallback(cutoff_step_ratio=0.4)
@@ -686,7 +734,8 @@ def test_hooks_that_replace_forward_cannot_be_copied() -> None:
     refused(pipe, "forward was replaced", devices=["cpu", "cpu"])
 
 
-def test_a_denoiser_compiled_in_place_has_graphs_of_its_own_only() -> None:
+@pytest.mark.parametrize("place", ["in place", "around"])
+def test_a_compiled_denoiser_has_graphs_of_its_own_only(place: str) -> None:
     network = diffusers.UNet2DModel(
         sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, add_attention=False,
         down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
@@ -700,7 +749,10 @@ def test_a_denoiser_compiled_in_place_has_graphs_of_its_own_only() -> None:
         return graph.forward
 
     torch._dynamo.reset()
-    pipe.unet.compile(backend=as_it_is, dynamic=True)
+    if place == "in place":
+        pipe.unet.compile(backend=as_it_is, dynamic=True)
+    else:
+        pipe.unet = torch.compile(pipe.unet, backend=as_it_is, dynamic=True)
     with parallel(pipe, rtol=1e-4):
         actual = result(pipe, call)
     assert float(relative_error(actual, expected).max()) <= 2e-3

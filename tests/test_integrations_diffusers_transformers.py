@@ -425,6 +425,12 @@ def test_one_image() -> None:
         check_exact(pipe, {key: value[:1] if isinstance(value, Tensor) else value for key, value in call.items()})
 
 
+def test_one_row_or_column_of_tokens() -> None:
+    for side in ("height", "width"):
+        pipe, call = pieces("flux", True)
+        check_exact(pipe, call | {side: 2})
+
+
 @pytest.mark.parametrize("name", ["flux", "qwen", "sana", "wan", "lumina2"])
 def test_half_precision(name: str) -> None:
     pipe, call = pieces(name, True)
@@ -526,6 +532,24 @@ def test_wan_of_two_stages_is_refused() -> None:
     two = wan(False)[0].transformer
     refused(wan(False, transformer_2=two, boundary_ratio=0.9)[0], "two denoisers.*boundary_ratio")
     refused(wan(False, expand_timesteps=True)[0], "expand_timesteps")
+    pipe, _ = wan(False)
+    pipe.transformer = None  # the second alone
+    refused(pipe, "two denoisers")
+
+
+def test_wan_for_two_frames_is_refused() -> None:
+    pipe, _ = pieces("wan_image", False)
+    pipe.transformer.register_to_config(pos_embed_seq_len=514)
+    refused(pipe, "for a first and a last frame")
+
+
+def test_one_step() -> None:
+    """Of which one pipeline takes the second output, x0 of its scheduler."""
+    pipe, call = pieces("pixart", False)
+    refused(pipe, "num_inference_steps=1: PixArtAlphaPipeline", call | {"num_inference_steps": 1})
+    check_exact(pipe, call | {"num_inference_steps": 2})
+    pipe, call = pieces("pixart_sigma", False)
+    check_exact(pipe, call | {"num_inference_steps": 1})
 
 
 def test_schedulers_with_other_rules_are_refused() -> None:

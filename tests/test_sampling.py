@@ -659,6 +659,8 @@ def test_any_default_device() -> None:
                 assert found.value.device.type == "cpu" and torch.autograd.grad(found.value.sum(), first)
         assert deqkern.sample(call, noise, NoiseSchedule.flow(), 6).value.device.type == "cpu"
         assert deqkern.sample(call, noise, schedule, 20, order=2).value.device.type == "cpu"
+        thinned = deqkern.sample(call, noise, schedule, 50, solver=solvers.default(window=None))
+        assert thinned.nfe_history[0].max() < 50
         assert deqkern.sample(call, noise, schedule, 6, sigma_min=0.1).value.device.type == "cpu"
         assert deqkern.invert(call, noise, schedule, 6, round_trip=True).converged.all()
         assert deqkern.invert(call, noise, schedule, 6, method="optimize", max_iterations=1).value.device.type == "cpu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import problems
 import pytest
 import torch
 from asserts import relative_error
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 import deqkern
-from deqkern import NoiseSchedule, SlopeProfile, calibration, slopes, solvers
+from deqkern import NoiseSchedule, SlopeProfile, calibration, slopes, solvers, storage
 from deqkern.spectral import Basis
 from deqkern.trajectory import start
 
@@ -85,6 +87,28 @@ def test_a_profile_is_constant_outside_of_its_levels_and_saved_in_any_layout(tmp
     torch.testing.assert_close(found[[0, -1]], middle.shrinkage[[0, -1]])
 
 
+def test_a_profile_is_not_saved_where_a_file_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor in the place of a device, which a rename would take away."""
+    profile = profile_of(0.3)
+    os.mkfifo(tmp_path / "pipe")
+    places = ((".", "is a folder"), ("no/file", "there is no folder"), ("pipe", "no regular file"))
+    for place, words in places:
+        for path in (tmp_path / place, str(tmp_path / place)):
+            with pytest.raises(OSError, match=words):
+                profile.save(path)
+    assert (tmp_path / "pipe").is_fifo()
+    for _ in range(2):  # over the first
+        profile.save(str(tmp_path / "profile"))
+        assert torch.equal(SlopeProfile.load(str(tmp_path / "profile")).log_snr, profile.log_snr)
+
+    def full(*arguments: object) -> None:
+        raise SafetensorError("no space left")
+
+    monkeypatch.setattr(storage, "save_file", full)
+    with pytest.raises(OSError, match="profile cannot be written: no space left"):
+        profile.save(tmp_path / "profile")
+
+
 def test_profile_refuses_other_files_and_other_shapes(tmp_path: Path) -> None:
     tensors = {"log_snr": torch.ones(1), "shrinkage": torch.ones(1, 1)}
     (tmp_path / "0").write_bytes(b"not safetensors")
@@ -95,9 +119,6 @@ def test_profile_refuses_other_files_and_other_shapes(tmp_path: Path) -> None:
             SlopeProfile.load(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="there is no file"):
         SlopeProfile.load(tmp_path / "3")
-    for place, words in ((tmp_path, "is a folder"), (tmp_path / "no" / "file", "there is no folder")):
-        with pytest.raises(OSError, match=words):
-            profile_of(0.3).save(place)
     with pytest.raises(ValueError, match="profile was made for samples"):
         solver = solvers.default(profile=profile_of(0.3))
         deqkern.sample(problems.digits_density(SCHEDULE), torch.randn(1, 1, 4, 4), SCHEDULE, 10, solver=solver)

@@ -24,6 +24,7 @@ from deqkern.thinning import APPROACH, LARGEST_MOVE, LEAST_MOVE, PATIENCE, Thinn
 
 SCHEDULE = NoiseSchedule.linear()
 SHAPE = (3, 16, 16)
+FLAT = torch.cat([torch.linspace(0.99, 0.5, 450), torch.full((300,), 0.4), torch.linspace(0.3, 0.01, 250)])
 TABLES = {
     "DDIM": SCHEDULE.steps(40),
     "v": NoiseSchedule.cosine(prediction_type="v_prediction").steps(40),
@@ -33,6 +34,7 @@ TABLES = {
     "2M": SCHEDULE.steps(40, order=2),
     "flow": NoiseSchedule.flow().steps(40),
     "zero SNR": NoiseSchedule.linear(prediction_type="v_prediction", rescale_betas_zero_snr=True).steps(40),
+    "one noise level": NoiseSchedule(FLAT).steps(40),
 }
 
 
@@ -99,13 +101,15 @@ def test_a_short_chain_is_not_thinned() -> None:
 
 
 def test_gaps_lie_between_the_evaluated_steps_of_their_sample() -> None:
-    opened = active(np.array([[1, 9], [0, 4], [10, 10]]), 10)
-    evaluated = np.zeros((10, 3), dtype=bool)
+    opened = active(np.array([[1, 9], [0, 4], [10, 10], [0, 4]]), 10)
+    evaluated = np.zeros((10, 4), dtype=bool)
     evaluated[[1, 2, 5, 8], 0] = True
     evaluated[[0, 1, 2, 3], 1] = True
+    evaluated[[0, 3], 3] = True
     first, rows = gaps(opened, evaluated)
-    assert first.tolist() == [3, 10, 10]
-    assert rows.tolist() == [[9, 12, 18, 21], [6, 6, 15, 15], [15, 15, 24, 24]]  # steps 3, 4, 6, 7
+    assert first.tolist() == [3, 10, 10, 1]
+    places = [(1, 0, 3, 3), (2, 0, 3, 3), (3, 2, 5, 0), (4, 2, 5, 0), (6, 5, 8, 0), (7, 5, 8, 0)]
+    assert rows.T.tolist() == [[4 * step + b for step in steps] for *steps, b in places]
 
 
 def test_how_far_states_moved() -> None:

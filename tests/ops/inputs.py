@@ -522,6 +522,7 @@ SMALL: dict[str, list[Callable[[], Arguments]]] = {
     "band_moments": [lambda: band_moments(3, 3, 90, 9), lambda: band_moments(2, 3, 9, 9)],
     "secant_slope": [lambda: secant_slope(7, 3, 5)],
     "fill_gaps": [lambda: fill_gaps(5, 3, 90, 9), lambda: fill_gaps(4, 2, 9, 3)],
+    "extend": [lambda: extend(8, 6, 90), lambda: extend(7, 6, 9, noise=False, implicit=True)],
     "anderson_gram": [
         lambda: anderson_gram(2, 3, 1200, 3, 1, 3),
         lambda: anderson_gram(2, 3, 9, 16, 5, 15),

@@ -19,11 +19,11 @@ TWO_STAGES = ("boundary_ratio", "expand_timesteps")
 # Arguments of a pipeline call that make its loop another one, unless they are one of these.
 _REFUSED = {
     "use_clipped_model_output": (None, False),
-    "skip_guidance_layers": (None, []),
+    "skip_guidance_layers": (None,),  # without layers the loop calls its denoiser once more all the same
     "cfg_trunc_ratio": (1.0,),  # of the steps with guidance
 }
 # What a pipeline holds of its call, and its loop reads at every step.
-_GUIDANCE = ("_guidance_scale", "_guidance_scale_2", "_guidance_rescale", "_true_cfg_scale", "_cfg_normalization")
+_GUIDANCE = ("_guidance_scale", "_guidance_rescale")
 # Arguments of a denoiser that belong to one timestep.
 _RESIDUALS = (
     "down_block_additional_residuals",

@@ -211,7 +211,7 @@ class ParallelRun:
             states = torch.cat([states, x[index, self._own :]], dim=1)
         timesteps = self._timesteps[trajectory.row_steps].repeat(copies)
         timesteps = self._loop.timestep(timesteps, x.dtype, self._denoiser.config)
-        shared = {name: given[name] for name in self._loop.shared if name in given}
+        shared = {name: given[name] for name in self._loop.shared}
         shared = {name: value[:1] if isinstance(value, list) else value for name, value in shared.items()}
         names = (self._names[0], "timestep")
 
