@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -72,6 +73,8 @@ class Basis:
         return cls(shape, torch.tensor([0, math.prod(shape)], device=device))
 
     @classmethod
+    @lru_cache(maxsize=16)  # sorting the coefficients of a large image takes longer than an iteration
+    @torch.inference_mode(False)
     def spectral(
         cls, shape: tuple[int, ...], device: torch.device | None = None, dtype: torch.dtype = torch.float32
     ) -> Basis:

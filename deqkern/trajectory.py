@@ -193,13 +193,13 @@ def start(
     basis.forward(first, x[0], samples)
     z = None
     if bool((table.n != 0).any()):
+        if step_noise is None:
+            step_noise = torch.stack([normal(first, generator) for _ in range(steps)])
         z = torch.empty(steps, batch, basis.size, device=device, dtype=dtype)
-        for i in range(steps):
-            drawn = normal(first, generator) if step_noise is None else step_noise[i]
-            basis.forward(drawn, z[i], samples)
+        basis.forward(step_noise.flatten(0, 1), z.flatten(0, 1), torch.arange(steps * batch, device=device))
     if guess is not None:
-        for i in range(steps):
-            basis.forward(guess[i + 1], x[i + 1], samples)
+        rows = torch.arange(steps * batch, device=device)
+        basis.forward(guess[1:].flatten(0, 1), x[1:].flatten(0, 1), rows)
     elif solver.start == "constant":
         x[1:] = x[0]
     elif batch:

@@ -18,7 +18,7 @@ def progress_kernel(
     rtol,
     contraction,
     growth,
-    held,  # steps in a window
+    span,  # steps in a window
     errors,
     window,
     diverged,
@@ -96,7 +96,7 @@ def progress_kernel(
     tl.store(errors + 5 * sample + 3, tl.where(whole & (last < smallest), last, smallest))
     tl.store(errors + 5 * sample + 4, tl.where(broken, float("inf"), tl.max(unsolved, 0)))
     tl.store(window + 2 * sample, opened)
-    tl.store(window + 2 * sample + 1, tl.minimum(opened + held, steps))
+    tl.store(window + 2 * sample + 1, tl.minimum(opened + span, steps))
     tl.store(diverged + sample, failed.to(tl.int64))
 
 

@@ -63,6 +63,8 @@ for size in (1, 5, 17, 255, 257, 3072):
     for noise in (True, False):
         inputs.check("ddim_scan", inputs.ddim_scan(7, 3, size, 5, noise=noise), "cpu")
     inputs.check("band_moments", inputs.band_moments(7, 3, size, 5), "cpu")
+    inputs.check("fill_gaps", inputs.fill_gaps(7, 3, size, 5), "cpu")
+    inputs.check("extend", inputs.extend(7, 6, size), "cpu")
     for count in (1, 2, 5, 16):
         inputs.check("anderson_gram", inputs.anderson_gram(2, 3, size, 16, 3, count), "cpu")
         inputs.check("anderson_mix", inputs.anderson_mix(2, 3, size, 16, 3, count), "cpu")
