@@ -6,6 +6,7 @@ import contextvars
 import copy
 import functools
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -32,7 +33,11 @@ class Replicated(torch.nn.Module):
         super().__init__()
         self.model = model  # it serves the first device itself
         self.devices = tuple(devices)
+        self._threads: tuple[int, list[ThreadPoolExecutor]] = (0, [])  # of which process; one for each copy
         self.refresh()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_threads": (0, [])}
 
     def refresh(self) -> None:
         """Copy the model as it is now. Needed only after a change that leaves no trace, through `.data`."""
@@ -75,13 +80,13 @@ class Replicated(torch.nn.Module):
         named: dict[str, Tensor] = {}
         if torch.is_grad_enabled() and any(value.requires_grad for value in self.model.parameters()):
             named = dict(self.model.named_parameters())  # those of the copies get no gradient
-        pool = ThreadPoolExecutor(len(calls))
+        if self._threads[0] != os.getpid():  # kept, because libraries keep plans per thread; a fork has none of them
+            self._threads = os.getpid(), [ThreadPoolExecutor(1) for _ in self._copies]
         outputs = []
-        for module, call, device in zip(self._copies, calls, self.devices[1:], strict=False):
+        for module, thread, call, device in zip(self._copies, self._threads[1], calls, self.devices[1:], strict=False):
             parameters = {name: value.to(device) for name, value in named.items()}
             evaluate = functools.partial(_evaluate, module, parameters, call)
-            outputs.append(pool.submit(contextvars.copy_context().run, _as_here(evaluate, device)))
-        pool.shutdown(wait=False)  # its threads end with their work
+            outputs.append(thread.submit(contextvars.copy_context().run, _as_here(evaluate, device)))
         return [output.result for output in outputs]
 
     def extra_repr(self) -> str:

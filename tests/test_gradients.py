@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from collections.abc import Callable
@@ -595,3 +596,48 @@ def test_samples_with_small_gradients_keep_them_in_fp16() -> None:
 
     together, alone = grad(noise, weight)[1:], grad(noise[1:], weight[1:])
     assert (together - alone).norm() <= 5e-3 * alone.norm()
+
+
+class Bias(torch.nn.Module):
+    """A model in fp16 whose bias every row and pixel adds to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(4, 4, 1, dtype=torch.float16)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("loss", [1.0, 1e-7, 1e3])
+def test_half_precision_sums_neither_overflow_nor_vanish(loss: float) -> None:
+    """65536 equal cotangents, more than fp16 can count, of any size."""
+    model, noise = Bias(), torch.randn(4, 4, 128, 128)
+    wide = copy.deepcopy(model).float()
+    for case in (model, wide):
+        value = deqkern.sample(case, noise, NoiseSchedule.linear(), 3, gradient="exact", rtol=0.0).value
+        (value.float().mean() * loss * len(noise)).backward()
+    for half, right in zip(model.parameters(), wide.parameters(), strict=True):
+        assert half.grad is not None and right.grad is not None
+        rounding = 2.0**-24 if loss < 1 else 0.0  # what fp16 cannot hold at all
+        assert ((half.grad - right.grad).abs() <= 2e-2 * right.grad.abs().amax() + rounding).all()
+
+
+def test_a_tensor_that_a_module_holds_has_a_gradient() -> None:
+    """As an embedding that is being learned, and is no parameter of the model."""
+
+    class Holding(Tiny):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embeddings = {"new": torch.zeros(2, 1, 1, dtype=torch.float64, requires_grad=True)}
+
+        def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+            return super().forward(x + self.embeddings["new"], t)
+
+    model, noise = Holding(), torch.randn(BATCH, *SHAPE).double()
+    held = model.embeddings["new"]
+    expected = torch.autograd.grad(chain(model, noise, NoiseSchedule.linear(), STEPS).square().sum(), held)[0]
+    value = deqkern.sample(model, noise, NoiseSchedule.linear(), STEPS, gradient="exact", **SEQUENTIAL).value
+    value.square().sum().backward()
+    torch.testing.assert_close(held.grad, expected, rtol=1e-9, atol=1e-12)
+    assert model.last.weight.grad is not None

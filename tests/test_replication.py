@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import pickle
 import threading
+import warnings
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -82,6 +86,26 @@ def test_all_devices_work_at_the_same_time(model: Denoiser) -> None:
     model.first.register_forward_pre_hook(lambda module, args: order.append(met.wait()))
     replicated(model, THREE)(noise(3), torch.arange(3))
     assert sorted(order) == [0, 1, 2]
+
+
+def test_a_copy_keeps_its_thread_and_goes_without_it_to_another_process(model: Denoiser) -> None:
+    """Plans of convolutions are kept per thread; a thread can be neither copied nor stored nor forked."""
+    copies = replicated(model, THREE)
+    for _ in range(3):
+        expected = copies(noise(3), torch.arange(3))
+    threads = {(copy, thread) for copy, _, thread in Denoiser.calls}
+    assert len(threads) == 3 == len({thread for _, thread in threads})
+    for other in (copy.deepcopy(copies), pickle.loads(pickle.dumps(copies))):
+        assert torch.equal(other(noise(3), torch.arange(3)), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads
+        child = os.fork()
+    if child == 0:
+        try:
+            os._exit(0 if torch.equal(copies(noise(3), torch.arange(3)), expected) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("grad", [False, True])

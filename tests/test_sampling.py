@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Callable
@@ -12,11 +13,15 @@ import problems
 import pytest
 import torch
 from asserts import relative_error
+from problems import chain
 from torch import Tensor
 
 import deqkern
-from deqkern import NoiseSchedule, solvers
+from deqkern import NoiseSchedule, models, solvers
+from deqkern.network import Network, model_dtype
+from deqkern.solve import Solve
 from deqkern.step_table import StepTable
+from deqkern.trajectory import Trajectory, start
 
 SCHEDULE = NoiseSchedule.linear()
 SHAPE = (3, 8, 8)
@@ -692,3 +697,95 @@ def test_solutions_are_compared_by_identity() -> None:
 def test_an_empty_batch_has_no_gradient() -> None:
     with pytest.raises(ValueError, match="noise must hold at least one sample"):
         deqkern.sample(lambda x, t: x, torch.zeros(0, *SHAPE), SCHEDULE, 5, gradient="exact")
+
+
+@pytest.mark.parametrize("view", ["transposed", "flipped", "channels_last", "expanded"])
+def test_a_model_may_return_a_view_of_its_input(view: str) -> None:
+    views: dict[str, Callable[[Tensor], Tensor]] = {
+        "transposed": lambda x: x.mT,
+        "flipped": lambda x: x.mT.flip(-1),
+        "channels_last": lambda x: x.to(memory_format=torch.channels_last),
+        "expanded": lambda x: x[:, :1].expand_as(x),
+    }
+    noise = torch.randn(2, 3, 8, 8)
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return views[view](x)
+
+    found = deqkern.sample(model, noise, SCHEDULE, 12, rtol=0.0)
+    assert relative_error(found.value, chain(model, noise, SCHEDULE, 12)).max() <= 1e-4
+
+
+class Plain(torch.nn.Module):
+    """A module of x alone as a model of x and t."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_states_go_to_the_model_in_its_own_dtype_where_the_transform_writes_it(
+    order: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where that saves a pass each way."""
+    conv, noise = torch.nn.Conv2d(3, 3, 3, padding=1, dtype=torch.bfloat16), torch.randn(2, 3, 8, 6)
+    half = Plain(conv)
+    usual = deqkern.sample(half, noise, SCHEDULE, 12, order=order)
+    taken, construct = [], Trajectory.__post_init__
+
+    def direct(self: Trajectory) -> None:
+        construct(self)
+        self.converts = True
+        taken.append(self)
+
+    monkeypatch.setattr(Trajectory, "__post_init__", direct)
+    found = deqkern.sample(half, noise, SCHEDULE, 12, order=order)
+    assert torch.equal(found.value, usual.value) and torch.equal(found.nfe, usual.nfe)
+    assert (torch.bfloat16 in taken[0]._images) is (order == 1), "what converts outputs reads the states as they are"
+
+
+def test_half_precision_ends_at_its_own_rounding() -> None:
+    """And does not walk the whole chain for digits that the model does not have."""
+    model, eps = models.load("digits"), torch.finfo(torch.bfloat16).eps
+    noise, half = torch.randn(1, *model.shape), copy.deepcopy(model.model).bfloat16()
+    found = deqkern.sample(half, noise, model.schedule, 30, rtol=1e-4)
+    expected = deqkern.sample(half, noise, model.schedule, 30, rtol=0.0, solver=solvers.sequential())
+    assert found.converged.all() and found.iterations <= 15, found.message
+    assert relative_error(found.value, expected.value).max() <= 4 * eps
+    assert found.error_estimate.max() <= 4 * eps
+
+
+def test_weights_that_are_stored_in_eight_bits() -> None:
+    """As diffusers' layerwise casting does: the module says what it computes in."""
+
+    class Stored(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.full((3, 1, 1), 0.25).to(torch.float8_e4m3fn), requires_grad=False)
+            self.scale = torch.nn.Parameter(torch.ones((), dtype=torch.bfloat16))
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            assert x.dtype == self.scale.dtype
+            return self.weight.to(x.dtype) * self.scale * x
+
+    assert model_dtype(Stored(), torch.float64) == torch.bfloat16
+    assert deqkern.sample(Stored(), torch.randn(1, 3, 4, 4), SCHEDULE, 5).converged.all()
+    says = Stored()
+    says.scale = torch.nn.Parameter(torch.ones(()))
+    says.dtype = torch.float32  # type: ignore[assignment]
+    assert model_dtype(says, torch.float64) == torch.float32
+
+
+def test_the_solution_of_a_solve_is_taken_once() -> None:
+    table, noise = SCHEDULE.steps(4), torch.randn(1, 3, 4, 4)
+    solver = solvers.default()
+    solving = Solve(start(Network(lambda x, t: 0 * x, table, {}, noise), noise, table, solver), solver, rtol=0.0)
+    while solving.open:
+        solving.iterate()
+    solving.solution(torch.float32)
+    with pytest.raises(RuntimeError, match="taken before"):
+        solving.solution(torch.float32)
