@@ -259,6 +259,16 @@ def measure_iterations(clock: Clock, size: Size) -> Iterator[Row]:
             row[f"ratio to {name}"] = spent / eager
             row[f"graph ratio to {name}"] = spent / captured
         yield row
+    yield {"solver": "default, all that sample does", "us": 1e6 * measure_sample(clock, size)}
+
+
+def measure_sample(clock: Clock, size: Size, iterations: int = 8) -> float:
+    """Seconds of an iteration of the default solver as it ships, with all that the host does; its model is tanh."""
+    noise = torch.randn(size.batch, *size.shape, device=clock.device)
+    model, options = (lambda x, t: torch.tanh(x)), {"rtol": 0.0, "max_iterations": iterations}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", deqkern.ConvergenceWarning)
+        return clock.wall(lambda: deqkern.sample(model, noise, SCHEDULE, size.steps, **options), 5) / iterations
 
 
 def measure_latency(clock: Clock, network: Network, counts: list[int]) -> Iterator[Row]:

@@ -125,12 +125,18 @@ def main(
     draw: Annotated[int, typer.Option(help="seed that draws the images")] = 77,
     look: Annotated[bool, typer.Option(help="the first table")] = True,
     methods: Annotated[str, typer.Option(help="of the second table: all, joint or none")] = "all",
+    dtype: Annotated[
+        str, typer.Option(help="of the weights of a shipped model: float32, bfloat16 or float16")
+    ] = "float32",
     out: Annotated[Path | None, typer.Option(help="JSON to write")] = None,
 ) -> None:
     """Measure, print the tables, write the figures."""
     warnings.simplefilter("ignore", deqkern.ConvergenceWarning)
     rows: list[dict[str, Any]] = []
     cases = {(n, s): Case.of(n, draw, seeds) for n in names or ["digits", "photos"] for s in steps or [50]}
+    for case in cases.values():
+        if isinstance(case.model, torch.nn.Module):
+            case.model.to(getattr(torch, dtype))
     if look:
         line("model", "S", "slopes start", *(f"{count} its" for count in LOOKS))
         print("|" + "---|" * (3 + len(LOOKS)))
@@ -167,7 +173,8 @@ def main(
                 line(name, count, *cells)
     if out:
         out.write_text(
-            json.dumps({"images": seeds, "draw": draw, "sigma_min": sigma_min, "cases": rows}, indent=1) + "\n"
+            json.dumps({"images": seeds, "draw": draw, "sigma_min": sigma_min, "dtype": dtype, "cases": rows}, indent=1)
+            + "\n"
         )
 
 

@@ -6,6 +6,7 @@ A byte floor counts each array once for every time that the op has to read or wr
     band_moments    dx, e, e_prev read                                  3
     dct2            the image read and the spectrum written, or back    2
     fill_gaps       x read, x and e of the rows around it, e written    6 per row that it fills, here every second one
+    extend          x and moved written                                 2 per state that it guesses, here the last half
     anderson_gram   m + 1 corrections read                              m + 1
     anderson_mix    m + 1 updates read, the state written               m + 2
     anderson_solve  no unit: the Gram matrices and right sides read, gamma written
@@ -92,6 +93,9 @@ def _cases_of(size: Size, histories: tuple[int, ...]) -> Iterator[Case]:
     filled = (size.steps - 1) // 2 * size.batch * math.prod(size.shape)
     if filled:
         yield Case("fill_gaps", "", size, _fill_gaps(size), 24 * filled, 40 * filled)
+    guessed = size.steps // 2 * size.batch * math.prod(size.shape)
+    if guessed:
+        yield Case("extend", "", size, _extend(size), 8 * guessed, 16 * n)
     if len(size.shape) == 3:
         slopes = flat.elements * (len(basis_of(size.shape, torch.device("cpu")).bands) - 1)
         yield Case("secant_slope", "", size, _secant_slope(size), 24 * slopes, 40 * slopes)
@@ -176,6 +180,26 @@ def _fill_gaps(size: Size) -> Callable[[torch.device], Arguments]:
             "rows": rows,
             "path": torch.rand(6, size.steps, dtype=torch.float64, device=device),
             "e": _states(size, device),
+        }
+
+    return make
+
+
+def _extend(size: Size) -> Callable[[torch.device], Arguments]:
+    def make(device: torch.device) -> Arguments:
+        middle = size.steps - size.steps // 2
+        return {
+            "x": torch.randn(size.steps + 1, size.batch, math.prod(size.shape), device=device),
+            "moved": _states(size, device),
+            "e": _states(size, device),
+            "z": None,
+            "held": torch.rand(4, size.steps, device=device),
+            "n": torch.zeros(size.steps, device=device),
+            "before": torch.tensor([[0, middle]] * size.batch, device=device),
+            "window": open_windows(size, device),
+            "skip": torch.zeros(size.batch, dtype=torch.int64, device=device),
+            "beta": 1.0,
+            "implicit": False,
         }
 
     return make

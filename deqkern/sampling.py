@@ -48,7 +48,8 @@ def sample(
     (arXiv 2210.12867).
 
     model: `model(x, t, **model_kwargs)` with x (N, *shape), t (N,), N up to S * B, returns a tensor like x, or an
-        object with `.sample`. Called in the dtype of its first parameter; a plain function in the dtype of `noise`. The
+        object with `.sample`. Called in the `dtype` that a module has, or that of its first parameter of 16 bits or
+        more; a plain function in the dtype of `noise`. The
         memory of x is used again after the call: a model that keeps x must copy it.
     noise: (B, *shape) fp32, bf16 or fp16: the chain's noisy end, standard normal for most schedules. Any layout. With
         fp64 the states are fp64 too, and the ops run as plain torch.
@@ -60,7 +61,8 @@ def sample(
         sequential chain where parallel does not pay. Every call measures again, which may cost as much as three
         solves: in a loop, keep the plan of one and pass its `solver` and `max_batch`. The calls that measure do not
         count in `nfe`.
-    rtol: relative 2-norm of the error of each clean sample.
+    rtol: relative 2-norm of the error of each clean sample. A model in half precision or under autocast ends at its own
+        rounding if that is more, unless rtol is 0.
     max_iterations: at most so many; S if None, which is always enough.
     step_noise: (S, B, *shape), the noise of each step, eta > 0 only; else drawn from `generator` in the order of the
         sequential chain.
@@ -71,7 +73,8 @@ def sample(
     max_batch: rows in one model call, to limit memory; the result does not depend on it.
     sigma_min: end the chain at this noise-to-signal ratio instead of the schedule's own end.
     cuda_graph: launch the iterations as CUDA graphs, for a model whose kernels are short; the same result, and some
-        evaluations more, since the rows of a graph stay until half of them have settled. Needs a GPU and no window.
+        evaluations more, since the rows of a graph stay until half of them have settled. Needs a GPU, and a window that
+        is None or a share of the steps, whose rows a graph evaluates all the same.
     gradient: None, "exact", "implicit", "phantom", "residual", "adjoint", or an object of `deqkern.gradients`: makes
         `value` differentiable by the noise, `step_noise`, tensors in `model_kwargs` and the model's parameters; once,
         not twice. The gradient is the chain's at the states found, so a small `rtol` matters for it. With order = 2

@@ -47,7 +47,8 @@ class ConvergenceWarning(UserWarning):
 class Solution:
     """What a solve gives back.
 
-    The histories hold 8 (S + 2) bytes per iteration and sample; while a solve runs, 25 S + 16.
+    Tensors are where the input is, but for `nfe` and `nfe_history`, which the host counts on the CPU. The histories
+    hold 8 (S + 2) bytes per iteration and sample; while a solve runs, 25 S + 16.
 
     value: (B, *shape), the clean end of the chain, in the dtype of the input.
     trajectory: (S+1, B, *shape) fp32 (fp64 if the input is), all states, the noise first.

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module may import what stands in a lower layer, never its own or a higher one.
 LAYERS = [
     ["deqkern._C", "deqkern.kernels"],
-    ["deqkern.numeric", "deqkern.nested", "deqkern.eager", "deqkern.storage"],
+    ["deqkern.numeric", "deqkern.nested", "deqkern.eager", "deqkern.host", "deqkern.storage"],
     ["deqkern.ops", "deqkern.guidance", "deqkern.version", "deqkern.timesteps", "deqkern.scheduler"],
     ["deqkern.step_table"],
     ["deqkern.schedule", "deqkern.walks", "deqkern.replication"],

@@ -373,5 +373,5 @@ def _same(a: Any, b: Any) -> bool:
     if a is b:
         return True
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+        return a.shape == b.shape and (a.numel() == 0 or bool(((a == b) | (a.isnan() & b.isnan())).all()))
     return type(a) is type(b) and (not isinstance(a, bool | int | float | str) or a == b)
