@@ -325,7 +325,8 @@ class Solve:
         self.waited = np.zeros(trajectory.batch)  # iterations since the window of a sample moved
         self.ages = np.zeros((trajectory.steps, trajectory.batch), dtype=np.int64)  # iterations that a step was open
         self.plain = np.zeros(trajectory.batch, dtype=bool)  # samples that fell back
-        self._read()
+        self.window: Ints = np.tile([0, self.iteration.size], (trajectory.batch, 1))
+        self.moved = moves(np.zeros((trajectory.steps, trajectory.batch, 3)))
 
     @property
     def count(self) -> int:
@@ -388,7 +389,7 @@ class Solve:
         """Take note of the windows (B, 2), and of how far the states moved; which samples diverged (B,)."""
         status, *norms = self.mailbox.read()
         batch = len(status) // 3
-        self.window: Ints = status[: 2 * batch].reshape(batch, 2)
+        self.window = status[: 2 * batch].reshape(batch, 2)
         if norms:
             self.moved = moves(norms[0])
         diverged: Bools = status[2 * batch :] != 0
