@@ -148,7 +148,9 @@ def check_auto(max_iterations: int | None, cuda_graph: bool, steps: int) -> None
             f"chain of {steps} iterations, got {max_iterations}"
         )
     if cuda_graph:
-        raise ValueError("cuda_graph=True needs a solver without a window of so many steps, which solver='auto' may choose")
+        raise ValueError(
+            "cuda_graph=True needs a solver without a window of so many steps; solver='auto' may choose one"
+        )
 
 
 def check_guess(guess: Tensor | None, noise: Tensor, steps: int) -> None:

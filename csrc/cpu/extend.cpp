@@ -1,4 +1,4 @@
-// One pass over the new states of each sample; a task is a piece of one sample, and x0 stays in registers.
+// One pass over the new states of each sample; a task is a piece of one sample.
 #include "../extend.h"
 
 #include "simd.h"
@@ -7,7 +7,7 @@ namespace deqkern {
 namespace DEQKERN_ISA {
 namespace {
 
-constexpr int64_t kPiece = 4096;  // elements
+constexpr int64_t kPiece = 2048;  // elements
 
 struct Steps {
   int64_t begin, end;
@@ -23,18 +23,32 @@ DEQKERN_INLINE Steps new_steps(const Extend& op, int64_t b) {
 }
 
 template <bool kWhole>
-DEQKERN_INLINE void extend_lanes(const Extend& op, const Steps& steps, int64_t at, int lanes) {
+DEQKERN_INLINE vec hold_x0(const Extend& op, const Steps& steps, int64_t at, int lanes) {
   const int64_t row = op.B * op.D, last = steps.begin - 1;
-  vec x = load_lanes<kWhole>(op.x + steps.begin * row + at, lanes);
-  vec y = op.implicit ? x : load_lanes<kWhole>(op.x + last * row + at, lanes);
+  vec y = load_lanes<kWhole>(op.x + (op.implicit ? steps.begin : last) * row + at, lanes);
   if (steps.share != 0.f) y -= steps.share * load_lanes<kWhole>(op.moved + last * row + at, lanes);
-  const vec x0 =
-      op.held[2 * op.S + last] * y + op.held[3 * op.S + last] * load_lanes<kWhole>(op.e + last * row + at, lanes);
+  return op.held[2 * op.S + last] * y + op.held[3 * op.S + last] * load_lanes<kWhole>(op.e + last * row + at, lanes);
+}
+
+template <bool kWhole>
+DEQKERN_INLINE void step_lanes(const Extend& op, int64_t i, vec x0, int64_t at, int lanes) {
+  const int64_t row = op.B * op.D;
+  vec x = op.held[i] * load_lanes<kWhole>(op.x + i * row + at, lanes) + op.held[op.S + i] * x0;
+  if (op.z) x += op.n[i] * load_lanes<kWhole>(op.z + i * row + at, lanes);
+  store_lanes<kWhole>(op.x + (i + 1) * row + at, x, lanes);
+  store_lanes<kWhole>(op.moved + i * row + at, vec{}, lanes);
+}
+
+// Step by step over one piece, whose x0 and last state stay in the first cache.
+void extend_piece(const Extend& op, const Steps& steps, int64_t first, int64_t count) {
+  alignas(64) float x0[kPiece];
+  const int64_t whole = count / kLanes * kLanes;
+  const int rest = static_cast<int>(count - whole);
+  for (int64_t d = 0; d < whole; d += kLanes) store(x0 + d, hold_x0<true>(op, steps, first + d, 0));
+  if (rest) store_part(x0 + whole, hold_x0<false>(op, steps, first + whole, rest), rest);
   for (int64_t i = steps.begin; i < steps.end; ++i) {
-    x = op.held[i] * x + op.held[op.S + i] * x0;
-    if (op.z) x += op.n[i] * load_lanes<kWhole>(op.z + i * row + at, lanes);
-    store_lanes<kWhole>(op.x + (i + 1) * row + at, x, lanes);
-    store_lanes<kWhole>(op.moved + i * row + at, vec{}, lanes);
+    for (int64_t d = 0; d < whole; d += kLanes) step_lanes<true>(op, i, load(x0 + d), first + d, 0);
+    if (rest) step_lanes<false>(op, i, load_part(x0 + whole, rest), first + whole, rest);
   }
 }
 
@@ -54,10 +68,7 @@ void extend(const Extend& op) {
     const int64_t b = task / pieces, first = task % pieces * kPiece;
     const Steps steps = new_steps(op, b);
     if (steps.end <= steps.begin) continue;
-    const int64_t end = b * op.D + smaller(first + kPiece, op.D);
-    int64_t at = b * op.D + first;
-    for (; at + kLanes <= end; at += kLanes) extend_lanes<true>(op, steps, at, 0);
-    if (at < end) extend_lanes<false>(op, steps, at, static_cast<int>(end - at));
+    extend_piece(op, steps, b * op.D + first, smaller(kPiece, op.D - first));
   }
 }
 
