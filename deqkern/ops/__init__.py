@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import _validate as check
 from . import reference
-from ._dispatch import backends, use_backend
+from ._dispatch import backends, direct, use_backend
 from .reference import SCOPES
 
 __all__ = [
@@ -285,16 +285,17 @@ def _ring(
     return length - 1, steps, batch
 
 
-# For a loop that calls the ops with the same tensors again and again, after a first time that looked at them.
+# For a loop that calls the ops with the same tensors again and again, after a first time that looked at them: past
+# torch's dispatcher too, which takes longer than a launch.
 unchecked = SimpleNamespace(
-    ddim_scan=torch.ops.deqkern.ddim_scan.default,
-    band_moments=torch.ops.deqkern.band_moments.default,
-    fill_gaps=torch.ops.deqkern.fill_gaps.default,
-    extend=torch.ops.deqkern.extend.default,
-    progress=torch.ops.deqkern.progress.default,
-    anderson_gram=torch.ops.deqkern.anderson_gram.default,
-    anderson_solve=torch.ops.deqkern.anderson_solve.default,
-    anderson_mix=torch.ops.deqkern.anderson_mix.default,
+    ddim_scan=direct["ddim_scan"],
+    band_moments=direct["band_moments"],
+    fill_gaps=direct["fill_gaps"],
+    extend=direct["extend"],
+    progress=direct["progress"],
+    anderson_gram=direct["anderson_gram"],
+    anderson_solve=direct["anderson_solve"],
+    anderson_mix=direct["anderson_mix"],
 )
 _dct2_forward = torch.ops.deqkern.dct2.forward
 _dct2_inverse = torch.ops.deqkern.dct2.inverse

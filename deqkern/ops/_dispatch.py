@@ -171,6 +171,9 @@ def backends() -> dict[str, dict[str, Any]]:
     return report
 
 
+direct: dict[str, Kernel] = {}  # the ops past torch's dispatcher, by name and overload
+
+
 def _register(library: torch.library.Library, op: str, overload: str, written: tuple[str, ...]) -> None:
     meaning = getattr(reference, op)
     names = list(inspect.signature(meaning).parameters)
@@ -182,6 +185,7 @@ def _register(library: torch.library.Library, op: str, overload: str, written: t
         _kernel(op, _requested.get(), tensor.device.type, tensor.dtype)(*arguments)
         torch.autograd.graph.increment_version([arguments[place] for place in places])
 
+    direct[op + overload] = run
     library.define(op + overload + torch.library.infer_schema(meaning, mutates_args=written))
     library.impl(op + overload, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"deqkern::{op}{overload}", lambda *arguments: None, lib=library)
