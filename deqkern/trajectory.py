@@ -76,7 +76,7 @@ class Trajectory:
         self.scale = self.x[0].double().norm(dim=-1)
         self._images: dict[torch.dtype, Tensor] = {}  # (rows, *shape)
         # whether the op between states and samples reads and writes the map's own dtype in its one pass
-        self.converts = self.x.is_cuda and self.basis.dct_h is not None
+        self.casts = self.x.is_cuda and self.basis.dct_h is not None
         self._counts = torch.zeros_like(self.nfe)
 
     @property
@@ -150,13 +150,13 @@ class Trajectory:
         for part, steps, samples in zip(*(calls(values, self.max_batch) for values in places), strict=True):
             image = self.images(part + self.batch if self.table.implicit else part, self._image_dtype)
             output = self.map(image, steps, samples)
-            if output.dtype != image.dtype and not self.converts:
+            if output.dtype != image.dtype and not self.casts:
                 output = image.copy_(output)  # the images are not needed any more
             self.basis.forward(output, out.flatten(0, 1), part)
 
     @property
     def _image_dtype(self) -> torch.dtype:
-        return self.map.dtype or self.x.dtype if self.converts else self.x.dtype
+        return self.map.dtype or self.x.dtype if self.casts else self.x.dtype
 
     def held(self) -> Tensor | None:
         """What the op `extend` holds (4, S), on the CPU: x0, or with the guess "constant" the state (ParaDiGMS)."""

@@ -739,7 +739,7 @@ def test_states_go_to_the_model_in_its_own_dtype_where_the_transform_writes_it(
 
     def direct(self: Trajectory) -> None:
         construct(self)
-        self.converts = True
+        self.casts = True
         taken.append(self)
 
     monkeypatch.setattr(Trajectory, "__post_init__", direct)
