@@ -351,9 +351,7 @@ class _Sums:
         for place, value in enumerate(found):
             if value is not None:
                 total = self.sums[place]
-                if total is None:
-                    total = torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.float32))
-                self.sums[place] = total.add_(value, alpha=weight)
+                self.sums[place] = (torch.zeros_like(value) if total is None else total).add_(value, alpha=weight)
         return through
 
     def total(self) -> list[Tensor | None]:

@@ -76,7 +76,7 @@ def pull(
     """J^T cotangents by the states, zeros where the output does not depend on them, and by `inputs`, None there.
 
     The graph, whose dtypes may be narrow, gets cotangents that are scaled to a largest entry of 1, and to a sum that no
-    gradient of `inputs` overflows by; what comes back by those is in fp32 at least.
+    gradient of `inputs` overflows by; what comes back is in fp32 at least.
     """
     if not output.requires_grad:
         return torch.zeros_like(states), [None] * len(inputs)
@@ -91,7 +91,7 @@ def pull(
         create_graph=create_graph,
         allow_unused=True,
     )
-    by_states = torch.zeros_like(states) if by_states is None else by_states * scale.to(by_states.dtype)
+    by_states = torch.zeros_like(states) if by_states is None else _times(by_states, scale)
     return by_states, [None if value is None else _times(value, scale) for value in found]
 
 
@@ -162,7 +162,7 @@ class Network:
         inputs = [self._leaves.get(id(value), value) for value in inputs]
         if inputs or self._computes is not torch.float16:
             # what a function holds may have a graph of its own, which every other call needs as well
-            again = self._holds and bool(inputs)
+            again = bool(inputs) and self._holds
             return pull(output, states, cotangents, inputs, retain_graph=again)
         # where rows are not summed, each has a scale of its own: of one for all the small rows would be lost
         scale = cotangents.abs().flatten(1).amax(1).clamp_min(torch.finfo(cotangents.dtype).tiny)

@@ -19,10 +19,10 @@ from .capture import CapturedIterations
 from .eager import uncompiled
 from .host import Bools, Ints, Mailbox, on_device
 from .planning import Plan
-from .slopes import Secant, slope_of
+from .slopes import Secant
 from .solvers import Solver
 from .thinning import PATIENCE, Thinning, active, gaps, moves, thins
-from .trajectory import Trajectory
+from .trajectory import Trajectory, initial_slope
 
 Callback = Callable[[int, Tensor, Tensor], None]
 
@@ -124,14 +124,11 @@ class _Iteration:
         x, self.implicit = trajectory.x, table.implicit
         self.arguments = x[1:] if self.implicit else x[:-1]  # the states that the model is called at
         self.moved = self.work.g_ring[0] if self.implicit else self.work.dx  # their last change, if nothing mixes
-        self.a, self.b, self.n = (v.to(device, x.dtype) for v in (table.a, table.b, table.n))
-        self.c = table.c.to(device, x.dtype) if table.order == 2 else None
+        self.a, self.b, self.c, self.n = table.coefficients(x)
         self.samples = torch.arange(trajectory.batch, device=device)
         ends = torch.stack([table.slope_0, table.slope_1]).to(device)
         self.low, self.high = ends.amin(0), ends.amax(0)  # (S,) float64
-        shrinkage = solver.slope.initial(table, trajectory.basis).to(device)
-        slope = slope_of(table, shrinkage)[:, None].to(x.dtype)  # (S, 1, K)
-        self.slope = slope.expand(-1, trajectory.batch, -1).contiguous()  # (S, B, K)
+        self.slope = initial_slope(solver, table, trajectory.basis, x)  # (S, B, K)
         self.frozen = table.slope_0.to(device, x.dtype)[:, None, None]
         self.scale = trajectory.scale  # (B,)
         self.fallen_back = torch.zeros(trajectory.batch, dtype=torch.bool, device=device)

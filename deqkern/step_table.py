@@ -178,6 +178,11 @@ class StepTable:
         part["c"][:1] = 0
         return replace(self, **part)
 
+    def coefficients(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """a, b, c and n (S,) as `ddim_scan` takes them beside states `like`: c is None where no step uses it."""
+        a, b, c, n = (value.to(like.device, like.dtype) for value in (self.a, self.b, self.c, self.n))
+        return a, b, c if self.order == 2 else None, n
+
     @property
     def num_inference_steps(self) -> int:
         """S."""

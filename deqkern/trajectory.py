@@ -206,9 +206,15 @@ def start(
     elif solver.start == "constant":
         x[1:] = x[0]
     elif batch:
-        _scan_from_zero(x, z, table, basis, slope_of(table, solver.slope.initial(table, basis)))
+        _scan_from_zero(x, z, table, basis, initial_slope(solver, table, basis, x))
     guesses = guess is None and (noisy or solver.start == "constant")
     return Trajectory(map, table, basis, x, z, max_batch, solver.start if guesses else "none")
+
+
+def initial_slope(solver: Solver, table: StepTable, basis: Basis, x: Tensor) -> Tensor:
+    """The slopes (S, B, K) that a solver starts with, for states x (S+1, B, D)."""
+    slope = slope_of(table, solver.slope.initial(table, basis)).to(x.device, x.dtype)  # (S, K)
+    return slope[:, None].expand(-1, x.shape[1], -1).contiguous()
 
 
 def _scan_from_zero(
@@ -216,18 +222,16 @@ def _scan_from_zero(
     z: Tensor | None,  # (S, B, D)
     table: StepTable,
     basis: Basis,
-    slope: Tensor,  # (S, K)
+    slope: Tensor,  # (S, B, K)
 ) -> None:
     """The chain of a model whose output is slope[i] x[i]: the first correction of states that are zero."""
-    (steps, batch, size), device = (len(x) - 1, *x.shape[1:]), x.device
-    a, b, n = (value.to(device, x.dtype) for value in (table.a, table.b, table.n))
-    c = table.c.to(device, x.dtype) if table.order == 2 else None
+    steps, batch, size = len(x) - 1, *x.shape[1:]
     e = x.new_zeros(steps, batch, size)
     if not table.implicit:
-        e[0] = slope[0].to(device, x.dtype).repeat_interleave(basis.bands.diff(), output_size=size) * x[0]
+        e[0] = slope[0].repeat_interleave(basis.bands.diff(), dim=-1, output_size=size) * x[0]
     ops.ddim_scan(
-        *(x, e, z, a, b, c, n, slope.to(device, x.dtype)[:, None].expand(-1, batch, -1).contiguous(), basis.bands),
-        torch.tensor([[0, steps]], device="cpu").expand(batch, -1).contiguous().to(device),
+        *(x, e, z, *table.coefficients(x), slope, basis.bands),
+        torch.tensor([[0, steps]], device="cpu").expand(batch, -1).contiguous().to(x.device),
         *(1.0, table.implicit, x[1:], torch.empty_like(e), x.new_empty(steps, batch, 3, dtype=torch.float64)),
     )
 

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .bands import band_of
 from .launch import cdiv, next_power_of_2
 from .window import is_active
 
@@ -56,10 +57,8 @@ def ddim_scan_kernel(
         return
     d = chunk * BLOCK + tl.arange(0, BLOCK)
     inside = d < size
-    band = tl.zeros([BLOCK], tl.int32)
-    for k in range(1, count):
-        band += (d >= tl.load(bands + k)).to(tl.int32)
-    band = band.to(tl.int64)  # here, so that its change of layout stays out of the loop over the steps
+    # int64 here, so that its change of layout stays out of the loop over the steps
+    band = band_of(d, bands, count).to(tl.int64)
     x += sample * size
     e += sample * size
     f += sample * size

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .bands import band_of
 from .launch import cdiv, next_power_of_2
 
 BLOCK = 512  # four floats, one 16-byte access, per thread and row
@@ -40,10 +41,7 @@ def fill_gaps_kernel(x, slope, bands, rows, path, e, number, steps, batch, size,
     p = tl.load(i + steps) - tl.load(l + steps)
     p_r = (tl.load(i + 2 * steps) - tl.load(l + 2 * steps) - level_l * p) / span
     scale = tl.load(i)
-    band = tl.zeros([BLOCK], tl.int32)
-    for k in range(1, count):
-        band += (d >= tl.load(bands + k)).to(tl.int32)
-    bend = tl.load(slope + row * count + band, mask=inside, other=0.0)
+    bend = tl.load(slope + row * count + band_of(d, bands, count), mask=inside, other=0.0)
     x_l = tl.load(x + left * size + d, mask=inside, other=0.0)
     e_l = tl.load(e + left * size + d, mask=inside, other=0.0)
     x_r = tl.load(x + right * size + d, mask=inside, other=0.0)

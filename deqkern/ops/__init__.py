@@ -287,16 +287,7 @@ def _ring(
 
 # For a loop that calls the ops with the same tensors again and again, after a first time that looked at them: past
 # torch's dispatcher too, which takes longer than a launch.
-unchecked = SimpleNamespace(
-    ddim_scan=direct["ddim_scan"],
-    band_moments=direct["band_moments"],
-    fill_gaps=direct["fill_gaps"],
-    extend=direct["extend"],
-    progress=direct["progress"],
-    anderson_gram=direct["anderson_gram"],
-    anderson_solve=direct["anderson_solve"],
-    anderson_mix=direct["anderson_mix"],
-)
+unchecked = SimpleNamespace(**direct)
 _dct2_forward = torch.ops.deqkern.dct2.forward
 _dct2_inverse = torch.ops.deqkern.dct2.inverse
 _ddim_scan = torch.ops.deqkern.ddim_scan.default
