@@ -29,7 +29,7 @@ from torch import Tensor
 
 import deqkern
 from deqkern import models, solvers
-from deqkern.solve import relative_error
+from deqkern.engine.solution import relative_error
 
 TOLERANCES = (1e-2, 1e-3)
 NEVER = 999

@@ -23,9 +23,9 @@ from torch import Tensor
 
 import deqkern
 from deqkern import solvers
-from deqkern.gradients import Implicit
-from deqkern.solve import relative_error
-from deqkern.solvers import Solver
+from deqkern.engine.solution import relative_error
+from deqkern.gradients.methods import Implicit
+from deqkern.solvers.presets import Solver
 
 BATCH, SIZE, LIMIT = 16, 100, 1000
 

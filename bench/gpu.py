@@ -44,9 +44,12 @@ from registry import Size
 from torch import Tensor
 
 import deqkern
-from deqkern import models, network, ops, solvers, trajectory
+from deqkern import models, ops, solvers
+from deqkern.engine import trajectory
+from deqkern.engine.iteration import Iteration
+from deqkern.engine.solution import relative_error
+from deqkern.network.model import Network
 from deqkern.ops import reference
-from deqkern.solve import _Iteration, relative_error
 
 Row = dict[str, Any]
 Network = networks.UNet | networks.DiT
@@ -236,12 +239,12 @@ def measure_iterations(clock: Clock, size: Size) -> Iterator[Row]:
     yield from ({"solver": name, "us": 1e6 * spent} for name, spent in plain.items())
     for solver in (solvers.default(window=None), solvers.parataa(), solvers.deq_ddim()):
         table = SCHEDULE.steps(size.steps)
-        system = trajectory.start(network.Network(lambda x, t: x, table, {}, noise), noise, table, solver)
-        iteration = _Iteration(system, solver, 0.0)
+        system = trajectory.start(Network(lambda x, t: x, table, {}, noise), noise, table, solver)
+        iteration = Iteration(system, solver, 0.0)
         system.select(np.arange(size.steps * size.batch))
         opened = iteration.work.window.clone()
 
-        def run(k: int, i: _Iteration = iteration, w: Tensor = opened) -> None:
+        def run(k: int, i: Iteration = iteration, w: Tensor = opened) -> None:
             i.work.window.copy_(w)
             i.run(k)
 

@@ -24,9 +24,9 @@ import typer
 
 import deqkern
 from deqkern import Optimize, Solution, models, solvers
-from deqkern.gradients import Adjoint, Exact, Gradient, Implicit, Phantom, Pullback
-from deqkern.network import Network
-from deqkern.solve import relative_error
+from deqkern.engine.solution import relative_error
+from deqkern.gradients.methods import Adjoint, Exact, Gradient, Implicit, Phantom, Pullback
+from deqkern.network.model import Network
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))

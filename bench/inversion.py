@@ -23,7 +23,7 @@ from torch import Tensor
 
 import deqkern
 from deqkern import NoiseSchedule, SlopeProfile, models, solvers
-from deqkern.solve import relative_error
+from deqkern.engine.solution import relative_error
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))

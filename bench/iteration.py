@@ -17,8 +17,8 @@ from torch import Tensor
 
 import deqkern
 from deqkern import NoiseSchedule, ops
-from deqkern.slopes import Gaussian, Secant, slope_of
-from deqkern.spectral import Basis
+from deqkern.solvers.basis import Basis
+from deqkern.solvers.slopes import Gaussian, Secant, slope_of
 
 SIZE = Size(50, 1, (3, 64, 64))
 HISTORY = 5

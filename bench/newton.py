@@ -23,10 +23,10 @@ from convergence import NEVER, TOLERANCES, number
 from torch import Tensor
 
 from deqkern import models, solvers
-from deqkern.network import Network
+from deqkern.engine.trajectory import start
+from deqkern.network.model import Network
 from deqkern.ops import reference
-from deqkern.slopes import slope_of
-from deqkern.trajectory import start
+from deqkern.solvers.slopes import slope_of
 
 RIDGE = 1e-3  # relative, of the differences' Gram matrix
 LIMIT = 14

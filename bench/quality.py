@@ -30,7 +30,7 @@ from torch import Tensor
 
 import deqkern
 from deqkern import NoiseSchedule, models, plots, solvers
-from deqkern.solve import relative_error
+from deqkern.engine.solution import relative_error
 
 BUDGETS = (4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50)  # S of the sequential chains
 SHOWN = (5, 6, 8, 10, 15, 20, 30, 50)  # of them in the table

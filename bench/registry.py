@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deqkern.spectral import Basis
+from deqkern.solvers.basis import Basis
 
 STEPS = (25, 50, 100, 1000)
 SHAPES = ((256,), (3, 32, 32), (4, 64, 64), (3, 256, 256))

@@ -1,5 +1,8 @@
 """deqkern: parallel-in-time sampling of diffusion models."""
 
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
 from pathlib import Path
 
 from . import gradients as gradients
@@ -9,26 +12,28 @@ from . import runs as runs
 from . import slopes as slopes
 from . import solvers as solvers
 from .calibration import calibrate as calibrate
-from .fixed_point import fixed_point as fixed_point
-from .guidance import guided as guided
+from .chain.schedule import NoiseSchedule as NoiseSchedule
+from .engine.solution import ConvergenceWarning as ConvergenceWarning
+from .engine.solution import Solution as Solution
+from .fixed_point.measures import PathIndependence as PathIndependence
+from .fixed_point.measures import jacobian_regularization as jacobian_regularization
+from .fixed_point.measures import path_independence as path_independence
+from .fixed_point.measures import spectral_radius as spectral_radius
+from .fixed_point.solve import fixed_point as fixed_point
 from .inversion import invert as invert
-from .measures import PathIndependence as PathIndependence
-from .measures import jacobian_regularization as jacobian_regularization
-from .measures import path_independence as path_independence
-from .measures import spectral_radius as spectral_radius
+from .network.guidance import guided as guided
+from .network.replication import replicated as replicated
 from .optimization import Optimize as Optimize
 from .planning import Plan as Plan
 from .planning import plan as plan
-from .replication import replicated as replicated
 from .sampling import sample as sample
-from .schedule import NoiseSchedule as NoiseSchedule
-from .slopes import SlopeProfile as SlopeProfile
-from .solve import ConvergenceWarning as ConvergenceWarning
-from .solve import Solution as Solution
-from .version import version as _version
+from .solvers.slopes import SlopeProfile as SlopeProfile
+from .support.version import version as _version
 
 __version__ = _version()
 
 _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "csrc").is_dir():  # not installed: then deqkern.kernels is the folder kernels/ beside this one
-    __path__.append(str(_checkout))
+    _kernels = ModuleSpec("deqkern.kernels", None, is_package=True)
+    _kernels.submodule_search_locations = [str(_checkout / "kernels")]
+    sys.modules["deqkern.kernels"] = module_from_spec(_kernels)

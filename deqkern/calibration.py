@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_count, check_generator
-from .network import Model
+from .chain.schedule import NoiseSchedule
+from .network.model import Model
 from .sampling import sample
-from .schedule import NoiseSchedule
-from .slopes import Secant, SlopeProfile
-from .solvers import Solver
+from .solvers.presets import Solver
+from .solvers.slopes import Secant, SlopeProfile
+from .support.checks import check_count, check_generator
 
 
 @dataclass(frozen=True)

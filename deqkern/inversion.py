@@ -11,16 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import gradients, sampling
-from .checks import check_arguments, check_cuda_graph, check_not_empty
-from .gradients import Gradient
-from .network import Model, Network, arguments_of
+from . import sampling
+from .chain.schedule import NoiseSchedule, StepTable
+from .engine.loop import solve
+from .engine.solution import Callback, Solution, relative_error, warn_unless_converged
+from .engine.trajectory import start
+from .gradients import methods as gradients
+from .gradients.methods import Gradient
+from .network.model import Model, Network, arguments_of
 from .optimization import Optimize, optimize
-from .schedule import NoiseSchedule, StepTable
-from .slopes import Secant
-from .solve import Callback, Solution, relative_error, solve, warn_unless_converged
-from .solvers import Solver, default, sequential
-from .trajectory import start
+from .problem import check_arguments, check_cuda_graph
+from .solvers.presets import Solver, default, sequential
+from .solvers.slopes import Secant
+from .support.checks import check_not_empty
 
 METHODS = ("joint", "stepwise", "naive", "optimize")
 # Iterations of the joint solve, and of one step of the stepwise one, after which a sample is given up.

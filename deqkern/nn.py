@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from .fixed_point import check_options, fixed_point
-from .gradients import Implicit, Phantom
-from .solve import Solution
-from .solvers import Solver, anderson
+from .engine.solution import Solution
+from .fixed_point.solve import check_options, fixed_point
+from .gradients.methods import Implicit, Phantom
+from .solvers.presets import Solver, anderson
 
 
 class DEQ(torch.nn.Module):

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_callable, check_finite, check_generator
-from .gradients import Gradient, Pullback, check_clipping, named
-from .network import Model, Network
-from .numeric import check_number
-from .schedule import NoiseSchedule
-from .solve import Callback, ConvergenceWarning, Solution, solve
-from .solvers import Solver
-from .trajectory import normal, start
+from .chain.schedule import NoiseSchedule
+from .engine.loop import solve
+from .engine.solution import Callback, ConvergenceWarning, Solution
+from .engine.trajectory import normal, start
+from .gradients.methods import Gradient, Pullback, check_clipping, named
+from .network.model import Model, Network
+from .solvers.presets import Solver
+from .support.checks import check_callable, check_finite, check_generator, check_number
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

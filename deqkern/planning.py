@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_arguments, check_count, check_not_empty
-from .network import Model, Network, arguments_of
-from .numeric import check_number, is_int
-from .schedule import NoiseSchedule
-from .solvers import THINNING, Solver, default, sequential
-from .thinning import thins
+from .chain.schedule import NoiseSchedule
+from .engine.selection import thins
+from .network.model import Model, Network, arguments_of
+from .problem import check_arguments
+from .solvers.presets import THINNING, Solver, default, sequential
+from .support.checks import check_count, check_not_empty, check_number, is_int
 
 # Iterations of the default solver at rtol 1e-2, and evaluations per sample and step: the upper end of the medians of
 # docs/convergence.md, and two iterations more at eta 0, since the slowest sample decides. Any eta > 0 counts as 1.

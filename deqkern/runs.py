@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import storage
-from .solve import Solution
-from .version import version
+from .engine.solution import Solution
+from .support import storage
+from .support.version import version
 
 _FORMAT = "deqkern.Run.1"
 _HISTORIES = ("history", "nfe_history", "residual_history")

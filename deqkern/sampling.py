@@ -9,15 +9,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import gradients
-from .checks import check_arguments, check_auto, check_cuda_graph, check_guess, check_not_empty, check_step_noise
-from .gradients import Gradient
-from .network import Model, Network, arguments_of
+from .chain.schedule import NoiseSchedule
+from .engine.loop import solve
+from .engine.solution import Callback, Solution, warn_unless_converged
+from .engine.trajectory import start
+from .gradients import methods as gradients
+from .gradients.methods import Gradient
+from .network.model import Model, Network, arguments_of
 from .planning import planned
-from .schedule import NoiseSchedule
-from .solve import Callback, Solution, solve, warn_unless_converged
-from .solvers import Solver, default
-from .trajectory import start
+from .problem import check_arguments, check_auto, check_cuda_graph, check_guess, check_step_noise
+from .solvers.presets import Solver, default
+from .support.checks import check_not_empty
 
 
 def sample(

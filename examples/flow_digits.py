@@ -19,7 +19,7 @@ from train import CONFIGS, digit_batch
 
 import deqkern
 from deqkern import NoiseSchedule, plots, solvers
-from deqkern.solve import relative_error
+from deqkern.engine.solution import relative_error
 
 
 def train(model: torch.nn.Module, minutes: float, generator: torch.Generator) -> float:

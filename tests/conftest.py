@@ -37,10 +37,10 @@ hypothesis.settings.load_profile("deqkern")
 LONGEST = (
     "test_convergence",
     "test_docs",
-    "test_integrations_diffusers",
+    "test_diffusers",
     "test_kernels_aot",
     "test_gradients",
-    "test_integrations_diffusers_transformers",
+    "test_diffusers_transformers",
     "test_bench",
     "test_runs",
     "test_cli_inversion",

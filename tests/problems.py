@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from deqkern import NoiseSchedule
-from deqkern.gradients import Adjoint, Pullback
-from deqkern.network import Network
-from deqkern.solve import relative_error
+from deqkern.engine.solution import relative_error
+from deqkern.gradients.methods import Adjoint, Pullback
+from deqkern.network.model import Network
 
 Model = Callable[[Tensor, Tensor], Tensor]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import deqkern
 from deqkern import NoiseSchedule, ops, solvers
-from deqkern.solvers import Solver
+from deqkern.solvers.presets import Solver
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_CUDA, reason="no GPU")]
 

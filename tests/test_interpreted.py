@@ -11,7 +11,7 @@ from problems import gaussian, mixture
 
 import deqkern
 from deqkern import NoiseSchedule, ops, solvers
-from deqkern.solvers import Solver
+from deqkern.solvers.presets import Solver
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(HAS_CUDA, reason="the kernels run on the GPU: tests/test_gpu.py")

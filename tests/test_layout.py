@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -10,45 +11,31 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# A module may import what stands in a lower layer, never its own or a higher one.
+# From the top. A module may import from the layers below its own, and inside its own where no circle comes of it.
 LAYERS = [
-    ["deqkern._C", "deqkern.kernels"],
-    ["deqkern.numeric", "deqkern.nested", "deqkern.eager", "deqkern.host", "deqkern.storage"],
-    ["deqkern.ops", "deqkern.guidance", "deqkern.version", "deqkern.timesteps", "deqkern.scheduler"],
-    ["deqkern.step_table"],
-    ["deqkern.schedule", "deqkern.walks", "deqkern.replication"],
-    ["deqkern.spectral", "deqkern.thinning"],
-    ["deqkern.slopes"],
-    ["deqkern.solvers", "deqkern.network"],
-    ["deqkern.trajectory", "deqkern.checks"],
-    ["deqkern.capture", "deqkern.planning"],
-    ["deqkern.solve"],
-    ["deqkern.gradients", "deqkern.runs", "deqkern.layout"],
-    ["deqkern.sampling", "deqkern.optimization", "deqkern.fixed_point"],
-    ["deqkern.calibration", "deqkern.inversion", "deqkern.interpolation", "deqkern.measures", "deqkern.nn"],
-    ["deqkern"],
-    ["deqkern.models", "deqkern.integrations", "deqkern.plots"],
-    ["deqkern.cli"],
+    ["cli"],
+    ["integrations", "models", "plots"],
+    ["sampling", "inversion", "optimization", "planning", "calibration", "runs", "nn", "interpolation", "slopes"],
+    ["problem", "gradients", "fixed_point"],
+    ["engine"],
+    ["solvers", "network"],
+    ["chain", "ops"],
+    ["support", "_C", "kernels"],
 ]
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+RANK = {f"deqkern.{name}": -depth for depth, names in enumerate(LAYERS) for name in names}
+SOURCES = sorted((ROOT / "deqkern").rglob("*.py"))
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in SOURCES}
 
 
-def module_name(path: Path) -> str:
-    parts = list(path.relative_to(ROOT).with_suffix("").parts)
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def owner(module: str) -> str | None:
-    """The longest name in LAYERS that holds `module`."""
-    parts = module.split(".")
-    names = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
-    return next((name for name in names if name in RANK), None)
+def layer(module: str) -> int | None:
+    """How high the room of a module is; None for deqkern itself, which gathers the public names."""
+    return RANK.get(".".join(module.split(".")[:2]))
 
 
 def imports(path: Path) -> set[str]:
-    """Absolute names of all modules that the file imports, at the top or inside a function."""
-    name = module_name(path)
-    package = name if path.stem == "__init__" else name.rpartition(".")[0]
+    """Absolute names of all that the file imports, at the top or inside a function."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    package = parts[:-1]
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -56,32 +43,54 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
-                parent = package.split(".")[: len(package.split(".")) - node.level + 1]
+                parent = package[: len(package) - node.level + 1]
                 base = ".".join([*parent, base] if base else parent)
-            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+            found |= {f"{base}.{alias.name}" for alias in node.names}
     return found
 
 
-SOURCES = sorted((ROOT / "deqkern").rglob("*.py"))
+def modules_imported(path: Path) -> set[str]:
+    """The modules of deqkern among what the file imports: `from a import b` is a.b if that is one, else a."""
+    found = set()
+    for name in imports(path):
+        while name not in MODULES and "." in name:
+            name = name.rpartition(".")[0]
+        if name in MODULES:
+            found.add(name)
+    return found
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_down(path: Path) -> None:
-    here = owner(module_name(path))
-    assert here is not None
-    for target in imports(path):
-        there = owner(target) if target.startswith("deqkern") else None
-        if there is None or there == here or (there == "deqkern" and target == "deqkern"):
-            continue
-        if there == "deqkern":  # a name that `from deqkern import name` or `from . import name` takes from the package
-            assert RANK[here] > RANK["deqkern"], f"{path.name} imports {target}"
-        assert RANK[there] < RANK[here], f"{path.name} imports {target}"
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "deqkern"])
+def test_imports_point_down(module: str) -> None:
+    here = layer(module)
+    assert here is not None, f"{module} is in no layer"
+    for target in modules_imported(MODULES[module]):
+        there = layer(target)
+        if there is None:  # the package itself, of which its integrations and the command line take public names
+            assert here >= RANK["deqkern.integrations"], f"{module} imports {target}"
+        else:
+            assert there <= here, f"{module} imports {target}, which is in a higher layer"
 
 
-def test_every_module_has_a_layer() -> None:
-    top = {module_name(path) for path in (ROOT / "deqkern").glob("*.py")}
-    folders = {f"deqkern.{path.name}" for path in (ROOT / "deqkern").iterdir() if (path / "__init__.py").exists()}
-    assert top | folders <= set(RANK)
+def test_imports_go_in_no_circle() -> None:
+    """Not even through functions: what a module needs stands below it."""
+    graph = {}
+    for name, path in MODULES.items():
+        package = name if path.stem == "__init__" else name.rpartition(".")[0]
+        graph[name] = modules_imported(path) - {name, package}  # a package may be asked for what stands beside one
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_every_layer_stands_for_something() -> None:
+    there = {name.split(".")[1] for name in MODULES if "." in name} | {"_C", "kernels"}
+    assert {name for names in LAYERS for name in names} == there
+
+
+def test_nothing_else_of_a_checkout_can_be_imported() -> None:
+    for name in ("bench", "tests", "csrc", "examples", "docs"):
+        code = f"import deqkern.kernels.bands, deqkern.{name}"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert f"No module named 'deqkern.{name}'" in done.stderr
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda path: path.name)

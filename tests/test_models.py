@@ -13,7 +13,7 @@ import torch
 from asserts import assert_close
 
 from deqkern import NoiseSchedule, models
-from deqkern.slopes import SlopeProfile
+from deqkern.solvers.slopes import SlopeProfile
 
 
 def save_tiny_model(folder: Path, channels: int = 1, size: int = 8) -> Any:
@@ -39,7 +39,7 @@ def save_tiny_model(folder: Path, channels: int = 1, size: int = 8) -> Any:
 
 def save_tiny_profile(folder: Path, channels: int = 1, size: int = 8) -> None:
     shape = (channels, size, size)
-    from deqkern.spectral import Basis
+    from deqkern.solvers.basis import Basis
 
     bands = len(Basis.spectral(shape, torch.device("cpu")).bands) - 1
     shrinkage = torch.linspace(0.8, 0.2, 5, dtype=torch.float64)[:, None].expand(-1, bands)

@@ -22,9 +22,9 @@ from torch import Tensor
 import deqkern
 from deqkern import NoiseSchedule, plots, runs, solvers
 from deqkern.cli.files import Noise
+from deqkern.engine.solution import relative_error
 from deqkern.runs import StoredRun
-from deqkern.solve import relative_error
-from deqkern.version import version
+from deqkern.support.version import version
 
 SCHEDULE = NoiseSchedule.linear()
 SHAPE = (3, 8, 8)

@@ -18,10 +18,10 @@ from torch import Tensor
 
 import deqkern
 from deqkern import NoiseSchedule, models, solvers
-from deqkern.network import Network, model_dtype
-from deqkern.solve import Solve
-from deqkern.step_table import StepTable
-from deqkern.trajectory import Trajectory, start
+from deqkern.chain.step_table import StepTable
+from deqkern.engine.loop import Solve
+from deqkern.engine.trajectory import Trajectory, start
+from deqkern.network.model import Network, model_dtype
 
 SCHEDULE = NoiseSchedule.linear()
 SHAPE = (3, 8, 8)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..version import version
+from ..support.version import version
 from . import doctor, inversion, planning, plotting, sampling
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

@@ -18,9 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
+from ..engine.solution import Callback
 from ..models import SHIPPED
 from ..planning import Plan, is_out_of_memory
-from ..solve import Callback
 
 # Options of several commands.
 ModelOption = Annotated[str, typer.Option(help="digits, photos, or the folder of a diffusers UNet2DModel.")]

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import ops
-from ..version import version
+from ..support.version import version
 from .common import JsonOption, to_json
 
 

@@ -13,9 +13,9 @@ import torch
 import typer
 from torch import Tensor
 
-from .. import storage
+from ..engine.solution import Solution
 from ..models import Pretrained
-from ..solve import Solution
+from ..support import storage
 from .common import stored_model
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from rich.table import Table
 from torch import Tensor
 
 from .. import inversion, models, plots, runs, sampling
+from ..engine.solution import Callback, ConvergenceWarning, relative_error
 from ..interpolation import slerp
 from ..optimization import Optimize
-from ..solve import Callback, ConvergenceWarning, relative_error
-from ..solvers import sequential
+from ..solvers.presets import sequential
 from .common import (
     PICTURES,
     JsonOption,

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from .. import models, plots, sampling, solvers
 from .. import runs as stored_runs
-from ..solve import Callback, ConvergenceWarning, Solution, relative_error
-from ..solvers import Solver
-from ..version import version
+from ..engine.solution import Callback, ConvergenceWarning, Solution, relative_error
+from ..solvers.presets import Solver
+from ..support.version import version
 from .common import (
     PICTURES,
     BatchOption,

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_chain
-from ..network import Model, Network, arguments_of
-from ..solve import Solution, Solve
-from ..solvers import Solver, default
-from ..step_table import StepTable
-from ..trajectory import start
+from ..chain.step_table import StepTable
+from ..engine.loop import Solve
+from ..engine.solution import Solution
+from ..engine.trajectory import start
+from ..network.model import Model, Network, arguments_of
+from ..problem import check_chain
+from ..solvers.presets import Solver, default
 
 
 class Chain:

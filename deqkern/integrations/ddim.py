@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..numeric import check_number
-from ..solve import warn_unless_converged
-from ..solvers import Solver
-from ..step_table import StepTable
-from ..trajectory import calls
+from ..chain.step_table import StepTable
+from ..engine.solution import warn_unless_converged
+from ..engine.trajectory import calls
+from ..solvers.presets import Solver
+from ..support.checks import check_number
 from .chain import Chain
 
 

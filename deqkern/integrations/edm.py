@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_count
-from ..numeric import check_number
-from ..solve import warn_unless_converged
-from ..solvers import Solver
+from ..engine.solution import warn_unless_converged
+from ..solvers.presets import Solver
+from ..support.checks import check_count, check_number
 from .chain import Chain
 from .k_diffusion import sigma_table
 

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_callable
-from ..numeric import is_int
-from ..solve import warn_unless_converged
-from ..solvers import Solver
-from ..step_table import StepTable
+from ..chain.step_table import StepTable
+from ..engine.solution import warn_unless_converged
+from ..solvers.presets import Solver
+from ..support.checks import check_callable, is_int
 from .chain import Chain
 from .ddim import ddim_table
 

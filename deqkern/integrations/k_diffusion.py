@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..solve import warn_unless_converged
-from ..solvers import Solver
-from ..step_table import StepTable, check_order
+from ..chain.step_table import StepTable, check_order
+from ..engine.solution import warn_unless_converged
+from ..solvers.presets import Solver
 from .chain import Chain
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ..numeric import is_int
-from ..schedule import NoiseSchedule
-from ..slopes import SlopeProfile
+from ..chain.schedule import NoiseSchedule
+from ..solvers.slopes import SlopeProfile
+from ..support.checks import is_int
 
 SHIPPED = ("digits", "photos")
 

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..numeric import check_number, is_int
+from ..support.checks import check_number, is_int
 
 STATE_DTYPES = (torch.float32, torch.float64)
 

@@ -9,7 +9,7 @@ from asserts import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deqkern import ops
-from deqkern.spectral import dct_matrix
+from deqkern.solvers.basis import dct_matrix
 
 BACKENDS = inputs.backends("dct2")
 # (N, C, H, W)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...schedule import NoiseSchedule
+from ...chain.schedule import NoiseSchedule
 from .loops import LOOPS, Loop
 
 # The schedulers whose update rule is the chain that is solved.

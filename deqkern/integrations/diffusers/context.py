@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ...checks import check_options, check_solver
-from ...replication import replicated
-from ...solvers import Solver, default
+from ...network.replication import replicated
+from ...problem import check_options
+from ...solvers.presets import Solver, check_solver, default
 from .checks import check_pair, check_scheduler, denoiser_of, loop_of
 from .run import ParallelRun
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ... import inversion
-from ...checks import check_options
-from ...guidance import guided
-from ...replication import replicated
-from ...schedule import NoiseSchedule
-from ...solve import Solution
+from ...chain.schedule import NoiseSchedule
+from ...engine.solution import Solution
+from ...network.guidance import guided
+from ...network.replication import replicated
+from ...problem import check_options
 from .checks import loop_name, rule_name, unknown_rule
 
 INVERTIBLE = ("DDIMPipeline", "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")

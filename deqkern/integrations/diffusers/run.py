@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ...eager import uncompiled
-from ...network import kwargs_of
-from ...replication import Replicated
-from ...schedule import NoiseSchedule, StepTable
-from ...solve import Solution, Solve
-from ...solvers import Solver
-from ...trajectory import calls, start
+from ...chain.schedule import NoiseSchedule, StepTable
+from ...engine.loop import Solve
+from ...engine.solution import Solution
+from ...engine.trajectory import calls, start
+from ...network.model import kwargs_of
+from ...network.replication import Replicated
+from ...solvers.presets import Solver
+from ...support.eager import uncompiled
 from .checks import (
     FLOW_SCHEDULER,
     MULTISTEP_SCHEDULER,

@@ -1,0 +1,1 @@
+"""The chain: noise schedules, where their steps lie, and the coefficients of every step."""

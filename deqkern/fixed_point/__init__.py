@@ -1,0 +1,1 @@
+"""Fixed points z = f(z) of any map, and measures around them."""

@@ -1,0 +1,241 @@
+"""The model along a chain, and its vector-Jacobian products: the only caller of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..chain.schedule import StepTable
+from ..support.tensors import rebuilt, tensors_in
+from .guidance import Guided
+from .replication import Replicated, autocast_of
+
+Model = Callable[..., Any]
+_LARGEST_SUM = 2.0**13  # of absolute cotangents: fp16 ends at 2^16
+
+
+def model_dtype(model: Model, default: torch.dtype) -> torch.dtype:
+    """What a module says its `dtype` is, or that of its first parameter of 16 bits or more; `default` of a function.
+
+    Weights may be stored in 8 bits by a module that computes in more.
+    """
+    if not isinstance(model, torch.nn.Module):
+        return default
+    says = getattr(model, "dtype", None)
+    found = [says] if isinstance(says, torch.dtype) else []
+    found += [parameter.dtype for parameter in model.parameters()]
+    return next((dtype for dtype in found if dtype.is_floating_point and dtype.itemsize > 1), default)
+
+
+def arguments_of(model: Model, model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`model_kwargs`, added to those that a `Guided` model holds."""
+    held = model.model_kwargs if isinstance(model, Guided) else {}
+    return held | dict(model_kwargs or {})
+
+
+def kwargs_of(model_kwargs: Mapping[str, Any], samples: Tensor, batch: int) -> dict[str, Any]:
+    """The model's arguments for `samples` (N,) of the batch: of tensors whose first dimension is B, those rows.
+
+    Tensors inside dicts, lists and tuples count as well.
+    """
+
+    def rows(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[samples] if value.ndim and len(value) == batch else value
+        return rebuilt(value, rows)
+
+    return {name: rows(value) for name, value in model_kwargs.items()}
+
+
+def leaves(output: Tensor) -> list[Tensor]:
+    """The tensors that require grad, made by no operation, that the autograd graph of `output` ends in."""
+    found, seen, nodes = [], set(), [output.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        nodes += [following for following, _ in node.next_functions]
+    return found
+
+
+def pull(
+    output: Tensor,
+    states: Tensor,
+    cotangents: Tensor,  # like output
+    inputs: Sequence[Tensor] = (),
+    retain_graph: bool = False,
+    create_graph: bool = False,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """J^T cotangents by the states, zeros where the output does not depend on them, and by `inputs`, None there.
+
+    The graph, whose dtypes may be narrow, gets cotangents that are scaled to a largest entry of 1, and to a sum that no
+    gradient of `inputs` overflows by; what comes back is in fp32 at least.
+    """
+    if not output.requires_grad:
+        return torch.zeros_like(states), [None] * len(inputs)
+    size = cotangents.abs()
+    scale = torch.maximum(size.amax(), size.sum() / _LARGEST_SUM) if inputs else size.amax()
+    scale = scale.clamp_min(torch.finfo(cotangents.dtype).tiny)
+    by_states, *found = torch.autograd.grad(
+        output,
+        [states, *inputs],
+        (cotangents / scale).to(output.dtype),
+        retain_graph=retain_graph or create_graph,
+        create_graph=create_graph,
+        allow_unused=True,
+    )
+    by_states = torch.zeros_like(states) if by_states is None else _times(by_states, scale)
+    return by_states, [None if value is None else _times(value, scale) for value in found]
+
+
+def _times(value: Tensor, scale: Tensor) -> Tensor:
+    """`value` * `scale`, in fp32 at least."""
+    wide = torch.promote_types(value.dtype, torch.float32)
+    return value.to(wide) * scale.to(wide)
+
+
+class Network:
+    """`model` at states of the chain `table`: (states (N, *shape), steps (N,), samples (N,)) -> (N, *shape).
+
+    The model sees the states in its own dtype, timesteps `(N,)`, and those tensors of `model_kwargs` whose first
+    dimension is B, one row per state. What comes back is what enters the chain: the model's output, or the table's
+    `effective_output` where it converts.
+    """
+
+    what = "model returned"
+
+    def __init__(
+        self,
+        model: Model,
+        table: StepTable,
+        model_kwargs: Mapping[str, Any],
+        example: Tensor,  # (B, *shape)
+    ) -> None:
+        self.model, self.table, self.model_kwargs = model, table, model_kwargs
+        self.batch, self._computes = len(example), model_dtype(model, example.dtype)
+        self.dtype = None if table.converts else self._computes  # what converts is read as it is
+        self.timesteps = table.timesteps.to(example.device)
+        self._inputs: Tensor | None = None  # (rows, *shape), states that are converted, in the model's dtype
+        self._most = 0  # rows of a call to come
+        self._autocast = autocast_of(example.device)
+        arithmetic = [self._computes, *([self._autocast["dtype"]] if self._autocast["enabled"] else [])]
+        self.precision = max(torch.finfo(dtype).eps for dtype in arithmetic)
+        if isinstance(model, Guided):
+            with torch.no_grad():
+                model.check(model_kwargs, self.batch)
+        # what the caller differentiates by, cut off from the graph that made it
+        self._leaves = {id(v): v.detach().requires_grad_() for v in tensors_in(model_kwargs) if v.requires_grad}
+
+    def __call__(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
+        return self._evaluate(states, steps, samples, self.model_kwargs)
+
+    def _evaluate(self, states: Tensor, steps: Tensor, samples: Tensor, model_kwargs: Mapping[str, Any]) -> Tensor:
+        if not self.table.converts:
+            return self._call(self._input(states), self.timesteps[steps], samples, model_kwargs)
+        given = self._input(states)
+        given = given.clone() if given is states else given  # the model may write into it, and states are read after
+        output = self._call(given, self.timesteps[steps], samples, model_kwargs)
+        return self.table.effective_output(states, output, steps)
+
+    def vjp(
+        self,
+        states: Tensor,  # (N, *shape)
+        cotangents: Tensor,  # (N, *shape)
+        steps: Tensor,  # (N,)
+        samples: Tensor,  # (N,)
+        inputs: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """J^T cotangents (N, *shape) by the states, and the same by `inputs`, summed over the rows; see `pull`.
+
+        As in the call, autocast is what it was when this was made.
+        """
+        with torch.enable_grad(), torch.autocast(**self._autocast):
+            states = states.detach().requires_grad_()
+            output = self._evaluate(states, steps, samples, rebuilt(self.model_kwargs, self._leaf))
+        inputs = [self._leaves.get(id(value), value) for value in inputs]
+        if inputs or self._computes is not torch.float16:
+            # what a function holds may have a graph of its own, which every other call needs as well
+            again = bool(inputs) and self._holds
+            return pull(output, states, cotangents, inputs, retain_graph=again)
+        # where rows are not summed, each has a scale of its own: of one for all the small rows would be lost
+        scale = cotangents.abs().flatten(1).amax(1).clamp_min(torch.finfo(cotangents.dtype).tiny)
+        scale = scale.view(-1, *[1] * (cotangents.ndim - 1))
+        return pull(output, states, cotangents / scale)[0] * scale, []
+
+    def _leaf(self, value: Any) -> Any:
+        return self._leaves.get(id(value), value) if isinstance(value, Tensor) else rebuilt(value, self._leaf)
+
+    def inputs(self, example: Tensor) -> list[Tensor]:
+        """The tensors besides the states that the output depends on and that require grad.
+
+        Those of `model_kwargs`, and the model's parameters. If the model is a plain function, or a module that holds a
+        tensor which is no parameter, they are found by calling it once, for one row of `example` (B, *shape).
+        """
+        given = [value for value in tensors_in(self.model_kwargs) if value.requires_grad]
+        held: list[Tensor]
+        if isinstance(self.model, torch.nn.Module) and not self._holds:
+            held = [value for value in self.model.parameters() if value.requires_grad]
+        else:
+            held = self._closure(example)
+        return list({id(value): value for value in given + held}.values())
+
+    @cached_property
+    def _holds(self) -> bool:
+        """Whether the model may depend on more than parameters and what it is given."""
+        inner = self.model.model if isinstance(self.model, Guided) else self.model
+        if not isinstance(inner, torch.nn.Module):
+            return True
+        plain = ({k: v for k, v in vars(module).items() if k != "_parameters"} for module in inner.modules())
+        return any(value.requires_grad for values in plain for value in tensors_in(values))
+
+    def _closure(self, example: Tensor) -> list[Tensor]:
+        cut = {name: _detached(value) for name, value in self.model_kwargs.items()}
+        one = torch.zeros(1, dtype=torch.int64, device=example.device)
+        with torch.enable_grad():
+            return leaves(self._call(self._input(example[:1].detach()), self.timesteps[one], one, cut))
+
+    def reserve(self, rows: int) -> None:
+        """The most rows of a call to come, for which the first one takes the memory."""
+        self._most = rows
+
+    def _input(self, states: Tensor) -> Tensor:
+        """The states (N, *shape) in the model's dtype; without autograd in memory that the next call reuses.
+
+        Under autograd in memory of their own: the model may write into it, which a leaf does not allow.
+        """
+        if torch.is_grad_enabled():
+            return states.to(self._computes, copy=True)
+        if states.dtype == self._computes:
+            return states
+        if self._inputs is None or len(self._inputs) < len(states):
+            self._inputs = states.new_empty(max(self._most, len(states)), *states.shape[1:], dtype=self._computes)
+        return self._inputs[: len(states)].copy_(states)
+
+    def _call(self, states: Tensor, timesteps: Tensor, samples: Tensor, model_kwargs: Mapping[str, Any]) -> Tensor:
+        if isinstance(self.model, Replicated):
+            shares = self.model.shares(len(states))
+            arguments = [kwargs_of(model_kwargs, samples[share], self.batch) for share in shares]
+            calls = [((states[share], timesteps[share]), own) for share, own in zip(shares, arguments, strict=True)]
+            output = self.model.evaluate(calls)
+        else:
+            output = self.model(states, timesteps, **kwargs_of(model_kwargs, samples, self.batch))
+        output = getattr(output, "sample", output)
+        if not isinstance(output, Tensor):
+            raise TypeError(f"model must return a tensor or an object with .sample, got {type(output).__name__}")
+        if output.shape != states.shape:
+            raise ValueError(f"model returned shape {tuple(output.shape)} for an input of shape {tuple(states.shape)}")
+        if output.device != states.device or not output.is_floating_point():
+            raise ValueError(f"model returned {output.dtype} on {output.device} for an input on {states.device}")
+        self.precision = max(self.precision, torch.finfo(output.dtype).eps)
+        return output
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else rebuilt(value, _detached)

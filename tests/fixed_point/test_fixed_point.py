@@ -1,0 +1,625 @@
+"""`fixed_point`, its gradients, and the measures of a map around its solution, against known answers."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+from asserts import relative_error
+from torch import Tensor
+
+import deqkern
+from deqkern import solvers
+from deqkern.engine.trajectory import ROUNDINGS
+from deqkern.fixed_point.state import Layout
+from deqkern.gradients.methods import Implicit, Phantom
+from deqkern.solvers.presets import Solver
+from deqkern.solvers.slopes import Frozen, Gaussian, Secant
+
+WIDE = torch.float64
+BATCH, SIZE = 4, 6
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=WIDE, requires_grad=True)
+
+
+def contraction(size: int, radius: float, dtype: torch.dtype = WIDE) -> Tensor:
+    """A random matrix of spectral norm `radius`."""
+    matrix = torch.randn(size, size, dtype=WIDE)
+    return (matrix * (radius / torch.linalg.matrix_norm(matrix, 2))).to(dtype)
+
+
+class Cell(torch.nn.Module):
+    """Contracts by 0.7; the injected input is x."""
+
+    def __init__(self, dtype: torch.dtype = WIDE) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(contraction(SIZE, 0.7, dtype))
+        self.inject = torch.nn.Linear(3, SIZE, dtype=dtype)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(z @ self.weight + self.inject(x))
+
+
+SOLVERS = [solvers.anderson(), solvers.picard(), solvers.anderson(0, beta=0.7), solvers.anderson(3, beta=0.5)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, WIDE])
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: f"{solver.name}-{solver.history_size}-{solver.beta}")
+def test_a_linear_map_has_its_closed_form(solver: Solver, dtype: torch.dtype) -> None:
+    matrix, offset = contraction(SIZE, 0.8), torch.randn(BATCH, 2, SIZE, dtype=WIDE)
+    expected = torch.linalg.solve(torch.eye(SIZE, dtype=WIDE) - matrix.T, offset[..., None])[..., 0]
+    calls: list[Tensor] = []
+
+    def f(z: Tensor) -> Tensor:
+        calls.append(z)
+        return z @ matrix.to(dtype) + offset.to(dtype)
+
+    z0 = torch.randn(BATCH, 2, SIZE, dtype=dtype)
+    solution = deqkern.fixed_point(f, z0, solver=solver, max_iterations=200, gradient=None)
+    assert solution.converged.all() and relative_error(solution.value.double(), expected).max() <= 3e-4
+    assert solution.value.dtype is dtype and solution.value.shape == z0.shape
+    assert all(z.shape == z0.shape and z.dtype is dtype and not z.requires_grad for z in calls)
+    assert len(calls) == solution.iterations == len(solution.history)
+    assert solution.nfe.tolist() == [len(calls)] * BATCH and torch.equal(solution.nfe_history[-1], solution.nfe)
+    assert solution.residual_history.shape == (len(calls), 1, BATCH)
+    first = relative_error(z0.double() @ matrix + offset, z0.double())  # |f(z0) - z0| / |z0|
+    torch.testing.assert_close(solution.residual_history[0, 0], first, rtol=1e-4, atol=0)
+    assert solution.trajectory.shape == (2, *z0.shape) and torch.equal(solution.trajectory[0], z0)
+    torch.testing.assert_close(solution.trajectory[1], solution.value, rtol=0, atol=0)
+    assert (solution.error_estimate <= 1e-4).all() and (solution.residual <= 1e-3).all()
+
+
+def test_known_roots() -> None:
+    cosine = deqkern.fixed_point(torch.cos, torch.tensor([0.0, 1.0, -2.0], dtype=WIDE), rtol=1e-10)
+    assert cosine.converged.all() and (cosine.value - 0.7390851332151607).abs().max() <= 1e-9
+    cubic = deqkern.fixed_point(lambda z: (z**3 + 1) / 4, torch.zeros(2, 1, dtype=WIDE), rtol=1e-10)
+    assert (cubic.value**3 - 4 * cubic.value + 1).abs().max() <= 1e-9
+
+
+@hypothesis.settings(max_examples=40)
+@hypothesis.given(
+    size=st.integers(1, 40),
+    batch=st.integers(1, 5),
+    radius=st.floats(0.0, 0.95),
+    history=st.integers(0, 8),
+    seed=st.integers(0, 2**16),
+    scale=st.floats(1e-3, 1e3),
+)
+def test_random_contractions(size: int, batch: int, radius: float, history: int, seed: int, scale: float) -> None:
+    torch.manual_seed(seed)
+    matrix, offset = contraction(size, radius), scale * torch.randn(batch, size, dtype=WIDE)
+    expected = torch.linalg.solve(torch.eye(size, dtype=WIDE) - matrix.T, offset.T).T
+    start = torch.randn(batch, size, dtype=WIDE)
+    solution = deqkern.fixed_point(
+        lambda z: z @ matrix + offset, start, solver=solvers.anderson(history), rtol=1e-6, max_iterations=2000
+    )
+    assert solution.converged.all()
+    assert relative_error(solution.value, expected).max() <= 2e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("solver", SOLVERS[:2], ids=lambda solver: solver.name)
+def test_half_precision_converges(solver: Solver, dtype: torch.dtype) -> None:
+    matrix, offset = contraction(64, 0.9, torch.float32), torch.randn(BATCH, 64)
+    seen = set()
+
+    def f(z: Tensor) -> Tensor:
+        seen.add(z.dtype)
+        return torch.tanh(z @ matrix.to(z.dtype) + offset.to(z.dtype))
+
+    exact = deqkern.fixed_point(f, torch.zeros(BATCH, 64), rtol=1e-6).value
+    seen.clear()
+    solution = deqkern.fixed_point(f, torch.zeros(BATCH, 64, dtype=dtype), solver=solver, max_iterations=100)
+    assert seen == {dtype} and solution.value.dtype is dtype and solution.trajectory.dtype is torch.float32
+    assert solution.converged.all()
+    assert relative_error(solution.value.float(), exact).max() <= 5 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_a_tuple_is_one_state(kind: Any) -> None:
+    matrix, offset = contraction(10, 0.8), torch.randn(BATCH, 10, dtype=WIDE)
+
+    def f(state: Any) -> Any:
+        assert type(state) is kind and all(part.is_contiguous() for part in state)
+        first, second, third = state
+        joined = torch.cat([first.view(BATCH, -1), second.double(), third[:, None]], 1) @ matrix + offset
+        return [joined[:, :6].view(BATCH, 2, 3), joined[:, 6:9].float(), joined[:, 9]]
+
+    z0 = kind([torch.zeros(BATCH, 2, 3, dtype=WIDE), torch.zeros(BATCH, 3), torch.zeros(BATCH, dtype=WIDE)])
+    told: list[Any] = []
+    solution = deqkern.fixed_point(f, z0, gradient=None, callback=lambda *event: told.append(event))
+    expected = torch.linalg.solve(torch.eye(10, dtype=WIDE) - matrix.T, offset.T).T
+    value: Any = solution.value
+    assert type(value) is kind and [part.dtype for part in value] == [WIDE, torch.float32, WIDE]
+    assert [part.shape for part in value] == [part.shape for part in z0]
+    rows = torch.cat([part.reshape(BATCH, -1).double() for part in value], 1)
+    assert solution.converged.all() and relative_error(rows, expected).max() <= 3e-4
+    assert solution.trajectory.shape == (2, BATCH, 10)
+    assert [event[0] for event in told] == list(range(1, solution.iterations + 1))
+    assert type(told[-1][1]) is kind and torch.equal(told[-1][1][0], value[0])
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "wide", "rounding"),
+    [
+        ((torch.float32,), torch.float32, ROUNDINGS * 2.0**-23),
+        ((torch.float32, WIDE), WIDE, ROUNDINGS * 2.0**-52),
+        ((torch.bfloat16,), torch.float32, 2.0**-7),
+        ((torch.float16, WIDE), WIDE, 2.0**-10),
+        ((torch.float16, torch.bfloat16, torch.float32), torch.float32, 2.0**-7),
+    ],
+)
+def test_rows_are_as_wide_as_the_widest_part_and_no_better_than_the_narrowest(
+    dtypes: tuple[torch.dtype, ...], wide: torch.dtype, rounding: float
+) -> None:
+    parts = tuple(torch.zeros(2, 3, dtype=dtype) for dtype in dtypes)
+    layout = Layout.of(parts, "z0")
+    assert (layout.dtype, layout.rounding) == (wide, rounding) and layout.rows(parts).dtype is wide
+    assert [part.dtype for part in layout.state(layout.rows(parts))] == list(dtypes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, WIDE])
+def test_a_slow_sample_holds_nobody_back(dtype: torch.dtype) -> None:
+    """What has converged stands still to the bit, at the accuracy asked for, and the map still sees all of it."""
+    rates = torch.tensor([0.1, 0.5, 0.999, 0.3], dtype=dtype)[:, None]
+    offset, seen = torch.randn(4, SIZE, dtype=dtype), []
+
+    def f(z: Tensor) -> Tensor:
+        seen.append(z)
+        return rates * z + offset
+
+    with pytest.warns(deqkern.ConvergenceWarning, match="3 of 4 samples converged in 30 iterations"):
+        found = deqkern.fixed_point(
+            f, torch.zeros(4, SIZE, dtype=dtype), solver=solvers.picard(), max_iterations=30, gradient=None
+        )
+    assert found.converged.tolist() == [True, True, False, True]
+    done = [int((found.history[:, b] <= 1e-4).int().argmax()) + 1 for b in range(4)]
+    assert done[0] < done[3] < done[1] < 20
+    for b in (0, 1, 3):
+        assert all(torch.equal(z[b], found.value[b]) for z in seen[done[b] :])
+        assert not torch.equal(seen[done[b] - 1][b], found.value[b])
+    alone = deqkern.fixed_point(lambda z: 0.5 * z + offset[1:2], torch.zeros(1, SIZE, dtype=dtype), rtol=1e-7)
+    assert relative_error(found.value[1:2], alone.value).max() <= 2e-4
+
+
+def test_rtol_0_goes_on_to_rounding() -> None:
+    cell, x = Cell(), torch.randn(BATCH, 3, dtype=WIDE)
+    solution = deqkern.fixed_point(lambda z: cell(z, x), torch.zeros(BATCH, SIZE, dtype=WIDE), rtol=0, gradient=None)
+    assert solution.converged.all() and (solution.residual <= 1e-15).all()
+
+
+def test_a_solution_that_is_the_start_takes_one_call() -> None:
+    solution = deqkern.fixed_point(lambda z: 0.5 * z, torch.zeros(2, 3), gradient=None)
+    assert solution.converged.all() and solution.iterations == 1 and not solution.value.any()
+    assert not solution.residual.any() and not solution.residual_history.any()
+
+
+@pytest.mark.parametrize("solver", SOLVERS[:2], ids=lambda solver: solver.name)
+def test_divergence_is_flagged(solver: Solver) -> None:
+    second = torch.tensor([False, True])[:, None]  # z = z + 1 + z^2 has no solution
+    with pytest.warns(deqkern.ConvergenceWarning, match="1 of 2 samples converged in 40 iterations"):
+        solution = deqkern.fixed_point(
+            lambda z: torch.where(second, z + 1 + z.square(), 0.5 * torch.cos(z)),
+            torch.full((2, 3), 0.2, dtype=WIDE),
+            solver=solver,
+            max_iterations=40,
+        )
+    assert solution.converged.tolist() == [True, False] and solution.error_estimate[1] > 1e-4
+
+
+def test_growth_starts_again_from_z0() -> None:
+    with pytest.warns(deqkern.ConvergenceWarning, match="1 diverged and went on with plain iteration"):
+        solution = deqkern.fixed_point(
+            lambda z: 20 * z + 1, torch.ones(1, 2), solver=solvers.picard(), max_iterations=4
+        )
+    assert torch.equal(solution.value, torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_names_f(bad: float) -> None:
+    def f(z: Tensor) -> Tensor:
+        return torch.where(torch.arange(3)[:, None] == 1, bad, 0.5 * z + 1)
+
+    with pytest.raises(ValueError, match=r"^f returned NaN or infinity at iteration 1 \(sample 1\)$"):
+        deqkern.fixed_point(f, torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("solver", SOLVERS[:2], ids=lambda solver: solver.name)
+def test_implicit_is_autograd_through_the_iteration(solver: Solver, frozen: bool) -> None:
+    """In eval mode too, and by an injected input alone."""
+    cell, x = Cell().eval().requires_grad_(not frozen), leaf(BATCH, 3)
+    z = torch.zeros(BATCH, SIZE, dtype=WIDE)
+    solution = deqkern.fixed_point(lambda z: cell(z, x), z, solver=solver, rtol=1e-13, max_iterations=200)
+    for _ in range(200):
+        z = cell(z, x)
+    inputs, cotangent = [x, *(p for p in cell.parameters() if p.requires_grad)], torch.randn_like(z)
+    torch.testing.assert_close(solution.value, z, rtol=1e-11, atol=1e-11)
+    wanted = torch.autograd.grad(z, inputs, cotangent)
+    for found, expected in zip(torch.autograd.grad(solution.value, inputs, cotangent), wanted, strict=True):
+        assert (found - expected).norm() <= 1e-10 * expected.norm()
+
+
+def test_gradcheck() -> None:
+    """By a parameter, an injected input, and what a closure makes of a leaf before; of both parts of a tuple."""
+    gradient = Implicit(rtol=1e-13)
+
+    def value(weight: Tensor, x: Tensor, early: Tensor) -> tuple[Tensor, ...]:
+        held = early.exp()
+
+        def f(state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            u, v = state
+            return torch.tanh(v @ weight + x), 0.4 * torch.sin(u.view(2, 4)[:, :3]) * held
+
+        z0 = torch.zeros(2, 2, 2, dtype=WIDE), torch.zeros(2, 3, dtype=WIDE)
+        found = deqkern.fixed_point(
+            lambda state: (lambda u, v: (u.view(2, 2, 2), v))(*f(state)), z0, rtol=1e-13, gradient=gradient
+        )
+        return tuple(found.value)
+
+    weight = (0.5 * torch.randn(3, 4, dtype=WIDE)).requires_grad_()
+    assert torch.autograd.gradcheck(value, (weight, leaf(2, 4), leaf(3)))
+
+
+@pytest.mark.parametrize(("steps", "tau"), [(1, 1.0), (1, 0.3), (3, 1.0), (6, 0.6)])
+def test_phantom_is_what_damped_iterations_let_through(steps: int, tau: float) -> None:
+    cell, x = Cell(), leaf(BATCH, 3)
+    solution = deqkern.fixed_point(
+        lambda z: cell(z, x), torch.zeros(BATCH, SIZE, dtype=WIDE), rtol=1e-14, gradient=Phantom(steps, tau)
+    )
+    z = solution.value.detach()
+    for _ in range(steps):
+        z = (1 - tau) * z + tau * cell(z, x)
+    inputs, cotangent = [x, *cell.parameters()], torch.randn_like(z)
+    wanted = torch.autograd.grad(z, inputs, cotangent)
+    for found, expected in zip(torch.autograd.grad(solution.value, inputs, cotangent), wanted, strict=True):
+        assert (found - expected).norm() <= 1e-11 * expected.norm()
+
+
+def test_the_gradient_of_half_precision() -> None:
+    wide, x = Cell(torch.float32), torch.randn(BATCH, 3)
+    narrow = Cell(torch.bfloat16)
+    narrow.load_state_dict(wide.state_dict())
+    for cell in (wide, narrow):
+        dtype = cell.weight.dtype
+        z0 = torch.zeros(BATCH, SIZE, dtype=dtype)
+        with warnings.catch_warnings(action="error"):
+            deqkern.fixed_point(lambda z: cell(z, x.to(dtype)), z0).value.float().square().sum().backward()  # noqa: B023
+    assert narrow.weight.grad is not None and wide.weight.grad is not None
+    assert (narrow.weight.grad.float() - wide.weight.grad).norm() <= 0.1 * wide.weight.grad.norm()
+
+
+def test_no_graph_and_no_further_call_where_none_is_wanted() -> None:
+    cell, x, calls = Cell(), torch.randn(BATCH, 3, dtype=WIDE), []
+    z0 = torch.zeros(BATCH, SIZE, dtype=WIDE, requires_grad=True)
+
+    def f(z: Tensor) -> Tensor:
+        calls.append(torch.is_grad_enabled())
+        return cell(z, x)
+
+    plain = deqkern.fixed_point(f, z0, gradient=None)
+    assert not plain.value.requires_grad and calls == [False] * plain.iterations
+    for mode in (torch.no_grad, torch.inference_mode):
+        calls.clear()
+        with mode():
+            found = deqkern.fixed_point(f, z0)
+        assert not found.value.requires_grad and calls == [False] * found.iterations
+    calls.clear()
+    cell.requires_grad_(False)
+    found = deqkern.fixed_point(f, z0)
+    assert not found.value.requires_grad, "z0 requires grad, but the solution does not depend on it"
+    assert calls == [False] * found.iterations + [True] and found.nfe.tolist() == [len(calls)] * BATCH
+    assert torch.equal(found.value, plain.value)
+    cell.requires_grad_(True)
+    attached = deqkern.fixed_point(f, z0).value
+    assert torch.equal(attached, plain.value)
+    assert torch.autograd.grad(attached.sum(), [cell.weight, z0], allow_unused=True)[1] is None
+
+
+@pytest.mark.parametrize("gradient", ["implicit", "phantom"])
+@pytest.mark.parametrize("power", [1, 2])
+def test_differentiating_twice_raises(power: int, gradient: str) -> None:
+    """Also where the first cotangent does not depend on anything, and by autograd.grad."""
+    cell, x = Cell(), leaf(BATCH, 3)
+    value = deqkern.fixed_point(lambda z: cell(z, x), torch.zeros(BATCH, SIZE, dtype=WIDE), gradient=gradient).value
+    once = torch.autograd.grad((value**power).sum(), [cell.weight, x], create_graph=True)
+    for first in once:
+        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+            torch.autograd.grad(first.sum(), cell.weight, retain_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        once[0].square().sum().backward()
+
+
+def test_parameters_changed_in_place_raise() -> None:
+    cell, x = Cell(), torch.randn(BATCH, 3, dtype=WIDE)
+    value = deqkern.fixed_point(lambda z: cell(z, x), torch.zeros(BATCH, SIZE, dtype=WIDE)).value
+    with torch.no_grad():
+        cell.weight.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.sum().backward()
+
+
+def test_a_gradient_has_a_solver_and_a_tolerance_of_its_own() -> None:
+    cell, x, z0 = Cell(), torch.randn(BATCH, 3, dtype=WIDE), torch.zeros(BATCH, SIZE, dtype=WIDE)
+    counts = []
+    for options in ({"rtol": 1e-2}, {}, {"solver": solvers.picard()}):
+        seen: list[deqkern.Solution] = []
+        gradient = Implicit(callback=seen.append, **options)
+        solution = deqkern.fixed_point(lambda z: cell(z, x), z0, rtol=1e-10, max_iterations=200, gradient=gradient)
+        solution.value.sum().backward()
+        counts.append(seen[0].iterations)
+    assert counts[0] < counts[1] < counts[2], counts
+
+
+def test_a_gradient_that_does_not_converge_warns() -> None:
+    cell, x, seen = Cell(), torch.randn(BATCH, 3, dtype=WIDE), []
+    gradient = Implicit(solver=solvers.picard(), rtol=1e-9, max_iterations=2, callback=seen.append)
+    z0 = torch.zeros(BATCH, SIZE, dtype=WIDE)
+    value = deqkern.fixed_point(lambda z: cell(z, x), z0, gradient=gradient).value
+    with pytest.warns(deqkern.ConvergenceWarning, match="gradient: 0 of 4 samples"):
+        value.sum().backward()
+    assert [solution.iterations for solution in seen] == [2]
+
+
+def test_a_cotangent_that_overflowed_gives_nan() -> None:
+    cell, x = Cell(), torch.randn(BATCH, 3, dtype=WIDE)
+    value = deqkern.fixed_point(lambda z: cell(z, x), torch.zeros(BATCH, SIZE, dtype=WIDE)).value
+    (found,) = torch.autograd.grad(value, cell.weight, torch.full_like(value, math.inf))
+    assert found.isnan().any()
+
+
+def test_jacobian_regularization_is_the_frobenius_norm() -> None:
+    cell, x = Cell(), torch.randn(BATCH, 3, dtype=WIDE)
+    z = torch.randn(BATCH, SIZE, dtype=WIDE)
+    bend = 1 - cell(z, x).square()  # J = diag(bend) weight^T
+    exact = (bend[:, :, None] * cell.weight.T).square().sum() / z.numel()
+    wanted = torch.autograd.grad(exact, list(cell.parameters()))
+    generator = torch.Generator().manual_seed(0)
+    found = deqkern.jacobian_regularization(lambda z: cell(z, x), z, samples=2000, generator=generator)
+    assert (found - exact).abs() <= 0.03 * exact
+    for grad, expected in zip(torch.autograd.grad(found, list(cell.parameters())), wanted, strict=True):
+        assert (grad - expected).norm() <= 0.1 * expected.norm()
+    again = z.clone().requires_grad_()
+    once = deqkern.jacobian_regularization(lambda z: cell(z, x), again, generator=generator.manual_seed(1))
+    assert torch.autograd.grad(once, [cell.weight, again], allow_unused=True)[1] is None, "z is a place"
+    with torch.no_grad():
+        plain = deqkern.jacobian_regularization(lambda z: cell(z, x), z, 1, generator.manual_seed(1))
+    assert not plain.requires_grad and torch.equal(plain, once)
+
+
+def test_jacobian_regularization_of_a_tuple_in_half_precision() -> None:
+    z = (torch.randn(2, 3).bfloat16(), torch.randn(2, 5, 1).bfloat16())
+    found = deqkern.jacobian_regularization(lambda state: (0.5 * state[0], 2 * state[1]), z, samples=2000)
+    assert abs(float(found) - (3 * 0.25 + 5 * 4) / 8) <= 0.1 and found.dtype is torch.float32
+
+
+def test_spectral_radius_is_that_of_the_eigenvalues() -> None:
+    matrices = torch.randn(8, SIZE, SIZE, dtype=WIDE)
+    matrices[1] = torch.block_diag(*[torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=WIDE)] * 3)  # complex pairs only
+    matrices[2] = 0
+    matrices[3] *= 1e-6
+    matrices[4] = torch.block_diag(
+        *[torch.tensor([[0.0, 4.0], [-0.25, 0.0]], dtype=WIDE)] * 3
+    )  # grows every other time
+    expected = torch.linalg.eigvals(matrices).abs().amax(-1)
+    generator = torch.Generator().manual_seed(0)
+    found = deqkern.spectral_radius(
+        lambda z: torch.einsum("bij,bj->bi", matrices, z), torch.randn(8, SIZE, dtype=WIDE), 400, generator
+    )
+    assert found.shape == (8,) and not found.requires_grad and found[2] == 0
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
+
+
+def test_spectral_radius_forgets_how_the_iteration_began() -> None:
+    """J = 0.1 + N, N^2 = 0, |N| = 100: |J^T^k v| = k 0.1^(k - 1) 100 from the first of 20 iterations on."""
+    matrix = torch.tensor([[0.1, 0.0], [100.0, 0.1]], dtype=WIDE)
+    with torch.no_grad():
+        found = deqkern.spectral_radius(lambda z: z @ matrix, torch.ones(1, 2, dtype=WIDE))
+    assert abs(float(found) - 0.1 * 2**0.1) <= 1e-3
+
+
+def test_the_measures_in_inference_mode_are_the_same() -> None:
+    cell, x, z = Cell(), torch.randn(BATCH, 3, dtype=WIDE), torch.randn(BATCH, SIZE, dtype=WIDE)
+    for measure in (deqkern.jacobian_regularization, deqkern.spectral_radius):
+        seed = torch.Generator().manual_seed(0)
+        expected = measure(lambda z: cell(z, x), z, 5, seed).detach()
+        with torch.inference_mode():
+            found = measure(lambda z: cell(z, x), z.clone(), 5, seed.manual_seed(0))
+            assert torch.equal(found, expected) and (found > 0).all()
+
+
+def test_a_contraction_is_path_independent_and_a_bistable_map_is_not() -> None:
+    x = torch.randn(BATCH, 3, dtype=WIDE)
+    cell, example = Cell().requires_grad_(False), torch.zeros(BATCH, SIZE, dtype=WIDE)
+    found = deqkern.path_independence(lambda z: cell(z, x), example)
+    assert len(found.solutions) == 3 and found.converged.all() and found.path_independent.all()
+    assert (found.distance <= 1e-3).all() and (found.alignment >= 1 - 1e-5).all()
+    mixed = found.solutions[2].trajectory[0]
+    torch.testing.assert_close(mixed, found.solutions[0].value.roll(1, 0), rtol=0, atol=0)
+
+    def both(z: Tensor) -> Tensor:  # the first sample has two roots, the others one
+        gain = torch.tensor([3.0, 0.5, 0.5, 0.5], dtype=WIDE)[:, None]
+        return torch.tanh(gain * z) + torch.tensor([0.0, 1.0, 1.0, 1.0], dtype=WIDE)[:, None]
+
+    starts = [torch.ones(BATCH, 2, dtype=WIDE), -torch.ones(BATCH, 2, dtype=WIDE)]
+    found = deqkern.path_independence(both, starts)
+    assert found.converged.all() and found.path_independent.tolist() == [False, True, True, True]
+    torch.testing.assert_close(found.distance[0], torch.tensor(2.0, dtype=WIDE), rtol=1e-3, atol=0)
+    torch.testing.assert_close(found.alignment[0], torch.tensor(-1.0, dtype=WIDE), rtol=1e-3, atol=0)
+
+
+def test_path_independence_compares_all_pairs() -> None:
+    """Of the identity every start is a solution; the first and the last are the furthest from each other."""
+    places = torch.tensor([[[3.0, 0.0], [0.0, 0.0], [1.0, 0.0]], [[0.0, 4.0], [0.0, 0.0], [0.0, 0.0]]])
+    last = torch.tensor([[-6.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
+    for starts in ([*places, last], [last, *places.flip(0)]):
+        found = deqkern.path_independence(lambda z: z, starts)
+        assert found.converged.all() and found.path_independent.tolist() == [False, True, False]
+        assert found.distance.tolist() == [1.5, 0.0, 1.0] and found.alignment.tolist() == [-1.0, 1.0, 0.0]
+    near = deqkern.path_independence(lambda z: z, [torch.ones(2, 1), torch.tensor([[1.005], [1.02]])])
+    assert near.path_independent.tolist() == [True, False]
+
+
+@pytest.mark.parametrize("first", [0.0, 1.0])
+def test_path_independence_needs_all_starts_to_converge(first: float) -> None:
+    starts = [torch.full((1, 2), first), torch.ones(1, 2)]
+    with pytest.warns(deqkern.ConvergenceWarning, match="0 of 1 samples converged from all 2 starts"):
+        found = deqkern.path_independence(lambda z: 1.001 * z, starts, solver=solvers.picard(), max_iterations=2)
+    assert [bool(solution.converged) for solution in found.solutions] == [first == 0, False]
+    assert not found.converged.any() and not found.path_independent.any()
+
+
+def test_path_independence_warns_once_and_takes_tuples_and_one_sample() -> None:
+    with pytest.warns(deqkern.ConvergenceWarning, match="0 of 1 samples converged from all 2 starts") as caught:
+        found = deqkern.path_independence(
+            lambda state: (-state[0] + 1, 0.5 * state[1] + 1), (torch.zeros(1, 2), torch.zeros(1)),
+            solver=solvers.picard(), max_iterations=5,
+        )  # fmt: skip
+    assert len(caught) == 1 and caught[0].filename == __file__ and not found.path_independent.any()
+    assert isinstance(found.solutions[0].value, tuple)
+    assert found.distance.dtype is found.alignment.dtype is WIDE
+
+
+def cell(z: Tensor) -> Tensor:
+    raise AssertionError("f was called")
+
+
+class Pair(NamedTuple):
+    """It could not be made again of a list of its parts."""
+
+    first: Tensor
+    second: Tensor
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "words"),
+    [
+        ({"f": 3}, TypeError, "f must be callable"),
+        ({"z0": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "z0 must be fp32"),
+        ({"z0": torch.zeros(0, 3)}, ValueError, "z0 must have shape"),
+        ({"z0": torch.zeros(())}, ValueError, "z0 must have shape"),
+        ({"z0": torch.full((2, 3), math.nan)}, ValueError, "z0 must be finite"),
+        ({"z0": [1.0, 2.0]}, TypeError, "z0 must be a tensor, or"),
+        ({"z0": ()}, ValueError, "z0 is an empty tuple"),
+        ({"z0": (torch.zeros(2, 3), torch.zeros(3, 2))}, ValueError, "z0 must hold tensors of one batch size"),
+        ({"z0": (torch.zeros(2, 3), torch.zeros(2, 3, device="meta"))}, ValueError, "z0 must hold .* one device"),
+        ({"z0": {"z": torch.zeros(2, 3)}}, TypeError, "z0 must be a tensor, or"),
+        ({"z0": Pair(torch.zeros(2, 3), torch.zeros(2))}, TypeError, "z0 must be a tensor, or .*, got Pair"),
+        ({"solver": "anderson"}, TypeError, "solver must be a Solver"),
+        ({"solver": solvers.default()}, ValueError, "solver of a fixed point must have the slope"),
+        ({"solver": Solver(slope=Secant())}, ValueError, "solver of a fixed point must have the slope"),
+        ({"solver": Solver(slope=Gaussian())}, ValueError, "solver of a fixed point must have the slope"),
+        ({"solver": Solver(slope=Frozen(1.0))}, ValueError, "solver of a fixed point must have the slope"),
+        ({"solver": solvers.sequential()}, ValueError, "solver of a fixed point must have no window"),
+        ({"rtol": -1.0}, ValueError, "rtol must be finite"),
+        ({"rtol": math.nan}, ValueError, "rtol must be finite"),
+        ({"rtol": "1e-3"}, TypeError, "rtol must be a number"),
+        ({"max_iterations": 0}, ValueError, "max_iterations must be an int >= 1"),
+        ({"max_iterations": None}, ValueError, "max_iterations must be an int >= 1"),
+        ({"gradient": "exact"}, ValueError, "gradient must be None, one of 'implicit', 'phantom'"),
+        ({"gradient": Implicit(solver=solvers.default())}, ValueError, "gradient.solver of a fixed point"),
+        ({"callback": 1}, TypeError, "callback must be callable"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=words):
+        deqkern.fixed_point(**({"f": cell, "z0": torch.zeros(2, 3)} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("f", "z0", "kind", "words"),
+    [
+        (
+            lambda z: z[:, :2],
+            torch.zeros(2, 3),
+            ValueError,
+            r"f returned shape \(2, 2\) for an input of shape \(2, 3\)",
+        ),
+        (lambda z: (z, z), torch.zeros(2, 3), TypeError, "a tensor for a tensor, got tuple"),
+        (lambda z: z[0], (torch.zeros(2, 3), torch.zeros(2)), TypeError, "tuple or list of 2 tensors, got Tensor"),
+        (lambda z: (z[0],), (torch.zeros(2, 3), torch.zeros(2)), TypeError, "tuple or list of 2 tensors"),
+        (lambda z: z > 0, torch.zeros(2, 3), TypeError, "f must return floating-point tensors, got torch.bool"),
+        (lambda z: None, torch.zeros(2, 3), TypeError, "got NoneType"),
+        (lambda z: z.to("meta"), torch.zeros(2, 3), ValueError, "a tensor on meta for an input on cpu"),
+    ],
+)
+def test_a_map_that_returns_no_state(f: Any, z0: Any, kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=words):
+        deqkern.fixed_point(f, z0)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: deqkern.jacobian_regularization(cell, torch.zeros(2, 3), samples=0), "samples must be an int >= 1"),
+        (lambda: deqkern.spectral_radius(cell, torch.zeros(2, 3), iterations=0), "iterations must be an int >= 1"),
+        (lambda: deqkern.spectral_radius(cell, torch.zeros(0, 3)), "z must have shape"),
+        (lambda: deqkern.path_independence(cell, [torch.zeros(2, 3)]), "starts must be a list of at least two"),
+        (lambda: deqkern.path_independence(cell, torch.zeros(2, 0)), "starts must have shape"),
+        (lambda: deqkern.path_independence(cell, [torch.zeros(2, 3), torch.zeros(2, 4)]), "starts must have the same"),
+        (
+            lambda: deqkern.path_independence(cell, [torch.zeros(2, 3), torch.zeros(2, 3, dtype=WIDE)]),
+            "starts must have the same",
+        ),
+        (lambda: deqkern.path_independence(cell, torch.zeros(2, 3), tolerance=0.0), "tolerance must be finite"),
+        (lambda: deqkern.path_independence(cell, torch.zeros(2, 3), tolerance=math.inf), "tolerance must be finite"),
+        (lambda: deqkern.path_independence(cell, torch.zeros(2, 3), solver=solvers.default()), "solver of a fixed"),
+        (lambda: deqkern.spectral_radius(3, torch.zeros(2, 3)), "f must be callable"),  # type: ignore[arg-type]
+        (lambda: deqkern.path_independence(cell, torch.zeros(2, 3), tolerance=True), "tolerance must be a number"),
+    ],
+)
+def test_bad_arguments_of_the_measures(call: Any, words: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=words):
+        call()
+
+
+def test_a_map_may_change_what_it_is_given() -> None:
+    """In place: the state it is called with is its own."""
+    offset = torch.randn(2, 3)
+    one = deqkern.fixed_point(lambda z: z.mul_(0.5).add_(offset), torch.zeros(2, 3), gradient=None)
+    two = deqkern.fixed_point(lambda z: 0.5 * z + offset, torch.zeros(2, 3), gradient=None)
+    assert torch.equal(one.value, two.value)
+
+
+def test_anderson_takes_fewer_calls_than_plain_iteration() -> None:
+    matrix = contraction(30, 1.0)
+    matrix = (matrix + matrix.T) * (0.49 / torch.linalg.eigvalsh(matrix + matrix.T).abs().max() * 2)
+    offset = torch.randn(BATCH, 30, dtype=WIDE)
+    counts = [
+        deqkern.fixed_point(
+            lambda z: z @ matrix + offset, torch.zeros_like(offset), solver=solver, rtol=1e-6, max_iterations=2000
+        ).iterations
+        for solver in (solvers.anderson(), replace(solvers.anderson(), ridge=0.0), solvers.picard())
+    ]
+    assert max(counts[:2]) <= counts[2] / 4, counts
+
+
+def test_plain_iteration_converges_after_mixing_diverged() -> None:
+    """In a notch at 1 the residual is smaller by more than a thousand than where mixing leaps to from there."""
+    place = torch.tensor([-10.0, 0.0, 0.5, 0.7, 3.5, 5.0, 15.0], dtype=WIDE)
+    height = torch.tensor([0.5, 0.5, 0.25, 0.5, 0.5, 0.0, -3.0], dtype=WIDE)
+
+    def f(z: Tensor) -> Tensor:
+        right = torch.searchsorted(place, z).clamp(1, len(place) - 1)
+        part = (z - place[right - 1]) / (place[right] - place[right - 1])
+        residual = torch.lerp(height[right - 1], height[right], part)
+        return z + residual * (1 - (1 - 2e-4) * torch.exp(-(((z - 1) / 0.02) ** 2)))
+
+    start = torch.zeros(1, 1, dtype=WIDE)
+    seen: list[float] = []
+    found = deqkern.fixed_point(
+        f, start, solver=solvers.anderson(), rtol=1e-7, max_iterations=80, gradient=None,
+        callback=lambda k, z, error: seen.append(float(z)),
+    )  # fmt: skip
+    plain = deqkern.fixed_point(f, start, solver=solvers.picard(), rtol=1e-7, max_iterations=80, gradient=None)
+    assert "1 diverged and went on with plain iteration" in found.message and seen.count(0.0) == 1
+    assert found.converged.all() and plain.converged.all()
+    torch.testing.assert_close(found.value, plain.value, rtol=1e-6, atol=0)
