@@ -154,7 +154,7 @@ class StepTable:
         flipped["n"] = torch.zeros_like(self.n)
         if self.implicit:
             flipped["a"] = torch.cat([torch.ones_like(self.a[:1]), flipped["a"][:-1]])
-        return replace(self, **flipped)
+        return replace(self, **flipped, clip_sample_range=None, thresholding=None)  # VJPs enter it as they are
 
     def held_x0(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """How a chain goes on while x0 stays what it is: keep, pull, of_x, of_out (S,) with

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from ..chain.step_table import StepTable
-from ..engine.host import Ints
-from ..engine.loop import solve
-from ..engine.solution import Solution, warn_unless_converged
-from ..engine.trajectory import Map, Trajectory
+from ..engine.loop import Map, Solve, run
+from ..engine.solution import Callback, Solution, warn_unless_converged
+from ..engine.trajectory import Traits, Trajectory
 from ..gradients.methods import Implicit, Once, Phantom, named
 from ..network.model import leaves, pull
 from ..ops._dispatch import requested_backends, use_backend
@@ -118,35 +117,31 @@ def _check_plain(name: str, solver: Solver) -> None:
         raise ValueError(f"{name} of a fixed point must have no window, got {solver.window}")
 
 
-class _Step(Trajectory):
-    """One implicit step x[1] = a x[0] + f(x[1]). The map is called on the whole batch, also where it has converged."""
+def _step(
+    map: Map,
+    table: StepTable,
+    first: Tensor,  # (B, D)
+    prefix: str,
+    layout: Layout,
+    solver: Solver,
+    rtol: float,
+    max_iterations: int,
+    callback: Callback | None = None,
+) -> Solution:
+    """Solve one implicit step x[1] = a x[0] + map(x[1]), for which the map sees the whole batch each time.
 
-    def __init__(self, map: Map, table: StepTable, first: Tensor, rounding: float) -> None:
-        self.rounding = rounding
-        basis = Basis.identity(tuple(first.shape[1:]), first.device)
-        super().__init__(map, table, basis, torch.stack([first, first]), None)
-        self.scale.fill_(torch.inf)
-
-    def settled(self, rtol: float) -> Tensor:
-        # a small residual alone says nothing of the error where f hardly contracts
-        return torch.full_like(self.table.b, self.rounding)
-
-    def where(self, steps: Tensor) -> str:
-        return ""
-
-    def select(self, rows: Ints) -> None:
-        super().select(rows)
-        self._counts = torch.ones_like(self.nfe)  # the map sees all of the batch
-
-    def evaluate(self, out: Tensor) -> None:
-        samples = torch.arange(self.batch, device=out.device)
-        out[0] = self.map(self.x[1], torch.zeros_like(samples), samples)
+    Its residual has to be rounding: a small one alone says nothing of the error where the map hardly contracts.
+    """
+    basis = Basis.identity(tuple(first.shape[1:]), first.device)
+    scale = torch.full((len(first),), torch.inf, dtype=torch.float64, device=first.device)
+    traits = Traits(error_prefix=prefix, whole_batch=True, rounding=layout.rounding)
+    trajectory = Trajectory(table, basis, torch.stack([first, first]), traits=traits, scale=scale)
+    solve = Solve(trajectory, solver, rtol=rtol, max_iterations=max_iterations, dtype=layout.dtype)
+    return run(solve, map, callback)
 
 
 class _Called:
     """f as the map of `_STEP`."""
-
-    what, dtype, precision = "f returned", None, 0.0
 
     def __init__(self, f: Function, layout: Layout) -> None:
         self.f, self.layout = f, layout
@@ -173,20 +168,21 @@ def solved(
             told(iteration, layout.state(rows), estimate)
 
     with torch.no_grad():
-        return solve(
-            _Step(_Called(f, layout), _STEP, first, layout.rounding),
-            solver,
+        return _step(
+            _Called(f, layout),
+            _STEP,
+            first,
+            prefix="f returned",
+            layout=layout,
+            solver=solver,
             rtol=rtol,
             max_iterations=max_iterations,
             callback=follow,
-            dtype=layout.dtype,
         )
 
 
 class Linearized:
     """f around one state, under autograd, and its transposed Jacobian as the map of `_TRANSPOSED`."""
-
-    what, dtype, precision = "f has a gradient with", None, 0.0
 
     def __init__(self, f: Function, layout: Layout, rows: Tensor) -> None:
         self.layout = layout
@@ -226,12 +222,15 @@ class _Cotangent:
                 v = torch.lerp(v, self.linear.pull(v) + cotangent, self.gradient.tau)
             return v
         gradient = self.gradient
-        found = solve(
-            _Step(self.linear, _TRANSPOSED, cotangent, self.linear.layout.rounding),
-            gradient.solver or self.solver,
+        found = _step(
+            self.linear,
+            _TRANSPOSED,
+            cotangent,
+            prefix="f has a gradient with",
+            layout=self.linear.layout,
+            solver=gradient.solver or self.solver,
             rtol=self.rtol if gradient.rtol is None else gradient.rtol,
             max_iterations=gradient.max_iterations or self.max_iterations,
-            dtype=cotangent.dtype,
         )
         if gradient.callback is not None:
             gradient.callback(found)

@@ -8,21 +8,23 @@ called again where its Jacobian is needed: nothing but the states is kept from t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..chain.step_table import StepTable, check_order
-from ..engine.loop import solve
+from ..engine.loop import begin, run
 from ..engine.solution import Solution, warn_unless_converged
-from ..engine.trajectory import calls, start
+from ..engine.trajectory import Traits
 from ..network.model import Network
 from ..ops._dispatch import requested_backends, use_backend
+from ..problem import Problem
 from ..solvers.presets import Solver, check_solver, default
 from ..support.checks import check_callback, check_count, check_number, check_rtol
 from ..support.eager import uncompiled
+from ..support.tensors import split_rows
 from .recurrences import Walk, adjoint_walk, exact_walk
 
 
@@ -129,25 +131,18 @@ def check_clipping(gradient: Gradient | None, table: StepTable) -> None:
         raise ValueError("schedule clips or thresholds x0: gradient='adjoint' needs one that does not")
 
 
-def attach(
-    solution_value: Tensor,  # (B, *shape)
-    network: Network,
-    states: Tensor,  # (S+1, B, *shape), as the chain of `network` runs
-    first: Tensor,  # (B, *shape)
-    step_noise: Tensor | None,  # (S, B, *shape)
-    gradient: Gradient,
-    rtol: float,
-    max_batch: int | None,
-) -> Tensor:
-    """`solution_value` with a gradient; as it is where nothing requires one, or under torch.no_grad().
+def attached(solution: Solution, problem: Problem, gradient: Gradient) -> Solution:
+    """`solution` with a gradient at its value; as it is where nothing requires one, or under torch.no_grad().
 
     Differentiating twice raises RuntimeError.
     """
-    if not torch.is_grad_enabled():
-        return solution_value
-    pullback = Pullback(network, gradient, rtol, max_batch)
-    attached: Tensor = _Attached.apply(pullback, solution_value, states, first, step_noise, *network.inputs(first))
-    return attached
+    network, first = problem.network, problem.first
+    if not torch.is_grad_enabled() or network is None:
+        return solution
+    pullback = Pullback(network, gradient, problem.rtol, problem.max_batch)
+    chain = (solution.trajectory, first, problem.step_noise)
+    value = _Attached.apply(pullback, solution.value, *chain, *network.inputs(first))
+    return replace(solution, value=value)
 
 
 class Once(torch.autograd.Function):
@@ -250,15 +245,17 @@ class Pullback:
     def _implicit(self, gradient: Implicit, sums: _Sums, cotangent: Tensor, with_noise: bool) -> Pulled:
         solver = gradient.solver or default(window=None)
         table = self.network.table.transposed()
-        trajectory = start(_Transposed(sums), cotangent, table, solver, max_batch=self.max_batch, noisy=False)
-        trajectory.scale.fill_(torch.inf)  # a gradient may grow along the chain
-        found = solve(
-            trajectory,
+        precision, prefix = self.network.precision, "model has a gradient with"
+        solve = begin(
+            cotangent,
+            table,
             solver,
+            Traits(precision=precision, max_batch=self.max_batch, error_prefix=prefix),
             rtol=self.rtol if gradient.rtol is None else gradient.rtol,
             max_iterations=gradient.max_iterations or max(len(table.a), IMPLICIT_LIMIT),
-            dtype=cotangent.dtype,
+            noisy=False,
         )
+        found = run(solve, _Transposed(sums))
         if gradient.callback is not None:
             gradient.callback(found)
         warn_unless_converged(found, "gradient: ")
@@ -276,7 +273,7 @@ class Pullback:
             if last is not None:
                 argument = last[1:] if table.implicit else last[:-1]
                 through = torch.empty_like(argument)
-                for part in calls(rows, self.max_batch):
+                for part in split_rows(rows, self.max_batch):
                     through.flatten(0, 1)[part] = product(argument.flatten(0, 1)[part], part // batch, part % batch)
             for j in range(steps):
                 rest = 0.0 if last is None else b[j] * (through[j] - frozen[j] * argument[j])
@@ -297,7 +294,7 @@ class Pullback:
         if sums.inputs:
             rows = torch.arange(steps * batch, device=chain.device)
             weight = table.b.to(chain)[:, None].expand(-1, batch).flatten()  # of row i * B + b
-            for part in calls(rows, self.max_batch):
+            for part in split_rows(rows, self.max_batch):
                 own = part // batch
                 place = (steps - 1 - own + int(table.implicit)) * batch + part % batch
                 cotangents = weight[part].view(-1, *[1] * (chain.ndim - 2)) * chain.flatten(0, 1)[place]
@@ -323,7 +320,7 @@ class Pullback:
             own = torch.full_like(samples, walk.place[i])
             pushed = lam + walk.lag[i] * lam_before if walk.lag[i] else lam
             through = torch.empty_like(lam)
-            for part in calls(samples, self.max_batch):
+            for part in split_rows(samples, self.max_batch):
                 through[part] = sums.add(pushed[part], own[part], samples[part], walk.weight[i])
             v = walk.of_lam[i] * lam + walk.of_product[i] * through
             lam_before = lam
@@ -363,14 +360,8 @@ class _Sums:
 class _Transposed:
     """The map of the transposed chain."""
 
-    what, dtype = "model has a gradient with", None
-
     def __init__(self, sums: _Sums) -> None:
         self.sums, self.last = sums, len(sums.states) - 2
-
-    @property
-    def precision(self) -> float:
-        return self.sums.network.precision
 
     def __call__(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
         return self.sums.vjp(states, self.last - steps, samples)[0]

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..chain.step_table import StepTable
-from ..engine.loop import Solve
+from ..engine.loop import Evaluation, Solve
 from ..engine.solution import Solution
-from ..engine.trajectory import start
 from ..network.model import Model, Network, arguments_of
-from ..problem import check_chain
+from ..problem import Problem
 from ..solvers.presets import Solver, default
 
 
@@ -41,26 +41,34 @@ class Chain:
         max_batch: int | None,
         callback: Callable[..., Any] | None = None,
     ) -> None:
-        self.solver = default() if solver is None else solver
-        check_chain(model, name, first, self.solver, rtol, max_iterations, model_kwargs, max_batch, callback)
-        self.table, self.first, self.max_batch = table, first, max_batch
-        self.network = Network(call, table, arguments_of(model, model_kwargs), self.first)
-        self.options: dict[str, Any] = {"rtol": rtol, "max_iterations": max_iterations}
+        checked = Problem.of_chain(
+            model,
+            first,
+            lambda: table,
+            name=name,
+            solver=default() if solver is None else solver,
+            rtol=rtol,
+            max_iterations=max_iterations,
+            max_batch=max_batch,
+            model_kwargs=model_kwargs,
+            callback=callback,
+        )
+        self.network = Network(call, table, arguments_of(model, model_kwargs), first)
+        self.problem = replace(checked, network=self.network, dtype=self.network.dtype, callback=None)
 
     @torch.no_grad()
     def run(self, disable: bool | None = True) -> Iterator[Solve]:
         """The solve after each iteration, with a bar of tqdm unless `disable` (None: only on a terminal).
 
-        The bar counts the steps that are settled in every sample. Noise is drawn from torch's global generator, in the
-        order of the sequential chain.
+        The bar counts the steps that have converged in every sample. Noise is drawn from torch's global generator, in
+        the order of the sequential chain.
         """
-        trajectory = start(self.network, self.first, self.table, self.solver, max_batch=self.max_batch)
-        self.solving = Solve(trajectory, self.solver, **self.options)
-        with _Bar(trajectory.steps, disable) as bar:
-            while self.solving.open:
-                self.solving.iterate()
-                bar.reach(int(self.solving.window[:, 0].min()))
-                yield self.solving
+        self.solving = solve = self.problem.begin()
+        with _Bar(len(self.problem.table.a), disable) as bar:
+            while solve.open:
+                solve.tell(Evaluation(self.network, solve.ask()))
+                bar.reach(int(solve.window[:, 0].min()))
+                yield solve
 
     def solve(self, disable: bool | None = True) -> Solution:
         """All iterations, and the solution."""
@@ -70,13 +78,11 @@ class Chain:
 
     def solution(self) -> Solution:
         """What the iterations of `run` came to."""
-        return self.solving.solution(self.first.dtype)
+        return self.solving.solution()
 
     def state(self, step: int) -> Tensor:
         """State `step` of 0 .. S as it is now (B, *shape)."""
-        trajectory = self.solving.trajectory
-        rows = step * trajectory.batch + torch.arange(trajectory.batch, device=trajectory.x.device)
-        return trajectory.images(rows).to(self.first.dtype, copy=True)
+        return self.solving.state(step)
 
 
 class _Bar:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..chain.step_table import StepTable
 from ..engine.solution import warn_unless_converged
-from ..engine.trajectory import calls
 from ..solvers.presets import Solver
 from ..support.checks import check_number
+from ..support.tensors import split_rows
 from .chain import Chain
 
 
@@ -64,10 +64,10 @@ def generalized_steps(
 def _estimates(chain: Chain, states: Tensor) -> Tensor:  # (S, B, *shape)
     arguments, batch = states[:-1].flatten(0, 1), states.shape[1]
     found = torch.empty_like(arguments)
-    for part in calls(torch.arange(len(arguments), device=states.device), chain.max_batch):
+    for part in split_rows(torch.arange(len(arguments), device=states.device), chain.problem.max_batch):
         index = part // batch
         output = chain.network(arguments[part], index, part % batch)
-        found[part] = chain.table.original_sample(arguments[part], output, index).to(found.dtype)
+        found[part] = chain.problem.table.original_sample(arguments[part], output, index).to(found.dtype)
     return found.view_as(states[:-1])
 
 

@@ -180,7 +180,9 @@ def _register(library: torch.library.Library, op: str, overload: str, written: t
     chooser = names.index(OPS[op][0])
     places = [names.index(name) for name in written]
 
-    def run(*arguments: Any) -> None:
+    def run(*arguments: Any, **named: Any) -> None:
+        if named:
+            arguments += tuple(named[name] for name in names[len(arguments) :])
         tensor = arguments[chooser]
         _kernel(op, _requested.get(), tensor.device.type, tensor.dtype)(*arguments)
         torch.autograd.graph.increment_version([arguments[place] for place in places])

@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ...chain.schedule import NoiseSchedule, StepTable
-from ...engine.loop import Solve
+from ...engine.loop import Solve, begin
 from ...engine.solution import Solution
-from ...engine.trajectory import calls, start
+from ...engine.trajectory import Traits
 from ...network.model import kwargs_of
 from ...network.replication import Replicated
 from ...solvers.presets import Solver
 from ...support.eager import uncompiled
+from ...support.tensors import split_rows
 from .checks import (
     FLOW_SCHEDULER,
     MULTISTEP_SCHEDULER,
@@ -182,11 +183,9 @@ class ParallelRun:
         self._check_latents(x)
         self._check_timestep(t, x.dtype)
         assert self._solve is not None
-        if not self._calls:
-            self._solve.select()
         self._calls += 1
         at, rows = self._rows(x, given)
-        *parts, last = calls(rows, self._max_batch)
+        *parts, last = split_rows(rows, self._max_batch)
         self._inside = True
         try:
             if self._spread is None:
@@ -203,14 +202,14 @@ class ParallelRun:
     def _rows(self, x: Tensor, given: Mapping[str, Any]) -> tuple[Callable[[Tensor], dict[str, Any]], Tensor]:
         """The denoiser's arguments at some of the selected rows, x first; and all of those (N,)."""
         assert self._solve is not None
-        trajectory, batch, copies = self._solve.trajectory, self._batch, self._copies
-        samples, copy = trajectory.row_samples, torch.arange(copies, device=x.device)[:, None]
-        index = (copy * batch + samples).flatten()  # (N,) of all copies
-        states = self._packed(trajectory.images(trajectory.rows).to(x.dtype))
+        rows, batch, copies = self._solve.ask(), self._batch, self._copies
+        copy = torch.arange(copies, device=x.device)[:, None]
+        index = (copy * batch + rows.samples).flatten()  # (N,) of all copies
+        states = self._packed(rows.states)
         states = states.repeat(copies, *[1] * (states.ndim - 1))
         if x.shape[1] > self._own:
             states = torch.cat([states, x[index, self._own :]], dim=1)
-        timesteps = self._timesteps[trajectory.row_steps].repeat(copies)
+        timesteps = rows.timesteps.repeat(copies)
         timesteps = self._loop.timestep(timesteps, x.dtype, self._denoiser.config)
         shared = {name: given[name] for name in self._loop.shared}
         shared = {name: value[:1] if isinstance(value, list) else value for name, value in shared.items()}
@@ -239,18 +238,11 @@ class ParallelRun:
         call = inspect.signature(self._plain.step).bind(*args, **kwargs)
         call.apply_defaults()
         output, sample = call.arguments["model_output"], call.arguments["sample"]
-        solve, trajectory = self._solve, self._solve.trajectory
-        rows, outputs = trajectory.rows, solve.iteration.outputs(solve.count)
+        solve = self._solve
         if not solve.count and sample.dtype != self._preview.dtype:  # the denoiser was given them rounded
-            first = self._unpacked(sample[: self._batch])
-            trajectory.basis.forward(first, trajectory.x[0], solve.iteration.samples)
+            solve.refine_first(self._unpacked(sample[: self._batch]))
         dtype = self._dtype_of(output, sample)
-        output = self._unpacked(output[: len(rows)])  # DiT gives the guided output twice
-        if trajectory.table.converts:
-            output = trajectory.table.effective_output(trajectory.images(rows), output, trajectory.row_steps)
-        trajectory.basis.forward(output, outputs.flatten(0, 1), rows)
-        solve.iteration.update(solve.count)
-        solve.settle()
+        solve.tell(self._unpacked(output[: len(solve.ask())]))  # DiT gives the guided output twice
         self._preview = self._packed(solve.value(dtype))
         self._looping = False
         value = torch.cat([self._preview] * (len(sample) // self._batch))
@@ -299,9 +291,8 @@ class ParallelRun:
             generator = self._arguments.get("generator")
             noise = torch.stack([randn_tensor(first.shape, generator, x.device, dtype) for _ in self._span])
         table = self._table(eta).part(self._span)
-        self._timesteps = table.timesteps.to(x.device)
-        trajectory = start(_Denoiser(x.dtype), first, table, self._solver, step_noise=noise)
-        self._solve = Solve(trajectory, self._solver, rtol=self._rtol)
+        traits = Traits(x.dtype, torch.finfo(x.dtype).eps, "pipe's denoiser returned")
+        self._solve = begin(first, table, self._solver, traits, rtol=self._rtol, step_noise=noise)
 
     @property
     def _guided(self) -> bool:
@@ -350,18 +341,6 @@ class ParallelRun:
                 "callback_on_step_end changed the conditioning or the guidance: inside parallel() every step is solved "
                 "at once, and all need the same"
             )
-
-
-class _Denoiser:
-    """In the place of the map, which the pipeline evaluates itself."""
-
-    what = "pipe's denoiser returned"
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype, self.precision = dtype, torch.finfo(dtype).eps
-
-    def __call__(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
-        raise NotImplementedError
 
 
 def _posing_as(method: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
