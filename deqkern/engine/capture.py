@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Protocol
 
 import torch
@@ -18,6 +19,12 @@ class Iteration(Protocol):
         """Launch iteration k on the current stream."""
 
 
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all captures on a device: cuBLAS keeps a workspace for each stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
 class CapturedIterations:
     """Runs the first iteration as it is, which warms the model up, then captures each phase when it first comes.
 
@@ -27,13 +34,13 @@ class CapturedIterations:
 
     def __init__(self, iteration: Iteration, device: torch.device) -> None:
         self.iteration, self.device = iteration, device
+        self.stream = capture_stream(device)
         self.renew()
-        self.pool = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream(device)
 
     def renew(self) -> None:
         """Drop the graphs: what they launch has changed."""
         self.graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
+        self.pool = torch.cuda.graph_pool_handle()  # a pool that its last graph has left takes no other
         self.warm = False
 
     def run(self, k: int) -> None:
@@ -52,9 +59,9 @@ class CapturedIterations:
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
-            # relaxed: a kernel that is compiled now loads its module
-            graph.capture_begin(pool=self.pool, capture_error_mode="relaxed")
             try:
+                # relaxed: a kernel that is compiled now loads its module
+                graph.capture_begin(pool=self.pool, capture_error_mode="relaxed")
                 self.iteration.run(k)
                 graph.capture_end()
             except BaseException as error:
