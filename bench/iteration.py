@@ -17,6 +17,11 @@ from torch import Tensor
 
 import deqkern
 from deqkern import NoiseSchedule, ops
+from deqkern.chain.step_table import StepTable
+from deqkern.engine.iteration import Iteration
+from deqkern.engine.rows import Rows
+from deqkern.engine.stopping import Stopping
+from deqkern.engine.trajectory import Traits, start
 from deqkern.solvers.basis import Basis
 from deqkern.solvers.slopes import Gaussian, Secant, slope_of
 
@@ -230,6 +235,19 @@ class PlainTorch(Work):
 
     def states(self) -> Tensor:
         return self.history_x[:, self.place, None]
+
+
+def open_iteration(
+    solver: deqkern.solvers.Solver,
+    noise: Tensor,  # (B, *shape)
+    table: StepTable,
+) -> tuple[Iteration, Rows]:
+    """The iteration of a solve, and the rows of all steps, as if they were all evaluated each time."""
+    trajectory = start(noise, table, solver, Traits())
+    iteration = Iteration(trajectory, solver, Stopping(trajectory, solver.width(len(table.a)), rtol=0.0))
+    index = torch.arange(trajectory.steps * trajectory.batch, device=noise.device)
+    steps, samples = index // trajectory.batch, index % trajectory.batch
+    return iteration, Rows(trajectory, index, steps, samples, table.timesteps.to(noise.device)[steps])
 
 
 def solver_seconds(solver: deqkern.solvers.Solver, noise: Tensor, iterations: int) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -22,6 +23,12 @@ class Iteration(Protocol):
         """Launch iteration k on the current stream, the evaluation of its `outputs` included."""
 
 
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all captures on a device: cuBLAS keeps a workspace for each stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
 class CapturedIterations:
     """Runs the first iteration as it is, which warms the model up, then captures each phase when it first comes.
 
@@ -31,13 +38,13 @@ class CapturedIterations:
 
     def __init__(self, iteration: Iteration, device: torch.device) -> None:
         self.iteration, self.device = iteration, device
+        self.stream = capture_stream(device)
         self.renew()
-        self.pool = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream(device)
 
     def renew(self) -> None:
         """Drop the graphs: what they launch has changed."""
         self.graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
+        self.pool = torch.cuda.graph_pool_handle()  # a pool that its last graph has left takes no other
         self.warm = False
 
     def run(self, k: int, rows: Rows, outputs: Iterable[Tensor]) -> None:
@@ -56,9 +63,9 @@ class CapturedIterations:
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
-            # relaxed: a kernel that is compiled now loads its module
-            graph.capture_begin(pool=self.pool, capture_error_mode="relaxed")
             try:
+                # relaxed: a kernel that is compiled now loads its module
+                graph.capture_begin(pool=self.pool, capture_error_mode="relaxed")
                 self.iteration.run(k, rows, outputs)
                 graph.capture_end()
             except BaseException as error:
