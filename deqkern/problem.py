@@ -88,7 +88,8 @@ class Problem:
     ) -> Problem:
         """Check the arguments, which are those of `sample` unless said, and build the problem.
 
-        by_caller: the caller evaluates the model, which is None. first: the state that is known; `name` is what the user knows it as.
+        by_caller: the caller evaluates the model, which is None. first: the state that is known; `name` is what the
+        user calls it.
         make_table: called once the other arguments are known to fit. eta: whether the steps of the table draw noise.
         check: looks at the table before the tensors whose size depends on it are checked.
 
