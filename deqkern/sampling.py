@@ -87,7 +87,7 @@ def sample(
     model returns another shape, or NaN. A sample that does not converge is reported in the `Solution` and by one
     `ConvergenceWarning`.
     """
-    auto, method = isinstance(solver, str) and solver == "auto", gradients.named(gradient)
+    auto, plan, method = isinstance(solver, str) and solver == "auto", None, gradients.named(gradient)
     if method is not None and isinstance(noise, Tensor):
         check_not_empty("noise", noise)
 
@@ -122,9 +122,7 @@ def sample(
     if auto:
         plan = planned(problem, "noise")
         problem = replace(problem, solver=plan.solver, max_batch=plan.max_batch)
-        solution = replace(problem.solve(), plan=plan)
-    else:
-        solution = problem.solve()
+    solution = replace(problem.solve(), plan=plan)
     warn_unless_converged(solution)
     return solution if method is None else gradients.attached(solution, problem, method)
 

@@ -67,7 +67,7 @@ class Iteration:
         self.e = [x.new_zeros(steps, batch, trajectory.basis.size) for _ in range(count)]
         self.norms = x.new_zeros(steps, batch, 3, dtype=torch.float64)
         self.samples = torch.arange(batch, device=x.device)
-        self.gaps = Gaps.none(steps, batch, x.device)
+        self.gaps = self.no_gaps = Gaps.none(steps, batch, x.device)
         self.path = torch.empty(0)  # (6, S), with thinning
         self.fallen_back = torch.zeros(batch, dtype=torch.bool, device=x.device)
         self.any_fallen = False

@@ -92,7 +92,7 @@ class Solve:
             self.iteration.path = thinning.path.to(device)
             trajectory.reserve(stopping.width * batch)
         self.mailbox = Mailbox(stopping.flat, self.iteration.norms) if thinned else Mailbox(stopping.flat)
-        self.upload, self._no_gaps = Upload(device), self.iteration.gaps
+        self.upload = Upload(device)
         whole = trajectory.traits.whole_batch
         self.selection = Selection(steps, batch, thinning=thinning, whole_batch=whole, for_graph=cuda_graph)
         self.captured = CapturedIterations(self.iteration, device) if cuda_graph else None
@@ -132,7 +132,7 @@ class Solve:
                 raise RuntimeError("the solve is over: ask while it is open")
             if self.selection.choose(self.window, first=not self.count):
                 timesteps = self.trajectory.table.timesteps.numpy()
-                sent, self.iteration.gaps = self.selection.send(self.upload, timesteps, self._no_gaps)
+                sent, self.iteration.gaps = self.selection.send(self.upload, timesteps, self.iteration.no_gaps)
                 self._rows = Rows(self.trajectory, *sent)
                 if self.captured is not None:
                     self.captured.renew()
