@@ -184,7 +184,7 @@ class _Iteration:
         if self.any_fallen:
             self.slope.copy_(torch.where(self.fallen_back[:, None], self.frozen, self.slope))
         if self.gap_rows is not None:
-            op.fill_gaps(x, self.slope, bands, self.gap_rows, self.path, e)
+            op.interpolate_outputs(x, self.slope, bands, self.gap_rows, self.path, e)
         head = k % (m + 1)
         f, g = work.f_ring[head], work.g_ring[head]
         op.ddim_scan(
@@ -195,7 +195,7 @@ class _Iteration:
             self._mix(op, head, min(k, m))
         if self.held is not None:
             work.before.copy_(window)
-        op.progress(
+        op.update_convergence(
             *(work.norms, self.scale, self.gap, self.tolerance, self.rtol, CONTRACTION, GROWTH, self.size),
             *(self.implicit, work.errors, window, work.diverged),
         )
@@ -219,7 +219,7 @@ class _Iteration:
         """Guess the states that the steps lead to which came into the `window` (B, 2) after iteration k."""
         if self.held is not None:
             x, z, before = self.trajectory.x, self.trajectory.z, self.work.before
-            op.extend(
+            op.extrapolate_states(
                 *(x, self.moved, self.outputs(k), z, self.held, self.n, before, window, skip),
                 *(self.solver.beta, self.implicit),
             )

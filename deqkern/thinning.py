@@ -55,7 +55,7 @@ def thins(steps: int, share: float) -> bool:
 class Thinning:
     """Steps of an explicit chain without noise, `share` S sqrt(m) apart where a state moves by a share m of itself.
 
-    path: (6, S) float64, of the op `fill_gaps`: x0 is linear in log-SNR between evaluated steps.
+    path: (6, S) float64, of the op `interpolate_outputs`: x0 is linear in log-SNR between evaluated steps.
     """
 
     def __init__(self, table: StepTable, share: float, rtol: float) -> None:

@@ -159,7 +159,7 @@ class Trajectory:
         return self.map.dtype or self.x.dtype if self.casts else self.x.dtype
 
     def held(self) -> Tensor | None:
-        """What the op `extend` holds (4, S), on the CPU: x0, or with the guess "constant" the state (ParaDiGMS)."""
+        """What the op `extrapolate_states` holds (4, S), on the CPU: x0, or with "constant" the state (ParaDiGMS)."""
         if self.guess == "none":
             return None
         held = torch.stack(self.table.held_x0())
