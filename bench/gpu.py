@@ -52,7 +52,7 @@ from deqkern.ops import reference
 Row = dict[str, Any]
 Network = networks.UNet | networks.DiT
 Call = Callable[[], object]
-COMPILED = ("anderson_mix", "anderson_gram", "band_moments", "secant_slope", "fill_gaps", "ddim_scan")
+COMPILED = ("anderson_mix", "anderson_gram", "band_moments", "secant_slope", "interpolate_outputs", "ddim_scan")
 # Iterations to 1e-2 of the default solver with all steps at once, on trained weights at S = 50, eta 0:
 # docs/convergence.md, both models.
 TRAINED_ITERATIONS = 6.5

@@ -1,7 +1,7 @@
 """What the host does in an iteration, on a GPU that launches nothing: `python bench/host_time.py`.
 
     launches    kernels of Triton in an iteration with all of its history
-    solver      microseconds of the host for the solver's work: two transforms, slopes, scan, mixing, progress
+    solver      microseconds of the host for the solver's work: two transforms, slopes, scan, mixing, convergence
     all         microseconds of the host for all of an iteration, with a model that is a tensor; torch's own small
                 operations run on the CPU here, which takes about as long as launching them
     compiled    specialisations that a whole solve compiles in iterations 1, 2, 3 and later

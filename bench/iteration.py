@@ -87,11 +87,11 @@ class _Kernels(Work):
             *(f, g, self.norms),
         )
 
-    def _progress(self) -> None:
+    def _update_convergence(self) -> None:
         """On a window of its own, since every step stays active here."""
         window = self.window.clone()
         errors = torch.ones(len(window), 5, dtype=torch.float64)
-        ops.progress(
+        ops.update_convergence(
             *(self.norms, self.scale, None, 0.0, 0.0, 0.1, 1e3, SIZE.steps, False, errors, window, self.diverged),
         )
 
@@ -124,7 +124,7 @@ class Anderson(_Kernels):
             ops.anderson_gram(self.g_ring, head, count, self.window, self.gram, self.rhs)
             ops.anderson_solve(self.gram, self.rhs, self.window, "row", 0.0, RIDGE, False, self.gamma)
         ops.anderson_mix(self.f_ring, head, count, self.gamma, self.window, self.x[1:])
-        self._progress()
+        self._update_convergence()
 
     def states(self) -> Tensor:
         return self.x[1:]
@@ -166,7 +166,7 @@ class Default(_Kernels):
             ops.band_moments(self.g[:-1], self.e, self.e_prev, self.basis.bands, self.window, self.moments)
             self.secant.refine(self.slope, self.moments, self.low, self.high)
         self._scan(self.e, self.slope, self.x[1:], self.g[1:])
-        self._progress()
+        self._update_convergence()
 
     def states(self) -> Tensor:
         image = torch.empty(SIZE.steps * SIZE.batch, *SIZE.shape)

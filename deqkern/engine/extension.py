@@ -35,7 +35,7 @@ class Extension:
         """
         if self.constant_x0 is None:
             return
-        op.extend(
+        op.extrapolate_states(
             self.trajectory.x,
             last_change,
             outputs,

@@ -115,7 +115,7 @@ class Iteration:
 
         # Interpolate: the outputs of open steps that were not evaluated.
         if self.gaps.rows is not None:
-            op.fill_gaps(x, slopes.now, bands, rows=self.gaps.rows, path=self.path, e=e)
+            op.interpolate_outputs(x, slopes.now, bands, rows=self.gaps.rows, path=self.path, e=e)
 
         # Scan: the correction of all states.
         a, b, c, n = self.coefficients

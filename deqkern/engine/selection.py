@@ -57,7 +57,7 @@ def is_worth_thinning(steps: int, share: float) -> bool:
 class Thinning:
     """Steps of an explicit chain without noise, `share` S sqrt(m) apart where a state moves by a share m of itself.
 
-    path: (6, S) float64, of the op `fill_gaps`: x0 is linear in log-SNR between evaluated steps.
+    path: (6, S) float64, of the op `interpolate_outputs`: x0 is linear in log-SNR between evaluated steps.
     """
 
     def __init__(self, table: StepTable, share: float, rtol: float) -> None:
@@ -113,7 +113,7 @@ class Gaps(NamedTuple):
     """The open steps whose outputs are interpolated in an iteration, on the device.
 
     first: (B,) int64, the first one of each sample; S where there is none.
-    rows: (3, N) int64, of the op `fill_gaps`; None where no sample has one.
+    rows: (3, N) int64, of the op `interpolate_outputs`; None where no sample has one.
     unmeasured: (S, B) bool, the open steps whose slope cannot be measured; None if all can.
     """
 

@@ -1,6 +1,6 @@
 """When a step has converged, and when a sample is done: every constant and rule of stopping stands here.
 
-What is computed of them on the device is the op `progress`.
+What is computed of them on the device is the op `update_convergence`.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Stopping:
 
         op: the ops, checked or not. first_missing: (B,), the first open step whose output was interpolated; S for none.
         """
-        op.progress(
+        op.update_convergence(
             norms,
             self.trajectory.scale,
             gap=first_missing,

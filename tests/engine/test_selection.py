@@ -154,7 +154,9 @@ def test_where_x0_is_linear_in_log_snr_nothing_is_lost(name: str, drift: float) 
     filled[left + 1 : right] = torch.nan
     slope = torch.randn(table.num_inference_steps, 1, 1, dtype=torch.float64)
     path = Thinning(table, 0.2, 1e-2).path
-    reference.fill_gaps(x[:, None], slope, torch.tensor([0, 5]), torch.from_numpy(rows), path, filled[:, None])
+    reference.interpolate_outputs(
+        x[:, None], slope, torch.tensor([0, 5]), torch.from_numpy(rows), path, filled[:, None]
+    )
     expected = e.clone()
     expected[14] += slope[14, 0]
     assert_close(filled, expected, 1e-9)
