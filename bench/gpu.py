@@ -9,7 +9,7 @@
     latency      t(N) of each network for a batch of N rows: eager, as a graph
     end to end   the sequential chain and the joint solve, wall clock, with the model's share
     compiled     both of these through torch.compile, last since it takes longest
-    bars         what docs/performance.md aims at, met or missed
+    bars         what docs/records/performance.md aims at, met or missed
 
 Networks with random weights converge at once, so they give the time of an iteration only. A part that fails is left out
 and the exit code is 1; one that `--seconds` leaves no time for is cut. `--small` is a rehearsal at toy sizes, on a CPU
@@ -54,7 +54,7 @@ Network = networks.UNet | networks.DiT
 Call = Callable[[], object]
 COMPILED = ("anderson_mix", "anderson_gram", "band_moments", "secant_slope", "interpolate_outputs", "ddim_scan")
 # Iterations to 1e-2 of the default solver with all steps at once, on trained weights at S = 50, eta 0:
-# docs/convergence.md, both models.
+# docs/records/convergence.md, both models.
 TRAINED_ITERATIONS = 6.5
 
 
@@ -355,7 +355,7 @@ def measure_shipped(clock: Clock, name: str, steps: int) -> Iterator[Row]:
 
 
 def bars(result: Row) -> Iterator[Row]:
-    """docs/performance.md, the table of aims. Of several figures that a bar is about, the worst counts."""
+    """docs/records/performance.md, the table of aims. Of several figures that a bar is about, the worst counts."""
 
     def bar(name: str, aim: float, figures: list[float], least: bool) -> Row:
         if not figures:
