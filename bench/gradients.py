@@ -70,7 +70,7 @@ def measure_errors(name: str, eta: float, batch: int, steps: int) -> list[Row]:
             error = relative_error(found.first, exact)
             cosine = torch.cosine_similarity(found.first.flatten(1), exact.flatten(1))
             row: Row = {"model": name, "eta": eta, "loss": loss, "gradient": label, "calls": calls}
-            row |= {"products": found.products.tolist(), "error": error.tolist(), "cosine": cosine.tolist()}
+            row |= {"products": found.vjps.tolist(), "error": error.tolist(), "cosine": cosine.tolist()}
             rows.append(row)
             cells = [name, f"{eta:g}", loss, label, calls, f"{statistics.median(row['products']):g}"]
             cells += [f"{float(error.median()):.0e}, {float(error.max()):.0e}", f"{float(cosine.median()):.2f}"]

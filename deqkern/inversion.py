@@ -16,8 +16,8 @@ from .chain.schedule import NoiseSchedule, StepTable
 from .engine.loop import solve
 from .engine.solution import Callback, Solution, relative_error, warn_unless_converged
 from .engine.trajectory import start
-from .gradients import methods as gradients
-from .gradients.methods import Gradient
+from .gradients.methods import named
+from .gradients.pullback import Gradient, Pullback
 from .network.model import Model, Network, arguments_of
 from .optimization import Optimize, optimize
 from .problem import check_arguments, check_cuda_graph
@@ -93,7 +93,7 @@ def invert(
         raise ValueError(f"solver is for method='joint' or 'optimize', got method={method!r}")
     if rtol is None:
         rtol = 1e-2 if isinstance(method, Optimize) else 1e-4
-    pulled = gradients.named(gradient, ("implicit", "phantom", "residual"))
+    pulled = named(gradient, ("implicit", "phantom", "residual"))
     if pulled is not None and method not in ("joint", "stepwise"):
         raise ValueError(f"gradient={gradient!r} is for method='joint' or 'stepwise', got method={method!r}")
     if cuda_graph is True and method != "joint":
@@ -127,7 +127,7 @@ def invert(
             )
         if pulled is not None:
             network = Network(model, table, kwargs, sample)
-            value = gradients.attach(found.value, network, found.trajectory, sample, None, pulled, rtol, max_batch)
+            value = Pullback(network, pulled, rtol, max_batch).attach(found.value, found.trajectory, sample)
             found = replace(found, value=value)
         found = replace(found, trajectory=found.trajectory.flip(0), residual_history=found.residual_history.flip(1))
     if round_trip:

@@ -10,7 +10,7 @@ import torch
 
 from .engine.solution import Solution
 from .fixed_point.solve import check_options, fixed_point
-from .gradients.methods import Implicit, Phantom
+from .gradients.pullback import Gradient
 from .solvers.presets import Solver, anderson
 
 
@@ -31,7 +31,7 @@ class DEQ(torch.nn.Module):
         solver: Solver | None = None,
         rtol: float = 1e-3,
         max_iterations: int = 40,
-        gradient: str | Implicit | Phantom | None = "implicit",
+        gradient: str | Gradient | None = "implicit",
     ) -> None:
         super().__init__()
         self.solver = anderson() if solver is None else solver

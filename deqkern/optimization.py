@@ -15,7 +15,8 @@ from .chain.schedule import NoiseSchedule
 from .engine.loop import solve
 from .engine.solution import Callback, ConvergenceWarning, Solution
 from .engine.trajectory import normal, start
-from .gradients.methods import Gradient, Pullback, check_clipping, named
+from .gradients.methods import check_table, named
+from .gradients.pullback import Gradient, Pullback
 from .network.model import Model, Network
 from .solvers.presets import Solver
 from .support.checks import check_callable, check_finite, check_generator, check_number
@@ -107,7 +108,7 @@ class _Search:
     ) -> None:
         gradient = named(options.gradient)
         assert gradient is not None
-        check_clipping(gradient, network.table)
+        check_table(gradient, network.table)
         self.network, self.sample, self.solver, self.options = network, sample, solver, options
         self.rtol, self.max_batch = rtol, max_batch
         self.pullback = Pullback(network, gradient, rtol, max_batch)
@@ -136,7 +137,7 @@ class _Search:
         pulled = self.pullback(found.trajectory, cotangent)
         self.noise.grad = pulled.first
         self.iterations += found.iterations
-        self.nfe += found.nfe + pulled.products
+        self.nfe += found.nfe + pulled.vjps
         each = losses.detach().double().expand(len(noise))
         self.history.append(each)
         self.nfe_history.append(self.nfe.clone())

@@ -13,8 +13,8 @@ from .chain.schedule import NoiseSchedule
 from .engine.loop import solve
 from .engine.solution import Callback, Solution, warn_unless_converged
 from .engine.trajectory import start
-from .gradients import methods as gradients
-from .gradients.methods import Gradient
+from .gradients.methods import check_table, named
+from .gradients.pullback import Gradient, Pullback
 from .network.model import Model, Network, arguments_of
 from .planning import planned
 from .problem import check_arguments, check_auto, check_cuda_graph, check_guess, check_step_noise
@@ -93,13 +93,11 @@ def sample(
         chosen = default() if guess is None else default(window=None)
     check_arguments(model, "noise", noise, schedule, chosen, rtol, max_iterations, model_kwargs, max_batch, callback)
     check_cuda_graph(cuda_graph, model, noise, chosen)
-    method = gradients.named(gradient)
+    method = named(gradient)
     if method is not None:
         check_not_empty("noise", noise)
     table = schedule.steps(num_inference_steps, eta=eta, sigma_min=sigma_min, order=order)
-    if order == 2 and not isinstance(method, gradients.Exact | None):
-        raise ValueError(f"gradient must be None or 'exact' with order=2, got {gradient!r}")
-    gradients.check_clipping(method, table)
+    check_table(method, table)
     check_step_noise(step_noise, generator, noise, len(table.a), eta)
     check_guess(guess, noise, len(table.a))
     arguments, found = arguments_of(model, model_kwargs), None
@@ -131,8 +129,7 @@ def sample(
     solution = replace(solution, plan=found)
     warn_unless_converged(solution)
     if method is not None:
-        value = gradients.attach(
-            solution.value, network, solution.trajectory, noise, step_noise, method, rtol, max_batch
-        )
+        pullback = Pullback(network, method, rtol, max_batch)
+        value = pullback.attach(solution.value, solution.trajectory, noise, step_noise)
         solution = replace(solution, value=value)
     return solution

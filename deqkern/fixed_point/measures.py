@@ -14,8 +14,8 @@ from ..engine.solution import ConvergenceWarning, Solution
 from ..engine.trajectory import normal
 from ..solvers.presets import Solver, anderson
 from ..support.checks import check_callable, check_count, check_generator, check_number
-from .solve import Function, Linearized, check_options, solved
-from .state import Layout, State
+from .solve import Function, LinearizedMap, check_options, solved
+from .state import Flattening, State
 
 
 def jacobian_regularization(
@@ -26,11 +26,11 @@ def jacobian_regularization(
     Differentiable by what f depends on, but not by z. samples: normal vectors to average over, one VJP each; they are
     drawn from `generator`. f, z: as in `fixed_point`.
     """
-    layout = _check_around(f, z, "samples", samples, generator)
-    linear = Linearized(f, layout, layout.rows(z))
+    flattening = _check_around(f, z, "samples", samples, generator)
+    linear = LinearizedMap(f, flattening, flattening.rows(z))
     total, graph = linear.z.new_zeros(()), torch.is_grad_enabled()
     for _ in range(samples):
-        total = total + linear.pull(normal(linear.z, generator), graph).square().mean()
+        total = total + linear.transposed(normal(linear.z, generator), create_graph=graph).square().mean()
     return total / samples
 
 
@@ -42,21 +42,21 @@ def spectral_radius(f: Function, z: State, iterations: int = 20, generator: torc
     where a far from normal Jacobian still grows. Samples must not depend on each other in f. Below 1, plain iteration
     converges from nearby. f, z: as in `fixed_point`; no gradient.
     """
-    layout = _check_around(f, z, "iterations", iterations, generator)
-    linear = Linearized(f, layout, layout.rows(z))
-    v, tiny = normal(linear.z, generator), torch.finfo(layout.dtype).tiny
+    flattening = _check_around(f, z, "iterations", iterations, generator)
+    linear = LinearizedMap(f, flattening, flattening.rows(z))
+    v, tiny = normal(linear.z, generator), torch.finfo(flattening.dtype).tiny
     logs = []
     for _ in range(iterations):
-        v = linear.pull(v / v.norm(dim=1, keepdim=True).clamp_min(tiny))
+        v = linear.transposed(v / v.norm(dim=1, keepdim=True).clamp_min(tiny))
         logs.append(v.norm(dim=1).log())
     return torch.stack(logs[iterations // 2 :]).mean(0).exp()
 
 
-def _check_around(f: Function, z: State, name: str, count: int, generator: torch.Generator | None) -> Layout:
+def _check_around(f: Function, z: State, name: str, count: int, generator: torch.Generator | None) -> Flattening:
     check_callable("f", f)
     check_count(name, count)
     check_generator(generator)
-    return Layout.of(z, "z")
+    return Flattening.of(z, "z")
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,18 +103,18 @@ def path_independence(
     listed = isinstance(starts, list)
     if listed and len(starts) < 2:
         raise ValueError(f"starts must be a list of at least two starts, or an example, got a list of {len(starts)}")
-    layouts = [Layout.of(start, "starts") for start in (starts if listed else [starts])]
-    layout = layouts[0]
-    if any(other != layout for other in layouts):
+    flattenings = [Flattening.of(start, "starts") for start in (starts if listed else [starts])]
+    flattening = flattenings[0]
+    if any(other != flattening for other in flattenings):
         raise ValueError("starts must have the same shapes and dtypes, on one device")
 
     def run(first: Tensor) -> Solution:
-        return solved(f, layout, first, solver, rtol, max_iterations)
+        return solved(f, flattening, first, solver=solver, rtol=rtol, max_iterations=max_iterations)
 
     if listed:
-        found = [run(layout.rows(start)) for start in starts]
+        found = [run(flattening.rows(start)) for start in starts]
     else:
-        example = layout.rows(starts)
+        example = flattening.rows(starts)
         found = [run(torch.zeros_like(example)), run(normal(example, generator))]
         if len(example) > 1:
             found.append(run(found[0].value.roll(1, 0)))
@@ -132,7 +132,7 @@ def path_independence(
         message = f"{int(converged.sum())} of {len(converged)} samples converged from all {len(found)} starts"
         warnings.warn(message, ConvergenceWarning, stacklevel=2)
     return PathIndependence(
-        solutions=tuple(layout.solution(solution, solution.value) for solution in found),
+        solutions=tuple(flattening.solution(solution, solution.value) for solution in found),
         converged=converged,
         distance=distance,
         alignment=alignment,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,22 +12,22 @@ from torch import Tensor
 from ..chain.step_table import StepTable
 from ..engine.host import Ints
 from ..engine.loop import solve
-from ..engine.solution import Solution, warn_unless_converged
+from ..engine.solution import Callback, Solution, warn_unless_converged
 from ..engine.trajectory import Map, Trajectory
-from ..gradients.methods import Implicit, Once, Phantom, named
-from ..network.model import leaves, pull
-from ..ops._dispatch import requested_backends, use_backend
+from ..gradients.autograd import attach
+from ..gradients.methods import Implicit, named
+from ..gradients.pullback import Gradient, LinearizedChain, Pulled, pull_back
+from ..network.vjp import leaves, scaled_vjp
 from ..solvers.basis import Basis
 from ..solvers.presets import Solver, anderson, check_solver
 from ..solvers.slopes import Frozen
 from ..support.checks import check_callable, check_callback, check_count, check_rtol
-from ..support.eager import uncompiled
-from .state import Layout, State
+from .state import Flattening, State
 
 Function = Callable[[Any], Any]  # a state to one of the same shapes
 
 _ONE, _ZERO = torch.ones(1, dtype=torch.float64, device="cpu"), torch.zeros(1, dtype=torch.float64, device="cpu")
-_STEP = StepTable(  # x[1] = f(x[1])
+STEP = StepTable(  # x[1] = f(x[1])
     timesteps=torch.zeros(1, dtype=torch.int64, device="cpu"),
     alpha=_ONE,
     sigma=_ONE,
@@ -44,7 +44,6 @@ _STEP = StepTable(  # x[1] = f(x[1])
     direction=_ONE,
     implicit=True,
 )
-_TRANSPOSED = _STEP.transposed()  # x[1] = x[0] + J^T x[1]
 
 
 def fixed_point(
@@ -54,7 +53,7 @@ def fixed_point(
     solver: Solver | None = None,
     rtol: float = 1e-4,
     max_iterations: int = 50,
-    gradient: str | Implicit | Phantom | None = "implicit",
+    gradient: str | Gradient | None = "implicit",
     callback: Callable[[int, Any, Tensor], None] | None = None,
 ) -> Solution:
     """Solve z = f(z), each sample to its own tolerance: a deep equilibrium model (arXiv 1909.01377) and the like.
@@ -83,28 +82,40 @@ def fixed_point(
     solver = anderson() if solver is None else solver
     method = check_options(f, solver, rtol, max_iterations, gradient)
     check_callback(callback)
-    layout = Layout.of(z0, "z0")
-    found = solved(f, layout, layout.rows(z0), solver, rtol, max_iterations, callback)
-    warn_unless_converged(found)
-    rows = found.value  # (B, D)
+    flattening = Flattening.of(z0, "z0")
+    options: dict[str, Any] = {"solver": solver, "rtol": rtol, "max_iterations": max_iterations}
+    solution = solved(f, flattening, flattening.rows(z0), **options, callback=callback)
+    warn_unless_converged(solution)
+    rows = solution.value  # (B, D)
     if method is not None and torch.is_grad_enabled():
-        linear = Linearized(f, layout, rows)
-        found = replace(found, nfe=found.nfe + 1)
+        linear = LinearizedMap(f, flattening, rows)
+        solution = replace(solution, nfe=solution.nfe + 1)
         if linear.depends():
-            rows = _Attached.apply(_Cotangent(linear, method, solver, rtol, max_iterations), rows, linear.out)
-    return layout.solution(found, rows)
+            rows = _attached(rows, linear, method, **options)
+    return flattening.solution(solution, rows)
+
+
+def _attached(
+    rows: Tensor, linear: LinearizedMap, method: Gradient, *, solver: Solver, rtol: float, max_iterations: int
+) -> Tensor:
+    """The solution `rows` (B, D) on the graph of f's output."""
+
+    def gradients(sources: Sequence[Any], cotangent: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
+        step = _LinearizedStep(linear, solver, rtol, max_iterations=max_iterations)
+        return pull_back(method, step, cotangent).inputs
+
+    return attach(rows, [linear.out], gradients)
 
 
 def check_options(
-    f: Function, solver: Solver, rtol: float, max_iterations: int, gradient: str | Implicit | Phantom | None = None
-) -> Implicit | Phantom | None:
+    f: Function, solver: Solver, rtol: float, max_iterations: int, gradient: str | Gradient | None = None
+) -> Gradient | None:
     """Refuse what `fixed_point` cannot do; the gradient that `gradient` names."""
     check_callable("f", f)
     _check_plain("solver", solver)
     check_rtol(rtol)
     check_count("max_iterations", max_iterations)
     method = named(gradient, ("implicit", "phantom"))
-    assert method is None or isinstance(method, Implicit | Phantom)
     if isinstance(method, Implicit) and method.solver is not None:
         _check_plain("gradient.solver", method.solver)
     return method
@@ -144,21 +155,22 @@ class _Step(Trajectory):
 
 
 class _Called:
-    """f as the map of `_STEP`."""
+    """f as the map of `STEP`."""
 
     what, dtype, precision = "f returned", None, 0.0
 
-    def __init__(self, f: Function, layout: Layout) -> None:
-        self.f, self.layout = f, layout
+    def __init__(self, f: Function, flattening: Flattening) -> None:
+        self.f, self.flattening = f, flattening
 
     def __call__(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
-        return self.layout.output(self.f(self.layout.state(states)))
+        return self.flattening.output(self.f(self.flattening.state(states)))
 
 
 def solved(
     f: Function,
-    layout: Layout,
+    flattening: Flattening,
     first: Tensor,  # (B, D)
+    *,
     solver: Solver,
     rtol: float,
     max_iterations: int,
@@ -170,87 +182,66 @@ def solved(
         told = callback
 
         def follow(iteration: int, rows: Tensor, estimate: Tensor) -> None:
-            told(iteration, layout.state(rows), estimate)
+            told(iteration, flattening.state(rows), estimate)
 
+    step = _Step(_Called(f, flattening), STEP, first, flattening.rounding)
     with torch.no_grad():
-        return solve(
-            _Step(_Called(f, layout), _STEP, first, layout.rounding),
-            solver,
-            rtol=rtol,
-            max_iterations=max_iterations,
-            callback=follow,
-            dtype=layout.dtype,
-        )
+        return solve_step(step, solver, rtol, max_iterations=max_iterations, callback=follow)
 
 
-class Linearized:
-    """f around one state, under autograd, and its transposed Jacobian as the map of `_TRANSPOSED`."""
+def solve_step(
+    step: _Step, solver: Solver, rtol: float, *, max_iterations: int, callback: Callback | None = None
+) -> Solution:
+    """The engine, for one implicit step."""
+    options: dict[str, Any] = {"rtol": rtol, "max_iterations": max_iterations, "callback": callback}
+    return solve(step, solver, **options, dtype=step.x.dtype)
+
+
+class LinearizedMap:
+    """f around one state, under autograd, with its transposed Jacobian J^T; as a map, that of the transposed step."""
 
     what, dtype, precision = "f has a gradient with", None, 0.0
+    table = STEP
 
-    def __init__(self, f: Function, layout: Layout, rows: Tensor) -> None:
-        self.layout = layout
+    def __init__(self, f: Function, flattening: Flattening, rows: Tensor) -> None:
+        self.flattening = flattening
         with torch.inference_mode(False), torch.enable_grad():  # in inference mode the output would depend on nothing
             self.z = rows.detach().clone().requires_grad_()
-            self.out = layout.output(f(layout.state(self.z)))  # (B, D)
+            self.out = flattening.output(f(flattening.state(self.z)))  # (B, D)
 
     def depends(self) -> bool:
         """Whether anything but z requires the gradient of f."""
         return any(value is not self.z for value in leaves(self.out))
 
-    def pull(self, v: Tensor, create_graph: bool = False) -> Tensor:
+    def transposed(self, v: Tensor, *, create_graph: bool = False) -> Tensor:
         """J^T v (B, D)."""
-        return pull(self.out, self.z, v, retain_graph=True, create_graph=create_graph)[0]
+        return scaled_vjp(self.out, self.z, v, retain_graph=True, create_graph=create_graph)[0]
 
     def __call__(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
-        return self.pull(states)
+        return self.transposed(states)
+
+    def vjp(
+        self, states: Tensor, cotangents: Tensor, steps: Tensor, samples: Tensor, inputs: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """J^T cotangents (B, D), and by the only input, the output of f itself, the cotangents."""
+        return self.transposed(cotangents), [cotangents for _ in inputs]
 
 
-@dataclass(frozen=True)
-class _Cotangent:
-    """From L = dL/dz to v, what f's own graph must be given: v = L + J^T v, or a part of its Neumann series."""
+class _LinearizedStep(LinearizedChain):
+    """The chain of one implicit step whose input is f's output: the gradient of that goes to f's own graph.
 
-    linear: Linearized
-    gradient: Implicit | Phantom
-    solver: Solver
-    rtol: float
-    max_iterations: int
+    With L = dL/dz that is v = L + J^T v, or a part of its Neumann series.
+    """
 
-    @uncompiled
-    def __call__(self, cotangent: Tensor) -> Tensor:  # (B, D)
-        if not bool(cotangent.isfinite().all()):
-            return torch.full_like(cotangent, torch.nan)  # for a gradient scaler to see
-        if isinstance(self.gradient, Phantom):
-            v = self.gradient.tau * cotangent
-            for _ in range(self.gradient.steps - 1):
-                v = torch.lerp(v, self.linear.pull(v) + cotangent, self.gradient.tau)
-            return v
-        gradient = self.gradient
-        found = solve(
-            _Step(self.linear, _TRANSPOSED, cotangent, self.linear.layout.rounding),
-            gradient.solver or self.solver,
-            rtol=self.rtol if gradient.rtol is None else gradient.rtol,
-            max_iterations=gradient.max_iterations or self.max_iterations,
-            dtype=cotangent.dtype,
-        )
-        if gradient.callback is not None:
-            gradient.callback(found)
-        warn_unless_converged(found, "gradient: ")
-        return found.value
+    def __init__(self, linear: LinearizedMap, solver: Solver, rtol: float, *, max_iterations: int) -> None:
+        z = linear.z.detach()
+        super().__init__(linear, z.expand(2, *z.shape), [linear.out], rtol=rtol)
+        self.linear, self.solver, self.max_iterations = linear, solver, max_iterations
 
+    def _solve(self, cotangent: Tensor, solver: Solver | None, rtol: float, max_iterations: int | None) -> Solution:
+        step = _Step(self.linear, self.transposed, cotangent, self.linear.flattening.rounding)
+        return solve_step(step, solver or self.solver, rtol, max_iterations=max_iterations or self.max_iterations)
 
-class _Attached(torch.autograd.Function):
-    """`value` on the graph of `out`, through a `_Cotangent`."""
-
-    @staticmethod
-    def forward(ctx: Any, cotangent: _Cotangent, value: Tensor, out: Tensor) -> Tensor:
-        ctx.cotangent, ctx.backends = cotangent, requested_backends()
-        return value.detach()
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[None, None, Tensor]:
-        with torch.no_grad(), use_backend(*ctx.backends):
-            v = ctx.cotangent(cotangent)
-        if torch.is_grad_enabled():  # create_graph: v depends on all that f does, and has no derivative here
-            v = Once.apply(v, ctx.cotangent.linear.out)
-        return None, None, v
+    def collect(self, cotangents: Tensor, vjps: int | Tensor = 0) -> Pulled:
+        self._sums = [cotangents[-1]]  # without a VJP by z, which gets no gradient
+        return self.pulled(torch.zeros_like(cotangents[-1]), None, vjps)

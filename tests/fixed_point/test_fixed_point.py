@@ -17,7 +17,7 @@ from torch import Tensor
 import deqkern
 from deqkern import solvers
 from deqkern.engine.trajectory import ROUNDINGS
-from deqkern.fixed_point.state import Layout
+from deqkern.fixed_point.state import Flattening
 from deqkern.gradients.methods import Implicit, Phantom
 from deqkern.solvers.presets import Solver
 from deqkern.solvers.slopes import Frozen, Gaussian, Secant
@@ -161,9 +161,9 @@ def test_rows_are_as_wide_as_the_widest_part_and_no_better_than_the_narrowest(
     dtypes: tuple[torch.dtype, ...], wide: torch.dtype, rounding: float
 ) -> None:
     parts = tuple(torch.zeros(2, 3, dtype=dtype) for dtype in dtypes)
-    layout = Layout.of(parts, "z0")
-    assert (layout.dtype, layout.rounding) == (wide, rounding) and layout.rows(parts).dtype is wide
-    assert [part.dtype for part in layout.state(layout.rows(parts))] == list(dtypes)
+    flattening = Flattening.of(parts, "z0")
+    assert (flattening.dtype, flattening.rounding) == (wide, rounding) and flattening.rows(parts).dtype is wide
+    assert [part.dtype for part in flattening.state(flattening.rows(parts))] == list(dtypes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, WIDE])

@@ -17,8 +17,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import deqkern
 from deqkern import NoiseSchedule, Solution, models, ops, solvers
-from deqkern.gradients.methods import NAMED, Adjoint, Exact, Implicit, Phantom
-from deqkern.gradients.recurrences import adjoint_walk
+from deqkern.gradients import Adjoint, Exact, Implicit, Phantom
+from deqkern.gradients.methods import NAMED
+from deqkern.gradients.recurrences import adjoint_recurrence
 from deqkern.ops import _dispatch
 
 BATCH, SHAPE, STEPS = 3, (2, 5, 4), 8
@@ -414,7 +415,7 @@ def test_the_adjoint_where_levels_are_equal_or_have_no_signal_or_no_noise(eta: f
         assert relative_error(found[1], found[0]).max() <= 1e-10
     table = schedule.steps(count, eta=eta)
     equal = int((table.alpha == table.alpha_next).nonzero()[0])
-    assert adjoint_walk(table, order).before[equal - 1] == 0, "the step after begins anew"
+    assert adjoint_recurrence(table, order).previous[equal - 1] == 0, "the step after begins anew"
 
 
 def test_the_adjoint_of_order_2_is_near_the_exact_gradient() -> None:
