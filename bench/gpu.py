@@ -48,7 +48,7 @@ from deqkern import models, ops, solvers
 from deqkern.engine import trajectory
 from deqkern.engine.iteration import Iteration
 from deqkern.engine.solution import relative_error
-from deqkern.network.model import Network
+from deqkern.network import model as deqkern_network
 from deqkern.ops import reference
 
 Row = dict[str, Any]
@@ -239,7 +239,7 @@ def measure_iterations(clock: Clock, size: Size) -> Iterator[Row]:
     yield from ({"solver": name, "us": 1e6 * spent} for name, spent in plain.items())
     for solver in (solvers.default(window=None), solvers.parataa(), solvers.deq_ddim()):
         table = SCHEDULE.steps(size.steps)
-        system = trajectory.start(Network(lambda x, t: x, table, {}, noise), noise, table, solver)
+        system = trajectory.start(deqkern_network.Network(lambda x, t: x, table, {}, noise), noise, table, solver)
         iteration = Iteration(system, solver, 0.0)
         system.select(np.arange(size.steps * size.batch))
         opened = iteration.work.window.clone()

@@ -16,6 +16,7 @@ from deqkern.chain.schedule import StepTable
 from deqkern.engine.loop import Solve
 from deqkern.engine.trajectory import start
 from deqkern.network.model import Network
+from deqkern.solvers.slopes import slope_of
 
 SHAPE, STEPS = (2, 3, 4), 12
 SCHEDULES = {
