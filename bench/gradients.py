@@ -25,7 +25,8 @@ import typer
 import deqkern
 from deqkern import Optimize, Solution, models, solvers
 from deqkern.engine.solution import relative_error
-from deqkern.gradients.methods import Adjoint, Exact, Gradient, Implicit, Phantom, Pullback
+from deqkern.gradients import Adjoint, Exact, Gradient, Implicit, Phantom
+from deqkern.gradients.pullback import Pullback
 from deqkern.network.model import Network
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))

@@ -14,7 +14,8 @@ from torch import Tensor
 import deqkern
 from deqkern import NoiseSchedule, Optimize, models, optimization, solvers
 from deqkern.engine.loop import solve
-from deqkern.gradients.methods import Implicit, Pullback
+from deqkern.gradients import Implicit
+from deqkern.gradients.pullback import Pullback
 
 SCHEDULE, SHAPE, STEPS = NoiseSchedule.linear(), (1, 6, 6), 15
 HALF = (torch.arange(6) < 3).float()

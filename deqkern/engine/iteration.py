@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..solvers.presets import Solver
-from ..solvers.slopes import Secant
+from ..solvers.slopes import learns
 from .host import Bools, Ints, on_device
 from .selection import gaps
 from .trajectory import Trajectory, initial_slope
@@ -115,7 +115,7 @@ class Iteration:
         if not k:
             self.tolerance = on_device(trajectory.settled(self.rtol).numpy(), x.device)
         e, e_prev = self.outputs(k), self.outputs(k + 1)
-        if isinstance(solver.slope, Secant) and (k or solver.slope.start is None):
+        if learns(solver.slope) and (k or solver.slope.measures_at_once):
             dx = self.moved if k else self.arguments  # with the first e_prev: from zero to the first states
             op.band_moments(dx, e, e_prev, bands, window, work.moments)
             if self.unmeasured is not None:

@@ -15,8 +15,9 @@ from ..engine.loop import solve
 from ..engine.solution import Callback, Solution, warn_unless_converged
 from ..engine.trajectory import Map, Trajectory
 from ..gradients.autograd import attach
+from ..gradients.linearized import LinearizedChain, Pulled
 from ..gradients.methods import Implicit, named
-from ..gradients.pullback import Gradient, LinearizedChain, Pulled, pull_back
+from ..gradients.pullback import Gradient, pull_back
 from ..network.vjp import leaves, scaled_vjp
 from ..solvers.basis import Basis
 from ..solvers.presets import Solver, anderson, check_solver

@@ -16,7 +16,8 @@ from ..chain.step_table import StepTable, check_order
 from ..engine.solution import Solution
 from ..solvers.presets import Solver, check_solver
 from ..support.checks import check_callback, check_count, check_number, check_rtol
-from .pullback import Gradient, LinearizedChain, Pulled
+from .linearized import LinearizedChain, Pulled
+from .pullback import Gradient
 from .recurrences import adjoint_recurrence, exact_recurrence
 
 

@@ -18,7 +18,7 @@ import deqkern
 from deqkern import solvers
 from deqkern.engine.trajectory import ROUNDINGS
 from deqkern.fixed_point.state import Flattening
-from deqkern.gradients.methods import Implicit, Phantom
+from deqkern.gradients import Implicit, Phantom
 from deqkern.solvers.presets import Solver
 from deqkern.solvers.slopes import Frozen, Gaussian, Secant
 
