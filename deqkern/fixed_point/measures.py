@@ -21,10 +21,33 @@ from .state import Flattening, State
 def jacobian_regularization(
     f: Function, z: State, samples: int = 1, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Hutchinson's estimate of |J|_F^2 / (B D), the penalty of arXiv 2106.14342 (eq. 4), with J = df/dz at z: ().
+    """Hutchinson's estimate of |J|_F^2 / (B D), a penalty that keeps f contracting, with J = df/dz at z.
 
-    Differentiable by what f depends on, but not by z. samples: normal vectors to average over, one VJP each; they are
-    drawn from `generator`. f, z: as in `fixed_point`.
+    Differentiable by what f depends on, but not by z.
+
+    Args:
+        f: As in `fixed_point`.
+        z: As z0 of `fixed_point`: the place.
+        samples: Normal vectors to average over, one VJP each.
+        generator: They are drawn from it.
+
+    Returns:
+        () fp32, or fp64 if z is.
+
+    Raises:
+        ValueError: If an argument is out of range, or f returns another shape.
+        TypeError: If an argument is of another type.
+
+    Example:
+        >>> weight = (0.1 * torch.randn(8, 8)).requires_grad_()
+        >>> z = torch.randn(4, 8)
+        >>> penalty = deqkern.jacobian_regularization(lambda z: torch.tanh(z @ weight), z)
+        >>> penalty.backward()
+        >>> weight.grad.shape
+        torch.Size([8, 8])
+
+    Reference:
+        Bai, Koltun, Kolter: Stabilizing equilibrium models by Jacobian regularization, arXiv 2106.14342, eq. 4.
     """
     flattening = _check_around(f, z, "samples", samples, generator)
     linear = LinearizedMap(f, flattening, flattening.rows(z))
@@ -35,12 +58,30 @@ def jacobian_regularization(
 
 
 def spectral_radius(f: Function, z: State, iterations: int = 20, generator: torch.Generator | None = None) -> Tensor:
-    """The largest modulus of an eigenvalue of df/dz at z (B,), estimated by power iteration on the transposed Jacobian.
+    """The largest modulus of an eigenvalue of df/dz at z, estimated by power iteration on the transposed Jacobian.
 
     The mean growth over the later half of the iterations, which complex pairs do not upset. It is an estimate: too
-    small where the start (drawn from `generator`) hardly meets the eigenvector or the eigenvalues lie close, too large
-    where a far from normal Jacobian still grows. Samples must not depend on each other in f. Below 1, plain iteration
-    converges from nearby. f, z: as in `fixed_point`; no gradient.
+    small where the start hardly meets the eigenvector or the eigenvalues lie close, too large where a far from normal
+    Jacobian still grows. Samples must not depend on each other in f. Below 1, plain iteration converges from nearby.
+    No gradient.
+
+    Args:
+        f: As in `fixed_point`.
+        z: As z0 of `fixed_point`: the place.
+        iterations: Of power iteration, one VJP each.
+        generator: The start is drawn from it.
+
+    Returns:
+        (B,) fp32, or fp64 if z is.
+
+    Raises:
+        ValueError: If an argument is out of range, or f returns another shape.
+        TypeError: If an argument is of another type.
+
+    Example:
+        >>> radius = deqkern.spectral_radius(lambda z: 0.5 * z, torch.ones(2, 3))
+        >>> [round(value, 3) for value in radius.tolist()]
+        [0.5, 0.5]
     """
     flattening = _check_around(f, z, "iterations", iterations, generator)
     linear = LinearizedMap(f, flattening, flattening.rows(z))
@@ -61,12 +102,19 @@ def _check_around(f: Function, z: State, name: str, count: int, generator: torch
 
 @dataclass(frozen=True, eq=False)
 class PathIndependence:
-    """Whether a fixed point depends on where its solve starts.
+    """Whether a fixed point depends on where its solve starts: what `path_independence` returns.
 
-    solutions: one per start. converged: (B,) bool, from every start.
-    distance: (B,) fp64, the largest |z - z'| / max(|z|, |z'|) of two solutions.
-    alignment: (B,) fp64, the smallest cosine of two solutions: the asymptotic alignment of arXiv 2211.09961.
-    path_independent: (B,) bool, converged and `distance` within the tolerance.
+    Attributes:
+        solutions: One `Solution` per start.
+        converged: (B,) bool, from every start.
+        distance: (B,) fp64, the largest |z - z'| / max(|z|, |z'|) of two solutions.
+        alignment: (B,) fp64, the smallest cosine of two solutions: the asymptotic alignment of arXiv 2211.09961.
+        path_independent: (B,) bool, converged and `distance` within the tolerance.
+
+    Example:
+        >>> measured = deqkern.path_independence(torch.cos, torch.zeros(2, 3))
+        >>> len(measured.solutions), measured.path_independent.tolist()
+        (3, [True, True])
     """
 
     solutions: tuple[Solution, ...]
@@ -86,13 +134,38 @@ def path_independence(
     tolerance: float = 1e-2,
     generator: torch.Generator | None = None,
 ) -> PathIndependence:
-    """Solve z = f(z) from several starts and compare the solutions of each sample (arXiv 2211.09961).
-
-    starts: a list of two starts or more; or one state as an example (a tensor or tuple), for zeros, a standard normal
-        from `generator`, and, if B > 1, for each sample the solution from zeros of the one before it in the batch.
-    f, solver, rtol, max_iterations: as in `fixed_point`. tolerance: the largest `distance` of equal solutions.
+    """Solve z = f(z) from several starts and compare the solutions of each sample.
 
     Agreement from few starts is no proof. One `ConvergenceWarning` if a sample did not converge from every start.
+
+    Args:
+        f: As in `fixed_point`.
+        starts: A list of two starts or more; or one state as an example (a tensor or tuple), for zeros, a standard
+            normal from `generator`, and, if B > 1, for each sample the solution from zeros of the one before it in the
+            batch.
+        solver: As in `fixed_point`.
+        rtol: As in `fixed_point`.
+        max_iterations: As in `fixed_point`.
+        tolerance: The largest `distance` of equal solutions.
+        generator: See starts.
+
+    Returns:
+        A `PathIndependence`.
+
+    Raises:
+        ValueError: If an argument is out of range, or f returns another shape, NaN or infinity.
+        TypeError: If an argument is of another type.
+
+    Example:
+        A map with a fixed point near 1 and one near -1.
+
+        >>> starts = [torch.ones(1, 2), -torch.ones(1, 2)]
+        >>> measured = deqkern.path_independence(lambda z: torch.tanh(3 * z), starts)
+        >>> measured.path_independent.tolist(), round(float(measured.distance), 2)
+        ([False], 2.0)
+
+    Reference:
+        Anil et al.: Path independent equilibrium models can better exploit test-time computation, arXiv 2211.09961.
     """
     solver = anderson() if solver is None else solver
     check_options(f, solver, rtol, max_iterations)

@@ -57,28 +57,49 @@ def fixed_point(
     gradient: str | Gradient | None = "implicit",
     callback: Callable[[int, Any, Tensor], None] | None = None,
 ) -> Solution:
-    """Solve z = f(z), each sample to its own tolerance: a deep equilibrium model (arXiv 1909.01377) and the like.
+    """Solve z = f(z), each sample to its own tolerance: a deep equilibrium model and the like.
 
-    f: called with the whole batch each time, in the dtypes of z0, and returns the same shapes; its closure may hold
-        tensors of the batch. A sample that has converged is not updated any more. f must be one fixed map while it is
-        solved: no fresh dropout masks, no noise.
-    z0: the first guess, a tensor (B, *shape) fp32, bf16, fp16 or fp64, or a tuple or list of such that share B. States
-        are kept and mixed in fp32 (fp64 if one of z0 is).
-    solver: `deqkern.solvers.anderson()` if None. `picard()` is plain iteration; what has another slope than `Frozen()`,
-        or a window, is refused.
-    rtol: relative 2-norm of the error of each sample, as estimated; of all parts of a tuple together. 0 goes on until
-        the residual is rounding. In half precision a sample has also converged when its residual is below one eps.
-    gradient: None, "implicit" (arXiv 1909.01377), "phantom" (arXiv 2111.05177), or `deqkern.gradients.Implicit` or
-        `Phantom`: makes `value` differentiable, once and not twice, by whatever f depends on. Its None for solver, rtol
-        and max_iterations means those of this solve. f is called once more, and its graph kept. z0 gets no gradient:
-        the solution does not depend on it. Under torch.no_grad() there is none, and no further call.
-    callback: called with (iteration, z as z0, error_estimate (B,)) after each iteration.
+    A sample whose residual grows a thousandfold goes on from z0 with plain iteration. One that does not converge is
+    reported in the `Solution` and by one `ConvergenceWarning`.
 
-    `value` of the result is z, as z0; `trajectory` (2, B, *shape) is z0 and z, (2, B, D) for a tuple, side by side.
-    `nfe` counts every sample in every call, `nfe_history` without the one for the gradient. A sample whose residual
-    grows a thousandfold goes on from z0 with plain iteration. One that does not converge is reported in the `Solution`
-    and by one `ConvergenceWarning`. Raises ValueError or TypeError for an argument that does not fit, or if f returns
-    other shapes or NaN.
+    Args:
+        f: Called with the whole batch each time, in the dtypes of z0, and returns the same shapes; its closure may hold
+            tensors of the batch. A sample that has converged is not updated any more. f must be one fixed map while it
+            is solved: no fresh dropout masks, no noise.
+        z0: The initial guess, a tensor (B, *shape) fp32, bf16, fp16 or fp64, or a tuple or list of such that share B.
+            States are kept and mixed in fp32 (fp64 if one of z0 is).
+        solver: `deqkern.solvers.anderson()` if None. `picard()` is plain iteration; what has another slope than
+            `Frozen()`, or a window, is refused.
+        rtol: Relative 2-norm of the error of each sample, as estimated; of all parts of a tuple together. 0 goes on
+            until the residual is rounding. In half precision a sample has also converged when its residual is below one
+            eps.
+        max_iterations: At most so many.
+        gradient: None, "implicit", "phantom", `deqkern.gradients.Implicit` or `Phantom`, or an object of your own
+            (`deqkern.gradients.Gradient`): makes `value` differentiable, once and not twice, by whatever f depends on.
+            Its None for solver, rtol and max_iterations means those of this solve. f is called once more, and its graph
+            kept. z0 gets no gradient: the solution does not depend on it. Under torch.no_grad() there is none, and no
+            further call.
+        callback: Called with (iteration, z as z0, error_estimate (B,)) after each iteration.
+
+    Returns:
+        A `Solution`: `value` is z, as z0; `trajectory` (2, B, *shape) is z0 and z, (2, B, D) for a tuple, side by side.
+        `nfe` counts every sample in every call, `nfe_history` without the one for the gradient.
+
+    Raises:
+        ValueError: If an argument is out of range, or f returns other shapes, NaN or infinity.
+        TypeError: If an argument is of another type, or f returns no tensors.
+
+    Example:
+        >>> weight = 0.1 * torch.randn(8, 8)
+        >>> x = torch.randn(4, 8, requires_grad=True)
+        >>> solution = deqkern.fixed_point(lambda z: torch.tanh(z @ weight + x), torch.zeros(4, 8))
+        >>> solution.value.sum().backward()
+        >>> solution.converged.all(), x.grad.shape
+        (tensor(True), torch.Size([4, 8]))
+
+    Reference:
+        Bai, Kolter, Koltun: Deep equilibrium models, arXiv 1909.01377; Geng et al.: On training implicit models,
+        arXiv 2111.05177.
     """
     solver = anderson() if solver is None else solver
     method = check_options(f, solver, rtol, max_iterations, gradient)

@@ -73,6 +73,25 @@ class LearningSlope(Slope, Protocol):
     Attributes:
         measures_at_once: Whether `refine` is called in the first iteration as well, with moments from zero to the first
             states. If not, the first iteration uses the slopes of `initial`.
+
+    Example:
+        Secants with momentum: of the moments of all iterations, each with half the weight of the one after it.
+
+        >>> class Momentum:
+        ...     adapts, measures_at_once = True, True
+        ...     def initial(self, table, basis):
+        ...         self.sums = 0.0
+        ...         return deqkern.slopes.Gaussian().initial(table, basis)
+        ...     def refine(self, slope, moments, low, high):
+        ...         self.sums = moments + 0.5 * self.sums
+        ...         cross, square = self.sums.unbind(-1)
+        ...         secant = (cross / square).clamp(low[:, None, None], high[:, None, None])
+        ...         slope.copy_(torch.where(square > 0, secant, slope))
+        >>> solver = deqkern.solvers.Solver(slope=Momentum())
+        >>> noise, schedule = torch.randn(2, 1, 8, 8), deqkern.NoiseSchedule.linear()
+        >>> solution = deqkern.sample(lambda x, t: 0.1 * x, noise, schedule, 10, solver=solver)
+        >>> solution.converged.tolist()
+        [True, True]
     """
 
     @property
