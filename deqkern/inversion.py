@@ -16,8 +16,8 @@ from .chain.schedule import NoiseSchedule, StepTable
 from .engine.loop import begin, run
 from .engine.solution import Callback, Solution, relative_error, warn_unless_converged
 from .engine.trajectory import Traits
-from .gradients import methods as gradients
-from .gradients.methods import Gradient
+from .gradients.methods import named
+from .gradients.pullback import Gradient
 from .network.model import Model
 from .optimization import Optimize, optimize
 from .problem import Problem, check_schedule
@@ -92,7 +92,7 @@ def invert(
         raise ValueError(f"solver is for method='joint' or 'optimize', got method={method!r}")
     if rtol is None:
         rtol = 1e-2 if isinstance(method, Optimize) else 1e-4
-    pulled = gradients.named(gradient, ("implicit", "phantom", "residual"))
+    pulled = named(gradient, ("implicit", "phantom", "residual"))
     if pulled is not None and method not in ("joint", "stepwise"):
         raise ValueError(f"gradient={gradient!r} is for method='joint' or 'stepwise', got method={method!r}")
     if cuda_graph is True and method != "joint":
@@ -126,7 +126,7 @@ def invert(
     else:
         found = _undo(problem, method)
         if pulled is not None:
-            found = gradients.attached(found, problem, pulled)
+            found = problem.differentiable(found, pulled)
         found = replace(found, trajectory=found.trajectory.flip(0), residual_history=found.residual_history.flip(1))
     if round_trip:
         again = sampling.sample(

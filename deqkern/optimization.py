@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .engine.solution import ConvergenceWarning, Solution
 from .engine.trajectory import normal
-from .gradients.methods import Gradient, Pullback, check_clipping, named
+from .gradients.methods import check_table, named
+from .gradients.pullback import Gradient, Pullback
 from .problem import Problem
 from .support.checks import check_callable, check_finite, check_generator, check_number
 
@@ -102,7 +103,7 @@ class _Search:
     def __init__(self, problem: Problem, options: Optimize) -> None:
         gradient = named(options.gradient)
         assert gradient is not None and problem.network is not None
-        check_clipping(gradient, problem.table)
+        check_table(gradient, problem.table)
         self.problem, self.sample, self.options = problem, problem.first, options
         self.pullback = Pullback(problem.network, gradient, problem.rtol, problem.max_batch)
         self.noise = options.first(problem.first)
@@ -129,7 +130,7 @@ class _Search:
         pulled = self.pullback(found.trajectory, cotangent)
         self.noise.grad = pulled.first
         self.iterations += found.iterations
-        self.nfe += found.nfe + pulled.products
+        self.nfe += found.nfe + pulled.vjps
         each = losses.detach().double().expand(len(noise))
         self.history.append(each)
         self.nfe_history.append(self.nfe.clone())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from .chain.step_table import StepTable
 from .engine.loop import Solve, begin, run
 from .engine.solution import Callback, Solution
 from .engine.trajectory import Traits
+from .gradients.pullback import Gradient, Pullback
 from .network.model import Model, Network, arguments_of
 from .network.replication import is_replicated
 from .solvers.presets import Solver, check_solver
@@ -145,6 +146,13 @@ class Problem:
         """Evaluate the network until the solve is over."""
         assert self.network is not None
         return run(self.begin(), self.network, self.callback)
+
+    def differentiable(self, solution: Solution, gradient: Gradient) -> Solution:
+        """The `solution` of this problem, with a gradient at its value by the method `gradient`."""
+        assert self.network is not None
+        pullback = Pullback(self.network, gradient, self.rtol, self.max_batch)
+        value = pullback.attach(solution.value, solution.trajectory, self.first, self.step_noise)
+        return replace(solution, value=value)
 
 
 def check_schedule(schedule: NoiseSchedule) -> None:

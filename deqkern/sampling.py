@@ -13,8 +13,8 @@ from .chain.schedule import NoiseSchedule
 from .chain.step_table import StepTable
 from .engine.loop import Solve
 from .engine.solution import Callback, Solution, warn_unless_converged
-from .gradients import methods as gradients
-from .gradients.methods import Gradient
+from .gradients.methods import check_table, named
+from .gradients.pullback import Gradient
 from .network.model import Model
 from .planning import planned
 from .problem import Problem, check_auto, check_schedule
@@ -87,14 +87,12 @@ def sample(
     model returns another shape, or NaN. A sample that does not converge is reported in the `Solution` and by one
     `ConvergenceWarning`.
     """
-    auto, plan, method = isinstance(solver, str) and solver == "auto", None, gradients.named(gradient)
+    auto, plan, method = isinstance(solver, str) and solver == "auto", None, named(gradient)
     if method is not None and isinstance(noise, Tensor):
         check_not_empty("noise", noise)
 
     def check(table: StepTable) -> None:
-        if order == 2 and not isinstance(method, gradients.Exact | None):
-            raise ValueError(f"gradient must be None or 'exact' with order=2, got {gradient!r}")
-        gradients.check_clipping(method, table)
+        check_table(method, table)
         if auto:
             check_auto(max_iterations, cuda_graph, len(table.a))
 
@@ -124,7 +122,7 @@ def sample(
         problem = replace(problem, solver=plan.solver, max_batch=plan.max_batch)
     solution = replace(problem.solve(), plan=plan)
     warn_unless_converged(solution)
-    return solution if method is None else gradients.attached(solution, problem, method)
+    return solution if method is None else problem.differentiable(solution, method)
 
 
 def begin(

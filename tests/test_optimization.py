@@ -13,7 +13,8 @@ from torch import Tensor
 
 import deqkern
 from deqkern import NoiseSchedule, Optimize, models, optimization, solvers
-from deqkern.gradients.methods import Implicit, Pullback
+from deqkern.gradients import Implicit
+from deqkern.gradients.pullback import Pullback
 from deqkern.problem import Problem
 
 SCHEDULE, SHAPE, STEPS = NoiseSchedule.linear(), (1, 6, 6), 15
@@ -114,9 +115,9 @@ def test_each_sample_keeps_its_best_noise_and_what_its_solve_said(monkeypatch: p
     }
     found = deqkern.invert(counted, sample, SCHEDULE, STEPS, method=method, **options)
     assert found.iterations == sum(solved.iterations for solved in solves)
-    each = torch.stack([solved.nfe + pulled.products for solved, pulled in zip(solves, pulls, strict=True)])
+    each = torch.stack([solved.nfe + pulled.vjps for solved, pulled in zip(solves, pulls, strict=True)])
     assert torch.equal(found.nfe_history, each.cumsum(0)) and torch.equal(found.nfe, each.sum(0))
-    assert all((pulled.products > 0).all() for pulled in pulls)
+    assert all((pulled.vjps > 0).all() for pulled in pulls)
     assert found.history.tolist() == losses and "loss 1 (median), 2 (largest) after 2 steps" in found.message
     for b, best in enumerate((1, 0)):
         torch.testing.assert_close(found.value[b], noises[best][b], rtol=1e-5, atol=1e-5)

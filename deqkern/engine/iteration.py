@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..solvers.presets import Solver
-from ..solvers.slopes import Secant
+from ..solvers.slopes import learns
 from .extension import Extension
 from .host import Bools, Ints
 from .mixing import Mixing
@@ -41,8 +41,8 @@ class Slopes:
         """The next slopes. unmeasured: (S, B) bool, where the moments say nothing; None if they do everywhere."""
         if unmeasured is not None:
             self.moments.masked_fill_(unmeasured[..., None, None], 0.0)
-        if isinstance(self.model, Secant):
-            self.model.refine(self.now, self.moments, self.low, self.high)
+        assert learns(self.model)
+        self.model.refine(self.now, self.moments, self.low, self.high)
 
     def freeze(self, samples: Tensor) -> None:
         """Take the slopes of plain iteration for the `samples` (B,) bool."""
@@ -106,7 +106,7 @@ class Iteration:
         e, e_prev = self.outputs(k), self.outputs(k + 1)
 
         # Measure: the slopes, from how outputs changed with their states.
-        if isinstance(solver.slope, Secant) and (k or solver.slope.start is None):
+        if learns(solver.slope) and (k or solver.slope.measures_at_once):
             dx = mixing.last_change if k else x[1:] if implicit else x[:-1]  # at first: from zero to the first states
             slopes.measure(op, dx, e, e_prev, window)
             slopes.refine(self.gaps.unmeasured)

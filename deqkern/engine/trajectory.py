@@ -11,7 +11,7 @@ from .. import ops
 from ..chain.step_table import StepTable
 from ..solvers.basis import Basis
 from ..solvers.presets import Solver
-from ..solvers.slopes import slope_of
+from ..solvers.slopes import initial_shrinkage, slope_of
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def start(
 
 def initial_slope(solver: Solver, table: StepTable, basis: Basis, x: Tensor) -> Tensor:
     """The slopes (S, B, K) that a solver starts with, for states x (S+1, B, D)."""
-    slope = slope_of(table, solver.slope.initial(table, basis)).to(x.device, x.dtype)  # (S, K)
+    slope = slope_of(table, initial_shrinkage(solver.slope, table, basis)).to(x.device, x.dtype)  # (S, K)
     return slope[:, None].expand(-1, x.shape[1], -1).contiguous()
 
 

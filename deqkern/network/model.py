@@ -13,9 +13,9 @@ from ..chain.schedule import StepTable
 from ..support.tensors import rebuilt, tensors_in
 from .guidance import Guided
 from .replication import Replicated, autocast_of
+from .vjp import leaves, scaled_vjp
 
 Model = Callable[..., Any]
-_LARGEST_SUM = 2.0**13  # of absolute cotangents: fp16 ends at 2^16
 
 
 def model_dtype(model: Model, default: torch.dtype) -> torch.dtype:
@@ -49,56 +49,6 @@ def kwargs_of(model_kwargs: Mapping[str, Any], samples: Tensor, batch: int) -> d
         return rebuilt(value, rows)
 
     return {name: rows(value) for name, value in model_kwargs.items()}
-
-
-def leaves(output: Tensor) -> list[Tensor]:
-    """The tensors that require grad, made by no operation, that the autograd graph of `output` ends in."""
-    found, seen, nodes = [], set(), [output.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        nodes += [following for following, _ in node.next_functions]
-    return found
-
-
-def pull(
-    output: Tensor,
-    states: Tensor,
-    cotangents: Tensor,  # like output
-    inputs: Sequence[Tensor] = (),
-    retain_graph: bool = False,
-    create_graph: bool = False,
-) -> tuple[Tensor, list[Tensor | None]]:
-    """J^T cotangents by the states, zeros where the output does not depend on them, and by `inputs`, None there.
-
-    The graph, whose dtypes may be narrow, gets cotangents that are scaled to a largest entry of 1, and to a sum that no
-    gradient of `inputs` overflows by; what comes back is in fp32 at least.
-    """
-    if not output.requires_grad:
-        return torch.zeros_like(states), [None] * len(inputs)
-    size = cotangents.abs()
-    scale = torch.maximum(size.amax(), size.sum() / _LARGEST_SUM) if inputs else size.amax()
-    scale = scale.clamp_min(torch.finfo(cotangents.dtype).tiny)
-    by_states, *found = torch.autograd.grad(
-        output,
-        [states, *inputs],
-        (cotangents / scale).to(output.dtype),
-        retain_graph=retain_graph or create_graph,
-        create_graph=create_graph,
-        allow_unused=True,
-    )
-    by_states = torch.zeros_like(states) if by_states is None else _times(by_states, scale)
-    return by_states, [None if value is None else _times(value, scale) for value in found]
-
-
-def _times(value: Tensor, scale: Tensor) -> Tensor:
-    """`value` * `scale`, in fp32 at least."""
-    wide = torch.promote_types(value.dtype, torch.float32)
-    return value.to(wide) * scale.to(wide)
 
 
 class Network:
@@ -150,7 +100,7 @@ class Network:
         samples: Tensor,  # (N,)
         inputs: Sequence[Tensor] = (),
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """J^T cotangents (N, *shape) by the states, and the same by `inputs`, summed over the rows; see `pull`.
+        """J^T cotangents (N, *shape) by the states, and the same by `inputs`, summed over the rows; see `scaled_vjp`.
 
         As in the call, autocast is what it was when this was made.
         """
@@ -161,11 +111,11 @@ class Network:
         if inputs or self.dtype is not torch.float16:
             # what a function holds may have a graph of its own, which every other call needs as well
             again = bool(inputs) and self._holds
-            return pull(output, states, cotangents, inputs, retain_graph=again)
+            return scaled_vjp(output, states, cotangents, inputs, retain_graph=again)
         # where rows are not summed, each has a scale of its own: of one for all the small rows would be lost
         scale = cotangents.abs().flatten(1).amax(1).clamp_min(torch.finfo(cotangents.dtype).tiny)
         scale = scale.view(-1, *[1] * (cotangents.ndim - 1))
-        return pull(output, states, cotangents / scale)[0] * scale, []
+        return scaled_vjp(output, states, cotangents / scale)[0] * scale, []
 
     def _leaf(self, value: Any) -> Any:
         return self._leaves.get(id(value), value) if isinstance(value, Tensor) else rebuilt(value, self._leaf)
