@@ -41,7 +41,18 @@ _HEAT_COLOURS = "magma"
 
 @dataclass(frozen=True)
 class Curve:
-    """One solve: the error after each iteration, as it was and as the solver estimated it."""
+    """One solve as a curve of `convergence`.
+
+    Attributes:
+        solver: Its name, which decides the colour.
+        true_error: After each iteration.
+        error_estimate: After each iteration.
+
+    Example:
+        >>> deqkern.plots.Curve("default", true_error=[0.5, 0.02, 0.004], error_estimate=[1.0, 0.05, 0.008]).solver
+        'default'
+
+    """
 
     solver: str
     true_error: Sequence[float]
@@ -49,10 +60,24 @@ class Curve:
 
 
 def grid(images: Tensor, scale: int | None = None, columns: int | None = None) -> ndarray[Any, Any]:
-    """Samples (N, C, H, W) in [-1, 1] as one picture (height, width, 3) uint8 on white, near-square without `columns`.
+    """Arrange samples in one picture, near-square unless `columns` says otherwise, on white.
 
-    Every pixel becomes `scale` x `scale` pixels (nearest neighbour), at least 96 a sample if None. Fewer than three
-    channels show the first in grey, more than three show the first three.
+    Args:
+        images: (N, C, H, W) in [-1, 1]. Fewer than three channels show the first in grey, more than three show the
+            first three.
+        scale: Every pixel becomes `scale` x `scale` pixels (nearest neighbour). None: a sample is at least 96 wide.
+        columns: Samples side by side.
+
+    Returns:
+        (height, width, 3) uint8.
+
+    Raises:
+        ValueError: `images` has another shape, or is empty.
+
+    Example:
+        >>> deqkern.plots.grid(torch.zeros(4, 1, 16, 16), scale=2).shape
+        (66, 66, 3)
+
     """
     if images.ndim != 4 or 0 in images.shape:
         raise ValueError(f"images must have shape (N, C, H, W) and not be empty, got {tuple(images.shape)}")
@@ -71,7 +96,19 @@ def grid(images: Tensor, scale: int | None = None, columns: int | None = None) -
 
 
 def amplified(difference: Tensor) -> tuple[Tensor, float]:
-    """`difference` times the largest of 1, 2, 5, 10, .. that leaves it within [-1, 1], and that factor."""
+    """Amplify a difference by the largest of 1, 2, 5, 10, .. that leaves it within [-1, 1].
+
+    Args:
+        difference: Of any shape.
+
+    Returns:
+        The amplified difference, and the factor.
+
+    Example:
+        >>> deqkern.plots.amplified(torch.tensor([0.015625, -0.0625]))
+        (tensor([ 0.1562, -0.6250]), 10.0)
+
+    """
     largest = float(difference.abs().max())
     if not 0 < largest <= 1:
         return difference, 1.0
@@ -88,9 +125,23 @@ def save_comparison(
     smallest: int = _SMALLEST_PANEL,
     columns: int | None = None,
 ) -> None:
-    """Grids of samples (N, C, H, W) side by side, each under its name, as a picture in which no pixel is resampled.
+    """Draw grids of samples side by side, each under its name. No pixel is resampled.
 
-    A panel is at least `smallest` pixels wide and has `columns` columns.
+    Args:
+        path: The picture, `.png`, `.jpg`, `.pdf` or `.svg`.
+        panels: Name -> samples (N, C, H, W) in [-1, 1].
+        title: Of the picture.
+        smallest: A panel is at least this many pixels wide.
+        columns: Of each panel; near-square if None.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: A panel has another shape, or is empty.
+
+    Example:
+        >>> panels = {"parallel": torch.zeros(4, 1, 16, 16), "sequential": torch.zeros(4, 1, 16, 16)}
+        >>> deqkern.plots.save_comparison("comparison.png", panels, "digits")
+
     """
     _panelled(panels, title, smallest, columns).savefig(path, dpi=_DPI)
 
@@ -105,9 +156,27 @@ def save_inversion(
     rtol: float | None = None,
     title: str = "",
 ) -> None:
-    """The grids of `save_comparison`, and under them a curve per image; `label` and `along` say of what over what.
+    """Draw the grids of `save_comparison`, and below them a curve per image.
 
-    There is no axis if no curve has a finite value.
+    Without a curve that has a finite value there are no axes.
+
+    Args:
+        path: The picture, as in `save_comparison`.
+        panels: As in `save_comparison`.
+        curves: Name -> one value per iteration.
+        label: What the curves show.
+        along: What they show it against.
+        rtol: A dotted line; None for none.
+        title: Of the picture.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: A panel has another shape, or is empty.
+
+    Example:
+        >>> panels, curves = {"source": torch.zeros(1, 1, 16, 16)}, {"a.png": [0.5, 0.02, 0.004]}
+        >>> deqkern.plots.save_inversion("inversion.png", panels, curves, label="error estimate", rtol=1e-2)
+
     """
     if not any(math.isfinite(value) for values in curves.values() for value in values):
         save_comparison(path, panels, title)
@@ -165,7 +234,22 @@ def _panelled(
 def convergence(
     path: str | PathLike[str], panels: Mapping[str, Sequence[Curve]], *, rtol: float | None = None, title: str = ""
 ) -> None:
-    """Errors against iterations on a log axis: a panel per key, a colour per solver, dashed for its own estimate."""
+    """Draw errors against iterations: a panel per key, a colour per solver, dashed for its own estimate.
+
+    Args:
+        path: The picture, as in `save_comparison`.
+        panels: Name -> curves.
+        rtol: A dotted line; None for none.
+        title: Of the picture.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> curve = deqkern.plots.Curve("default", true_error=[0.5, 0.02, 0.004], error_estimate=[1.0, 0.05, 0.008])
+        >>> deqkern.plots.convergence("convergence.png", {"eta 0": [curve]}, rtol=1e-2)
+
+    """
     figure = _figure(6.0 * len(panels), 4.6, layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     solvers = list(dict.fromkeys(curve.solver for curves in panels.values() for curve in curves))
@@ -193,16 +277,55 @@ def convergence(
 
 
 def save_runs(path: str | PathLike[str], runs: Mapping[str, StoredRun], *, title: str = "") -> None:
-    """Named runs: error against iterations and against evaluations, and the residual of every step at every iteration.
+    """Draw stored runs: errors against iterations and evaluations, and the residual of every step at every iteration.
 
-    The lines show the largest error of the samples, solid where it was measured and dashed as the solver estimates it;
+    The lines show the largest error of the samples: solid where it was measured, dashed where the solver estimated it.
     "rtol" of a run's metadata is a dotted line if it is a positive number.
+
+    Args:
+        path: The picture, as in `save_comparison`.
+        runs: Name -> run.
+        title: Of the picture.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        TypeError: `runs` is no mapping, or a run is no `StoredRun`.
+        ValueError: `runs` is empty.
+
+    Example:
+        >>> noise, schedule = torch.randn(2, 1, 8, 8), deqkern.NoiseSchedule.linear()
+        >>> solution = deqkern.sample(lambda x, t: 0.1 * x, noise, schedule, 10)
+        >>> deqkern.runs.save("run.safetensors", solution)
+        >>> deqkern.plots.save_runs("run.png", {"default": deqkern.runs.load("run.safetensors")})
+
     """
     runs_figure(runs, title).savefig(path, dpi=_RUNS_DPI)
 
 
 def runs_figure(runs: Mapping[str, StoredRun], title: str = "") -> Figure:
-    """The figure of `save_runs`: two axes of lines, their legend, then one axis per run, then the colour scale."""
+    """Make the figure of `save_runs`: two axes of lines, their legend, then one axis per run, then the colour scale.
+
+    Args:
+        runs: Name -> run.
+        title: Of the figure.
+
+    Returns:
+        The figure, which belongs to no window.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        TypeError: `runs` is no mapping, or a run is no `StoredRun`.
+        ValueError: `runs` is empty.
+
+    Example:
+        >>> noise, schedule = torch.randn(2, 1, 8, 8), deqkern.NoiseSchedule.linear()
+        >>> solution = deqkern.sample(lambda x, t: 0.1 * x, noise, schedule, 10)
+        >>> deqkern.runs.save("run.safetensors", solution)
+        >>> figure = deqkern.plots.runs_figure({"default": deqkern.runs.load("run.safetensors")})
+        >>> len(figure.axes)
+        4
+
+    """
     if not isinstance(runs, Mapping):
         raise TypeError(f"runs must map names to StoredRun, got {type(runs).__name__}")
     if not runs:
@@ -240,7 +363,7 @@ def runs_figure(runs: Mapping[str, StoredRun], title: str = "") -> Figure:
     for axis in axes[:, 0]:
         axis.set_ylabel("step, from noise up to sample")
     bar = below.colorbar(image, ax=heat, aspect=30, pad=0.01)
-    bar.set_label("one-step residual / state\n(grey: settled, not evaluated)")
+    bar.set_label("one-step residual / state\n(grey: converged, not evaluated)")
     if title:
         figure.suptitle(_plain(title), weight="bold")
     return figure
@@ -330,14 +453,15 @@ def _draw_residuals(axes: Sequence[Axes], runs: Sequence[StoredRun]) -> AxesImag
     for axis, values in zip(axes, worst, strict=True):
         count, steps = values.shape
         evaluated = values >= 0
-        settled = (evaluated.cumsum(1) == 0) & evaluated.any(1, keepdim=True)
+        converged = (evaluated.cumsum(1) == 0) & evaluated.any(1, keepdim=True)
         place: dict[str, Any] = {
             "extent": (0.5, count + 0.5, 0.5, steps + 0.5),
             "origin": "lower",
             "aspect": "auto",
             "interpolation": "nearest",
         }
-        axis.imshow(torch.ones(steps, count).where(settled.T, torch.nan).numpy(), cmap=ListedColormap(["0.9"]), **place)
+        grey = torch.ones(steps, count).where(converged.T, torch.nan)
+        axis.imshow(grey.numpy(), cmap=ListedColormap(["0.9"]), **place)
         residual = values.clamp(norm.vmin, norm.vmax).where(evaluated, torch.nan)
         image = axis.imshow(residual.T.numpy(), norm=norm, cmap=_HEAT_COLOURS, **place)
         axis.set_xlim(0.5, (longest if common else count) + 0.5)
