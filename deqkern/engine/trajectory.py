@@ -162,7 +162,7 @@ class Trajectory:
         """What the op `extend` holds (4, S), on the CPU: x0, or with the guess "constant" the state (ParaDiGMS)."""
         if self.guess == "none":
             return None
-        held = torch.stack(self.table.held_x0())
+        held = torch.stack(self.table.constant_x0())
         if self.guess == "constant":
             held[0], held[1:] = 1.0, 0.0
         return held

@@ -217,7 +217,7 @@ def test_dynamic_thresholding_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     x, out, index = torch.zeros(7, 100), torch.randn(7, 100), torch.arange(7) % 4
     whole = table.original_sample(x, out, index)
     for elements in (1, 250):
-        monkeypatch.setattr("deqkern.chain.step_table._QUANTILE_ELEMENTS", elements)
+        monkeypatch.setattr("deqkern.chain.output.QUANTILE_ELEMENTS", elements)
         assert torch.equal(table.original_sample(x, out, index), whole)
     bound = torch.quantile(out[6].abs(), 0.995).clamp(1, 2)
     assert torch.equal(whole[6], out[6].clamp(-bound, bound) / bound)
