@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from ..chain.step_table import StepTable
-from ..engine.solution import warn_unless_converged
-from ..engine.trajectory import calls
 from ..solvers.presets import Solver
 from ..support.checks import check_number
 from .chain import Chain
@@ -53,22 +51,20 @@ def generalized_steps(
     def call(states: Tensor, t: Tensor, **arguments: Any) -> Tensor:
         return model(states, t, **arguments)
 
-    chain = Chain(call, table, model, "x", x, None, solver, rtol, max_iterations, max_batch)
-    solution = chain.solve()
-    warn_unless_converged(solution)
-    states = solution.trajectory
-    return [x, *states[1:].to(x.dtype).cpu()], [*_estimates(chain, states).to(x.dtype).cpu()]
-
-
-@torch.no_grad()
-def _estimates(chain: Chain, states: Tensor) -> Tensor:  # (S, B, *shape)
-    arguments, batch = states[:-1].flatten(0, 1), states.shape[1]
-    found = torch.empty_like(arguments)
-    for part in calls(torch.arange(len(arguments), device=states.device), chain.max_batch):
-        index = part // batch
-        output = chain.network(arguments[part], index, part % batch)
-        found[part] = chain.table.original_sample(arguments[part], output, index).to(found.dtype)
-    return found.view_as(states[:-1])
+    chain = Chain(
+        call,
+        table,
+        model,
+        name="x",
+        first=x,
+        model_kwargs=None,
+        solver=solver,
+        rtol=rtol,
+        max_iterations=max_iterations,
+        max_batch=max_batch,
+    )
+    states = chain.solve().trajectory
+    return [x, *states[1:].to(x.dtype).cpu()], [*chain.estimates(states).to(x.dtype).cpu()]
 
 
 def ddim_table(prediction_type: str, timesteps: Tensor, abar: Tensor, eta: float) -> StepTable:
@@ -82,5 +78,12 @@ def ddim_table(prediction_type: str, timesteps: Tensor, abar: Tensor, eta: float
     if not 0 <= eta < math.inf or bool((n**2 > 1 - after + 1e-12).any()):
         raise ValueError(f"eta must be >= 0 and leave room for the noise of each step, got {eta}")
     abar, after = abar.flip(0), after.flip(0)
-    ends = (abar.sqrt(), (1 - abar).sqrt(), after.sqrt(), (1 - after).sqrt(), n.flip(0))
-    return StepTable.build(prediction_type, timesteps.flip(0), *ends)
+    return StepTable.build(
+        prediction_type,
+        timesteps.flip(0),
+        alpha=abar.sqrt(),
+        sigma=(1 - abar).sqrt(),
+        alpha_next=after.sqrt(),
+        sigma_next=(1 - after).sqrt(),
+        n=n.flip(0),
+    )

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..engine.solution import warn_unless_converged
 from ..solvers.presets import Solver
 from ..support.checks import check_count, check_number
 from .chain import Chain
@@ -54,13 +52,21 @@ def edm_sampler(
     if hasattr(net, "round_sigma"):
         sigmas = net.round_sigma(sigmas)
     sigmas = torch.cat([sigmas.double(), sigmas.new_zeros(1, dtype=torch.float64)])
-    labels: dict[str, Any] = {"class_labels": class_labels}
 
     def call(states: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
         return net(states, sigma.to(states.dtype), class_labels)
 
     table = sigma_table("sigma_min .. sigma_max, rounded by net,", sigmas)
-    chain = Chain(call, table, net, "latents", latents * sigmas[0], labels, solver, rtol, max_iterations, max_batch)
-    solution = chain.solve()
-    warn_unless_converged(solution)
-    return solution.value
+    chain = Chain(
+        call,
+        table,
+        net,
+        name="latents",
+        first=latents * sigmas[0],
+        model_kwargs={"class_labels": class_labels},
+        solver=solver,
+        rtol=rtol,
+        max_iterations=max_iterations,
+        max_batch=max_batch,
+    )
+    return chain.solve().value

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..chain.step_table import StepTable
-from ..engine.solution import warn_unless_converged
 from ..solvers.presets import Solver
 from ..support.checks import check_callable, is_int
 from .chain import Chain
@@ -52,13 +51,20 @@ def ddim_sample_loop(
     Raises ValueError or TypeError for an argument that does not fit. Samples that do not converge are reported by one
     `ConvergenceWarning`.
     """
-    chain = _sampling(
-        *(diffusion, model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, eta),
-        *(solver, rtol, max_iterations, max_batch),
+    denoiser = _Denoiser(diffusion, model, clip_denoised, denoised_fn, cond_fn)
+    chain = Chain(
+        denoiser,
+        denoiser.table(eta),
+        model,
+        name="noise",
+        first=_noise(model, shape, noise, device),
+        model_kwargs=model_kwargs,
+        solver=solver,
+        rtol=rtol,
+        max_iterations=max_iterations,
+        max_batch=max_batch,
     )
-    solution = chain.solve(not progress)
-    warn_unless_converged(solution)
-    return solution.value
+    return chain.solve(not progress).value
 
 
 def ddim_sample_loop_progressive(
@@ -84,9 +90,18 @@ def ddim_sample_loop_progressive(
     `pred_xstart` is the estimate of x0 at the last step, which the chain ends at: the same numbers. Arguments are
     checked at the call, not at the first iteration.
     """
-    chain = _sampling(
-        *(diffusion, model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, eta),
-        *(solver, rtol, max_iterations, max_batch),
+    denoiser = _Denoiser(diffusion, model, clip_denoised, denoised_fn, cond_fn)
+    chain = Chain(
+        denoiser,
+        denoiser.table(eta),
+        model,
+        name="noise",
+        first=_noise(model, shape, noise, device),
+        model_kwargs=model_kwargs,
+        solver=solver,
+        rtol=rtol,
+        max_iterations=max_iterations,
+        max_batch=max_batch,
     )
     return _iterations(chain, progress)
 
@@ -95,7 +110,7 @@ def _iterations(chain: Chain, progress: bool) -> Iterator[dict[str, Tensor]]:
     for _ in chain.run(not progress):
         value = chain.state(chain.table.num_inference_steps)
         yield {"sample": value, "pred_xstart": value.clone()}
-    warn_unless_converged(chain.solution())
+    chain.solution()
 
 
 def ddim_reverse_sample_loop(
@@ -123,41 +138,43 @@ def ddim_reverse_sample_loop(
     denoiser = _Denoiser(diffusion, model, clip_denoised, denoised_fn, None)
     abar = denoiser.abar
     after = torch.cat([abar[1:], abar.new_zeros(1)])
-    ends = (abar.sqrt(), (1 - abar).sqrt(), after.sqrt(), (1 - after).sqrt(), torch.zeros_like(abar))
-    table = StepTable.build("sample", torch.arange(len(abar), device="cpu"), *ends)
-    chain = Chain(denoiser, table, model, "x", x, model_kwargs, solver, rtol, max_iterations, max_batch)
-    solution = chain.solve()
-    warn_unless_converged(solution)
-    return solution.value
+    table = StepTable.build(
+        "sample",
+        torch.arange(len(abar), device="cpu"),
+        alpha=abar.sqrt(),
+        sigma=(1 - abar).sqrt(),
+        alpha_next=after.sqrt(),
+        sigma_next=(1 - after).sqrt(),
+        n=torch.zeros_like(abar),
+    )
+    chain = Chain(
+        denoiser,
+        table,
+        model,
+        name="x",
+        first=x,
+        model_kwargs=model_kwargs,
+        solver=solver,
+        rtol=rtol,
+        max_iterations=max_iterations,
+        max_batch=max_batch,
+    )
+    return chain.solve().value
 
 
-def _sampling(
-    diffusion: Any,
-    model: Callable[..., Tensor],
-    shape: Sequence[int],
-    noise: Tensor | None,
-    clip_denoised: bool,
-    denoised_fn: Callable[[Tensor], Tensor] | None,
-    cond_fn: Callable[..., Tensor] | None,
-    model_kwargs: Mapping[str, Any] | None,
-    device: torch.device | str | None,
-    eta: float,
-    solver: Solver | None,
-    rtol: float,
-    max_iterations: int | None,
-    max_batch: int | None,
-) -> Chain:
-    denoiser = _Denoiser(diffusion, model, clip_denoised, denoised_fn, cond_fn)
-    table = ddim_table("sample", torch.arange(len(denoiser.abar), device="cpu"), denoiser.abar, eta)
+def _noise(
+    model: Callable[..., Tensor], shape: Sequence[int], noise: Tensor | None, device: torch.device | str | None
+) -> Tensor:
+    """The noise given, or drawn."""
     if not isinstance(shape, Sequence) or not all(map(is_int, shape)):
         raise TypeError(f"shape must be a sequence of ints, got {shape!r}")
     if noise is None:
         if device is None and isinstance(model, torch.nn.Module):
             device = next((parameter.device for parameter in model.parameters()), None)
-        noise = torch.randn(*shape, device=device)
-    elif isinstance(noise, Tensor) and tuple(noise.shape) != tuple(shape):
+        return torch.randn(*shape, device=device)
+    if isinstance(noise, Tensor) and tuple(noise.shape) != tuple(shape):
         raise ValueError(f"noise must have the shape given, {tuple(shape)}, got {tuple(noise.shape)}")
-    return Chain(denoiser, table, model, "noise", noise, model_kwargs, solver, rtol, max_iterations, max_batch)
+    return noise
 
 
 class _Denoiser:
@@ -193,6 +210,10 @@ class _Denoiser:
             timesteps = timesteps.float() * (1000.0 / total)
         self.abar, self.timesteps, self.predicts_x0 = abar, timesteps, kind == "START_X"
         self.levels = torch.stack([1 / abar.sqrt(), (1 / abar - 1).sqrt(), (1 - abar) / abar.sqrt()])
+
+    def table(self, eta: float) -> StepTable:
+        """The chain of its sampling loop."""
+        return ddim_table("sample", torch.arange(len(self.abar), device="cpu"), self.abar, eta)
 
     def __call__(self, x: Tensor, index: Tensor, **model_kwargs: Any) -> Tensor:
         t = self.timesteps.to(x.device)[index]

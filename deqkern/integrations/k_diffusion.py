@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..chain.step_table import StepTable, check_order
-from ..engine.solution import warn_unless_converged
 from ..solvers.presets import Solver
 from .chain import Chain
 
@@ -55,18 +54,28 @@ def sample_deq(
     def call(states: Tensor, sigma: Tensor, **arguments: Any) -> Tensor:
         return model(states, sigma.to(states.dtype), **arguments)
 
-    chain = Chain(call, table, model, "x", x, extra_args, solver, rtol, max_iterations, max_batch, callback)
+    chain = Chain(
+        call,
+        table,
+        model,
+        name="x",
+        first=x,
+        model_kwargs=extra_args,
+        solver=solver,
+        rtol=rtol,
+        max_iterations=max_iterations,
+        max_batch=max_batch,
+        callback=callback,
+    )
     last = table.num_inference_steps - 1
     a, b = float(table.a[last]), float(table.b[last] + table.c[last])
-    for solving in chain.run(disable):
+    for count in chain.run(disable):
         if callback is not None:
             before, after = chain.state(last), chain.state(last + 1)
             denoised = (after - a * before) / b if b else after
             levels = {"sigma": sigmas[last], "sigma_hat": sigmas[last]}
-            callback({"x": before, "i": solving.count - 1, **levels, "denoised": denoised})
-    solution = chain.solution()
-    warn_unless_converged(solution)
-    return solution.value
+            callback({"x": before, "i": count - 1, **levels, "denoised": denoised})
+    return chain.solution().value
 
 
 def sigma_table(name: str, sigmas: Tensor, order: int = 1) -> StepTable:
@@ -83,4 +92,13 @@ def sigma_table(name: str, sigmas: Tensor, order: int = 1) -> StepTable:
         how = "fall" if order == 2 else "not increase"
         raise ValueError(f"{name} must be finite and {how}, > 0 but for the last, which may be 0")
     sigma, one = levels[:-1], torch.ones_like(levels[:-1])
-    return StepTable.build("sample", sigma, one, sigma, one, levels[1:], torch.zeros_like(sigma), order=order)
+    return StepTable.build(
+        "sample",
+        sigma,
+        alpha=one,
+        sigma=sigma,
+        alpha_next=one,
+        sigma_next=levels[1:],
+        n=torch.zeros_like(sigma),
+        order=order,
+    )
