@@ -161,7 +161,7 @@ def read(scheduler: Any) -> Reading:
     kinds = {kind.__name__ for kind in type(scheduler).__mro__}
     row = next((row for row in SCHEDULERS if row.name in kinds), _OTHER)
     if isinstance(config, Mapping) and getattr(scheduler, "alphas_cumprod", None) is not None:
-        config, own = _own_options(scheduler, config), None
+        config, own = own_options(scheduler, config), None
         if any(config.get(option) for option in row.own_levels or ()):
             config, own = config | dict.fromkeys(row.own_levels or ()), copy.deepcopy(scheduler)
         _refuse(name, config, row.refused)
@@ -202,7 +202,7 @@ def _set_to(scheduler: Any, count: int) -> Any:
     return scheduler
 
 
-def _own_options(scheduler: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+def own_options(scheduler: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     """What the scheduler itself takes: `from_config` also keeps the options of the one whose config it was."""
     inits = [vars(kind)["__init__"] for kind in type(scheduler).__mro__ if "__init__" in vars(kind)]
     own = {name for init in inits for name in inspect.signature(init).parameters}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +60,7 @@ class JointSolve:
         error_prefix: str = "model returned",
     ) -> None:
         self.table, self.dtype = table, dtype or first.dtype
-        called = network or _Told(self.dtype, error_prefix)
+        called: Map = network or _Told(self.dtype, error_prefix)
         trajectory = start(called, first, table, solver, step_noise=step_noise, max_batch=max_batch)
         self._solve = Solve(trajectory, solver, rtol=rtol, max_iterations=max_iterations)
 
@@ -124,7 +123,8 @@ class _Told:
     """In the place of a map that is evaluated elsewhere."""
 
     def __init__(self, dtype: torch.dtype, error_prefix: str) -> None:
-        self.dtype, self.precision, self.what = dtype, torch.finfo(dtype).eps, error_prefix
+        self.what, self.precision = error_prefix, torch.finfo(dtype).eps
+        self.dtype: torch.dtype | None = dtype
 
-    def __call__(self, *rows: Any) -> Tensor:
+    def __call__(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
         raise NotImplementedError

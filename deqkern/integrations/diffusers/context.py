@@ -13,6 +13,7 @@ from ...problem import check_options
 from ...solvers.presets import Solver, check_solver, default
 from .checks import check_pair, check_scheduler, denoiser_of, loop_of
 from .run import ParallelRun
+from .scheduler import original_of
 
 
 @contextmanager
@@ -48,20 +49,18 @@ def parallel(
     change latents or conditioning.
     """
     loop, denoiser = loop_of(pipe), denoiser_of(pipe)
-    scheduler = getattr(pipe.scheduler, "_deqkern_original", pipe.scheduler)  # of a context inside a context
-    check_scheduler(scheduler)
-    check_pair(pipe, scheduler)
+    scheduler = original_of(pipe.scheduler)  # of a context inside a context
+    row = check_scheduler(scheduler)
+    check_pair(pipe, scheduler, row)
     solver = default() if solver is None else solver
     check_solver("solver", solver)
     check_options(rtol, None, max_batch)
     spread = None if devices is None else replicated(denoiser, devices)
-    run = ParallelRun(pipe, loop, denoiser, scheduler, rtol, solver, max_batch, spread)
+    run = ParallelRun(
+        pipe, loop, denoiser, scheduler, row=row, rtol=rtol, solver=solver, max_batch=max_batch, spread=spread
+    )
     before, config, kind = pipe.scheduler, vars(pipe)["_internal_dict"], type(pipe)
-    handles = [
-        denoiser.register_forward_pre_hook(run._before_denoiser, with_kwargs=True),
-        denoiser.register_forward_hook(run._after_denoiser),
-    ]
-    vars(pipe)["scheduler"] = run._scheduler  # past the pipe's __setattr__, which would write it into the config
+    vars(pipe)["scheduler"] = run._scheduler.posed  # past the pipe's __setattr__, which would write it into the config
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     pipe.__class__ = type(kind.__name__, (kind,), names | {"__call__": run._watched(kind.__call__)})
     try:
@@ -69,6 +68,4 @@ def parallel(
     finally:
         pipe.__class__ = kind
         vars(pipe)["scheduler"], vars(pipe)["_internal_dict"] = before, config
-        for handle in handles:
-            handle.remove()
         run._leave()

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from ... import inversion
 from ...chain.schedule import NoiseSchedule
+from ...chain.schedulers import row_by_step
 from ...engine.solution import Solution
 from ...network.guidance import guided
 from ...network.replication import replicated
 from ...problem import check_options
-from .checks import loop_name, rule_name, unknown_rule
+from .checks import loop_name, unknown_rule
+from .scheduler import original_of
 
 INVERTIBLE = ("DDIMPipeline", "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 
@@ -55,8 +57,9 @@ def invert(
         raise ValueError(
             f"pipe must be one of {', '.join(INVERTIBLE)}, got {type(pipe).__name__}; for others call deqkern.invert"
         )
-    scheduler = getattr(pipe.scheduler, "_deqkern_original", pipe.scheduler)
-    if rule_name(scheduler) != "DDIMScheduler":
+    scheduler = original_of(pipe.scheduler)
+    row = row_by_step(scheduler)
+    if row is None or not row.invertible:
         raise ValueError(unknown_rule(scheduler))
     schedule, device = NoiseSchedule.from_diffusers(scheduler), pipe.unet.device
     if schedule.clip_sample or schedule.thresholding:
