@@ -27,16 +27,37 @@ def generalized_steps(
     max_iterations: int | None = None,
     max_batch: int | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The chain through the timesteps `seq` (ascending) of the betas `b`, all steps at once (arXiv 2010.02502, eq. 12).
+    """The chain through the timesteps `seq` of the betas `b`, all steps at once (arXiv 2010.02502, eq. 12).
 
-    Returns (xs, x0_preds) as the authors' function of this name: the S+1 states, the first of them x itself, and the
-    model's S estimates of x0 at them; all but x on the CPU. The estimates cost one more batched call.
+    Args:
+        x: (B, *shape), the noise.
+        seq: Timesteps, ascending.
+        model: `model(x, t) -> eps` with x (N, *shape) in the dtype of x and t (N,) fp32, N up to S * B.
+        b: (T,), the betas.
+        eta: The noise of each step is drawn from torch's global generator, in the order of the sequential chain.
+        solver: As in `deqkern.sample`.
+        rtol: As in `deqkern.sample`.
+        max_iterations: As in `deqkern.sample`.
+        max_batch: As in `deqkern.sample`.
 
-    model: `model(x, t) -> eps` with x (N, *shape) in the dtype of x and t (N,) fp32, N up to S * B. eta: the noise of
-    each step is drawn from torch's global generator, in the order of the sequential chain. Other arguments as in
-    `deqkern.sample`.
+    Returns:
+        (xs, x0_preds) as the authors' function of this name: the S+1 states, the first of them x itself, and the
+        model's S estimates of x0 at them; all but x on the CPU. The estimates cost one more batched call.
 
-    Raises ValueError or TypeError for an argument that does not fit.
+    Raises:
+        ValueError: For an argument that does not fit.
+        TypeError: For one of another type.
+
+    Warns:
+        ConvergenceWarning: Once, if a sample did not converge.
+
+    Example:
+        >>> import torch
+        >>> from deqkern.integrations.ddim import generalized_steps
+        >>> betas = torch.linspace(1e-4, 0.02, 1000)
+        >>> xs, x0_preds = generalized_steps(torch.randn(2, 3, 8, 8), range(0, 1000, 100), lambda x, t: 0.1 * x, betas)
+        >>> len(xs), len(x0_preds)
+        (11, 10)
     """
     if not isinstance(b, Tensor) or b.ndim != 1 or not bool(((b > 0) & (b < 1)).all()):
         raise ValueError("b must be a tensor (T,) of betas within (0, 1)")

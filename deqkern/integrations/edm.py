@@ -30,13 +30,39 @@ def edm_sampler(
     """The deterministic Euler chain on EDM's noise levels (arXiv 2206.00364, eq. 5 and a final 0), all steps at once.
 
     That is EDM's algorithm 1 without its second-order correction, and with S_churn = 0: not its default sampler, whose
-    two evaluations per step are not linear in the network's output. Returns x[S] (B, *shape) in the dtype of `latents`.
+    two evaluations per step are not linear in the network's output.
 
-    net: called with x (N, *shape) in that dtype, sigma (N,) and class_labels (N, L) or None. Its `sigma_min` and
-        `sigma_max` bound the levels and its `round_sigma` rounds them, where it has them.
-    latents: standard normal; fp64 keeps the states in fp64, as EDM does. Other arguments as in `deqkern.sample`.
+    Args:
+        net: Called with x (N, *shape) in the dtype of `latents`, sigma (N,) and class_labels (N, L) or None. Its
+            `sigma_min` and `sigma_max` bound the levels and its `round_sigma` rounds them, where it has them.
+        latents: (B, *shape), standard normal; fp64 keeps the states in fp64, as EDM does.
+        class_labels: (B, L).
+        num_steps: S.
+        sigma_min: The last noise level before 0.
+        sigma_max: The first noise level.
+        rho: How the levels are spaced: evenly in sigma^(1 / rho).
+        solver: As in `deqkern.sample`.
+        rtol: As in `deqkern.sample`.
+        max_iterations: As in `deqkern.sample`.
+        max_batch: As in `deqkern.sample`.
 
-    Raises ValueError or TypeError for an argument that does not fit.
+    Returns:
+        x[S] (B, *shape) in the dtype of `latents`.
+
+    Raises:
+        ValueError: For an argument that does not fit.
+        TypeError: For one of another type.
+
+    Warns:
+        ConvergenceWarning: Once, if a sample did not converge.
+
+    Example:
+        >>> import torch
+        >>> from deqkern.integrations.edm import edm_sampler
+        >>> def net(x, sigma, class_labels):  # the denoiser of standard normal data
+        ...     return x / (1 + sigma.view(-1, 1, 1, 1) ** 2)
+        >>> edm_sampler(net, torch.randn(2, 3, 8, 8)).shape
+        torch.Size([2, 3, 8, 8])
     """
     check_count("num_steps", num_steps)
     for name, value in {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}.items():

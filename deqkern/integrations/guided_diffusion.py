@@ -37,19 +37,44 @@ def ddim_sample_loop(
     max_iterations: int | None = None,
     max_batch: int | None = None,
 ) -> Tensor:
-    """`diffusion.ddim_sample_loop(model, shape, ...)`, all steps at once: the clean samples (B, *shape).
+    """`diffusion.ddim_sample_loop(model, shape, ...)`, all steps at once.
 
-    diffusion: an object with `alphas_cumprod` (S,) and `model_mean_type` EPSILON or START_X; also with `timestep_map`
-        (spaced) and `rescale_timesteps`.
-    model: `model(x, t, **model_kwargs)` with N rows, N up to S * B, gives C channels, or 2 C with a learned variance.
-    shape: of the noise, which is drawn from torch's global generator on `device`, by default the model's, unless given.
-    denoised_fn, cond_fn: called with N rows of x0, and of x, t and model_kwargs; a row may depend on that row alone.
-    model_kwargs: tensors in it whose first dimension is B are repeated for every step.
-    eta: the noise of each step is drawn as the sequential loop draws it. progress: a bar of tqdm, if that is installed.
-    solver, rtol, max_iterations, max_batch: as in `deqkern.sample`.
+    Args:
+        diffusion: An object with `alphas_cumprod` (S,) and `model_mean_type` EPSILON or START_X; also with
+            `timestep_map` (spaced) and `rescale_timesteps`.
+        model: `model(x, t, **model_kwargs)` with N rows, N up to S * B, gives C channels, or 2 C with a learned
+            variance.
+        shape: Of the noise, (B, *shape).
+        noise: (B, *shape); drawn from torch's global generator unless given.
+        clip_denoised: Whether x0 is clipped to -1 .. 1.
+        denoised_fn: Called with N rows of x0; a row may depend on that row alone.
+        cond_fn: Called with N rows of x, t and model_kwargs; a row may depend on that row alone.
+        model_kwargs: Tensors in it whose first dimension is B are repeated for every step.
+        device: Where noise is drawn, by default the model's.
+        progress: Whether to show a bar of tqdm, if that is installed.
+        eta: The noise of each step is drawn as the sequential loop draws it.
+        solver: As in `deqkern.sample`.
+        rtol: As in `deqkern.sample`.
+        max_iterations: As in `deqkern.sample`.
+        max_batch: As in `deqkern.sample`.
 
-    Raises ValueError or TypeError for an argument that does not fit. Samples that do not converge are reported by one
-    `ConvergenceWarning`.
+    Returns:
+        The clean samples (B, *shape).
+
+    Raises:
+        ValueError: For an argument that does not fit.
+        TypeError: For one of another type.
+
+    Warns:
+        ConvergenceWarning: Once, if a sample did not converge.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from deqkern.integrations.guided_diffusion import ddim_sample_loop
+        >>> diffusion = SimpleNamespace(alphas_cumprod=torch.linspace(0.99, 0.01, 20))  # or a GaussianDiffusion
+        >>> ddim_sample_loop(diffusion, lambda x, t: 0.1 * x, (2, 3, 8, 8)).shape
+        torch.Size([2, 3, 8, 8])
     """
     denoiser = _Denoiser(diffusion, model, clip_denoised, denoised_fn, cond_fn)
     chain = Chain(
@@ -85,10 +110,21 @@ def ddim_sample_loop_progressive(
     max_iterations: int | None = None,
     max_batch: int | None = None,
 ) -> Iterator[dict[str, Tensor]]:
-    """The same, iteration by iteration: dicts with `sample` (B, *shape), the clean samples as they are then.
+    """`ddim_sample_loop`, iteration by iteration.
 
-    `pred_xstart` is the estimate of x0 at the last step, which the chain ends at: the same numbers. Arguments are
-    checked at the call, not at the first iteration.
+    Arguments are those of `ddim_sample_loop`, and are checked at the call, not at the first iteration.
+
+    Yields:
+        Dicts with `sample` (B, *shape), the clean samples as they are then, and `pred_xstart`, the estimate of x0 at
+        the last step, which the chain ends at: the same numbers.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from deqkern.integrations.guided_diffusion import ddim_sample_loop_progressive
+        >>> diffusion = SimpleNamespace(alphas_cumprod=torch.linspace(0.99, 0.01, 20))
+        >>> for now in ddim_sample_loop_progressive(diffusion, lambda x, t: 0.1 * x, (2, 3, 8, 8)):
+        ...     preview = now["sample"]
     """
     denoiser = _Denoiser(diffusion, model, clip_denoised, denoised_fn, cond_fn)
     chain = Chain(
@@ -127,11 +163,26 @@ def ddim_reverse_sample_loop(
     max_iterations: int | None = None,
     max_batch: int | None = None,
 ) -> Tensor:
-    """`diffusion.ddim_reverse_sample` for t = 0 .. S-1, all steps at once: the noise (B, *shape) of the samples x.
+    """`diffusion.ddim_reverse_sample` for t = 0 .. S-1, all steps at once.
 
     Each step takes the model at its clean end, the noisier state does not enter: naive inversion, wrong by percents
     (arXiv 2010.02502, section 4.3). `deqkern.invert` finds the noise that gives x back. The last step leads to
-    abar = 0. Arguments as in `ddim_sample_loop`; eta must be 0.
+    abar = 0. Other arguments are those of `ddim_sample_loop`.
+
+    Returns:
+        The noise (B, *shape) of the samples x (B, *shape).
+
+    Raises:
+        ValueError: For an argument that does not fit; eta must be 0.
+        TypeError: For one of another type.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from deqkern.integrations.guided_diffusion import ddim_reverse_sample_loop
+        >>> diffusion = SimpleNamespace(alphas_cumprod=torch.linspace(0.99, 0.01, 20))
+        >>> ddim_reverse_sample_loop(diffusion, lambda x, t: 0.1 * x, torch.rand(2, 3, 8, 8)).shape
+        torch.Size([2, 3, 8, 8])
     """
     if eta != 0:
         raise ValueError(f"eta must be 0, got {eta}: steps that draw noise have no reverse")

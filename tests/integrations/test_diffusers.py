@@ -726,6 +726,7 @@ def test_the_copies_follow_what_a_pipeline_is_set_to() -> None:
     networks = alive(type(pipe.unet))
     with parallel(pipe, rtol=0.0, devices=["cpu", "cpu"]) as run:
         before = result(pipe, call)
+        assert alive(type(pipe.unet)) == networks + 1
         pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
         after = result(pipe, call)
     expected = result(pipe, call)

@@ -36,20 +36,38 @@ def invert(
 ) -> Solution:
     """Find the noise from which `pipe` makes `image` (eta = 0): see `deqkern.invert`.
 
-    For Stable Diffusion `value` are latents: `pipe(prompt, latents=solution.value.to(pipe.dtype),
-    num_inference_steps=..., guidance_scale=...)` makes the image again. `DDIMPipeline` takes no noise;
-    `deqkern.sample(pipe.unet, ...)` does.
+    Args:
+        pipe: One of `INVERTIBLE`, or a subclass with the same loop, with a DDIMScheduler that does not clip.
+        image: As the pipelines take it: PIL, NumPy or a tensor (B, C, H, W) in 0 .. 1, or a list of them. A tensor with
+            as many channels as the VAE's latents is taken for latents, scaled as the pipeline has them.
+        prompt: One for all images, or one for each. Only Stable Diffusion has one.
+        num_inference_steps: S.
+        guidance_scale: As in the pipeline; > 1 is guidance, against the empty prompt, and makes inversion harder.
+        rtol: As in `deqkern.invert`.
+        method: As in `deqkern.invert`.
+        sigma_min: None is the pipeline's own chain; `deqkern.invert` says why a chain that ends early inverts better.
+        max_batch: Rows in one call of the UNet, but never less than one state; guidance takes two per state.
+        devices: As in `parallel`.
 
-    pipe: one of `INVERTIBLE`, or a subclass with the same loop, with a DDIMScheduler that does not clip.
-    image: as the pipelines take it: PIL, NumPy or a tensor (B, C, H, W) in 0 .. 1, or a list of them. A tensor with as
-        many channels as the VAE's latents is taken for latents, scaled as the pipeline has them.
-    prompt: one for all images, or one for each. Only Stable Diffusion has one. guidance_scale: as in the pipeline; > 1
-        is guidance, against the empty prompt, and makes inversion harder.
-    sigma_min: None is the pipeline's own chain; `deqkern.invert` says why a chain that ends early inverts better.
-    max_batch: rows in one call of the UNet, but never less than one state; guidance takes two per state.
-    devices: as in `parallel`.
+    Returns:
+        The `Solution`. For Stable Diffusion `value` are latents: `pipe(prompt,
+        latents=solution.value.to(pipe.dtype), num_inference_steps=..., guidance_scale=...)` makes the image again.
+        `DDIMPipeline` takes no noise; `deqkern.sample(pipe.unet, ...)` does.
 
-    Raises ValueError or TypeError for an argument that does not fit.
+    Raises:
+        ValueError: For an argument that does not fit.
+        TypeError: For one of another type.
+
+    Example:
+        >>> import diffusers, torch
+        >>> from deqkern import models
+        >>> from deqkern.integrations.diffusers import invert
+        >>> scheduler = diffusers.DDIMScheduler(clip_sample=False)
+        >>> pipe = diffusers.DDIMPipeline(models.load("digits").model, scheduler)
+        >>> image = torch.zeros(1, 1, 16, 16)
+        >>> found = invert(pipe, image, num_inference_steps=10, sigma_min=0.1)
+        >>> found.value.shape
+        torch.Size([1, 1, 16, 16])
     """
     check_options(rtol, None, max_batch)
     name = loop_name(pipe)
