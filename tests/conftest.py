@@ -45,8 +45,6 @@ LONGEST = (
     "test_runs",
     "test_cli_inversion",
     "test_second_order",
-    "test_diffusers_inversion",
-    "test_diffusers_refusals",
 )
 
 

@@ -42,7 +42,7 @@ def estimates(prediction_type: str, alpha: Tensor, sigma: Tensor) -> Estimates:
     """What an output of this type says at a state alpha x0 + sigma eps."""
     u, w = output_mix(prediction_type, alpha, sigma)
     det = alpha * w - sigma * u
-    return Estimates(w / det, -sigma / det, -u / det, alpha / det)
+    return Estimates(x0_of_x=w / det, x0_of_out=-sigma / det, eps_of_x=-u / det, eps_of_out=alpha / det)
 
 
 class Clipping(NamedTuple):

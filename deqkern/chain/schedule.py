@@ -267,7 +267,7 @@ class NoiseSchedule:
             raise ValueError(f"eta must be 0 or 1 with order=2, got {eta}")
         if sigma_min is not None and not 0 < to_float("sigma_min", sigma_min) < math.inf:
             raise ValueError(f"sigma_min must be None, or finite and > 0, got {sigma_min}")
-        levels = self._levels(count, eta, sigma_min, order)
+        levels = self._levels(count, eta=eta, sigma_min=sigma_min, order=order)
         if self.prediction_type == "epsilon" and bool((levels.alpha == 0).any()):
             raise ValueError(
                 "prediction_type='epsilon' cannot start at zero terminal SNR (alphas_cumprod = 0), where epsilon says "
@@ -284,13 +284,13 @@ class NoiseSchedule:
             lower_order_final=count < _LOWER_ORDER_FINAL,
         )
 
-    def _levels(self, count: int, eta: float, sigma_min: float | None, order: int) -> StepLevels:
+    def _levels(self, count: int, *, eta: float, sigma_min: float | None, order: int) -> StepLevels:
         if self.alphas_cumprod is None:
             if eta > 0:
                 raise ValueError(f"eta must be 0 for prediction_type='flow', got {eta}")
-            return flow_levels(self._scheduler, self.num_train_timesteps, self.shift, count, sigma_min)
+            return flow_levels(self._scheduler, self.num_train_timesteps, count, shift=self.shift, sigma_min=sigma_min)
         if self._scheduler is not None:
-            return own_levels(self._scheduler, count, eta, sigma_min)
+            return own_levels(self._scheduler, count, eta=eta, sigma_min=sigma_min)
         return discrete_levels(
             self.alphas_cumprod, count, spacing=self.timestep_spacing, offset=self.steps_offset,
             to_one=self.set_alpha_to_one, eta=eta, sigma_min=sigma_min, order=order,

@@ -36,7 +36,7 @@ def discrete_steps(
     if spacing == "log_snr":
         timesteps = _log_snr_timesteps(abar, count, to_one)
     else:
-        timesteps = (spaced_timesteps if order == 1 else multistep_timesteps)(spacing, total, count, offset)
+        timesteps = (spaced_timesteps if order == 1 else multistep_timesteps)(spacing, total, count, offset=offset)
     if timesteps[0] >= total:
         raise ValueError(
             f"steps_offset={offset} with num_inference_steps={count} starts at timestep {timesteps[0]}, "
@@ -50,8 +50,8 @@ def discrete_steps(
     else:
         following = [t - total // count for t in timesteps]
     if sigma_min is not None:
-        lowest = _timestep_of(abar, count, timesteps[0], sigma_min)
-        chain = even_in_log_snr(abar, count, timesteps[0], lowest)
+        lowest = _timestep_of(abar, count, timesteps[0], sigma_min=sigma_min)
+        chain = even_in_log_snr(abar, count, timesteps[0], lowest=lowest)
         timesteps, following = chain[:-1], chain[1:]
     final = abar.new_ones(1) if to_one else abar[:1]
     clean = torch.cat([abar, final])[[t if t >= 0 else total for t in following]]
@@ -76,7 +76,7 @@ def multistep_timesteps(spacing: str, total: int, count: int, offset: int) -> li
         return [i * (total // (count + 1)) + offset for i in range(1, count + 1)][::-1]
     if spacing == "linspace":
         return [round(i * ((total - 1) / count)) for i in range(1, count + 1)][::-1]
-    return spaced_timesteps(spacing, total, count, offset)
+    return spaced_timesteps(spacing, total, count, offset=offset)
 
 
 def even_in_log_snr(abar: Tensor, count: int, top: int, lowest: int) -> list[int]:
@@ -102,10 +102,10 @@ def _log_snr_timesteps(abar: Tensor, count: int, to_one: bool) -> list[int]:
     """From T - 1 to 0, whence the last step leads to the clean sample; it ends at 0 without `to_one`."""
     top = len(abar) - 1
     if to_one:
-        return even_in_log_snr(abar, count - 1, top, 0) if count > 1 else [top]
+        return even_in_log_snr(abar, count - 1, top, lowest=0) if count > 1 else [top]
     if count > top:
         raise ValueError(f"num_inference_steps must be in 1 .. {top} without set_alpha_to_one, got {count}")
-    return even_in_log_snr(abar, count, top, 0)[:-1]
+    return even_in_log_snr(abar, count, top, lowest=0)[:-1]
 
 
 def _timestep_of(abar: Tensor, count: int, top: int, sigma_min: float) -> int:

@@ -43,9 +43,19 @@ class Chain:
         callback: Callable[..., Any] | None = None,
     ) -> None:
         self.solver = default() if solver is None else solver
-        check_chain(model, name, first, self.solver, rtol, max_iterations, model_kwargs, max_batch, callback)
+        check_chain(
+            model,
+            name,
+            first,
+            solver=self.solver,
+            rtol=rtol,
+            max_iterations=max_iterations,
+            model_kwargs=model_kwargs,
+            max_batch=max_batch,
+            callback=callback,
+        )
         self.table, self.first, self.max_batch = table, first, max_batch
-        self.network = Network(call, table, arguments_of(model, model_kwargs), self.first)
+        self.network = Network(call, table, arguments_of(model, model_kwargs), example=first)
         self.rtol, self.max_iterations = rtol, max_iterations
 
     @torch.no_grad()

@@ -67,7 +67,7 @@ def generalized_steps(
     if not len(steps) or not bool((steps[1:] > steps[:-1]).all()) or steps[0] < 0 or steps[-1] >= len(b):
         raise ValueError(f"seq must ascend within 0 .. {len(b) - 1}, got {list(seq)}")
     kept = (1 - b.detach()).cumprod(0).to("cpu", torch.float64)[steps]  # in the precision of b, as the authors'
-    table = ddim_table("epsilon", steps.float(), kept, eta)
+    table = ddim_table("epsilon", steps.float(), kept, eta=eta)
 
     def call(states: Tensor, t: Tensor, **arguments: Any) -> Tensor:
         return model(states, t, **arguments)

@@ -76,13 +76,13 @@ def ddim_sample_loop(
         >>> ddim_sample_loop(diffusion, lambda x, t: 0.1 * x, (2, 3, 8, 8)).shape
         torch.Size([2, 3, 8, 8])
     """
-    denoiser = _Denoiser(diffusion, model, clip_denoised, denoised_fn, cond_fn)
+    denoiser = _Denoiser(diffusion, model, clip_denoised, denoised_fn=denoised_fn, cond_fn=cond_fn)
     chain = Chain(
         denoiser,
         denoiser.table(eta),
         model,
         name="noise",
-        first=_noise(model, shape, noise, device),
+        first=_noise(model, shape, noise, device=device),
         model_kwargs=model_kwargs,
         solver=solver,
         rtol=rtol,
@@ -126,13 +126,13 @@ def ddim_sample_loop_progressive(
         >>> for now in ddim_sample_loop_progressive(diffusion, lambda x, t: 0.1 * x, (2, 3, 8, 8)):
         ...     preview = now["sample"]
     """
-    denoiser = _Denoiser(diffusion, model, clip_denoised, denoised_fn, cond_fn)
+    denoiser = _Denoiser(diffusion, model, clip_denoised, denoised_fn=denoised_fn, cond_fn=cond_fn)
     chain = Chain(
         denoiser,
         denoiser.table(eta),
         model,
         name="noise",
-        first=_noise(model, shape, noise, device),
+        first=_noise(model, shape, noise, device=device),
         model_kwargs=model_kwargs,
         solver=solver,
         rtol=rtol,
@@ -186,7 +186,7 @@ def ddim_reverse_sample_loop(
     """
     if eta != 0:
         raise ValueError(f"eta must be 0, got {eta}: steps that draw noise have no reverse")
-    denoiser = _Denoiser(diffusion, model, clip_denoised, denoised_fn, None)
+    denoiser = _Denoiser(diffusion, model, clip_denoised, denoised_fn=denoised_fn, cond_fn=None)
     abar = denoiser.abar
     after = torch.cat([abar[1:], abar.new_zeros(1)])
     table = StepTable.build(
@@ -264,7 +264,7 @@ class _Denoiser:
 
     def table(self, eta: float) -> StepTable:
         """The chain of its sampling loop."""
-        return ddim_table("sample", torch.arange(len(self.abar), device="cpu"), self.abar, eta)
+        return ddim_table("sample", torch.arange(len(self.abar), device="cpu"), self.abar, eta=eta)
 
     def __call__(self, x: Tensor, index: Tensor, **model_kwargs: Any) -> Tensor:
         t = self.timesteps.to(x.device)[index]

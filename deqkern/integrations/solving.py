@@ -61,7 +61,7 @@ class JointSolve:
     ) -> None:
         self.table, self.dtype = table, dtype or first.dtype
         called: Map = network or _Told(self.dtype, error_prefix)
-        trajectory = start(called, first, table, solver, step_noise=step_noise, max_batch=max_batch)
+        trajectory = start(called, first, table, solver=solver, step_noise=step_noise, max_batch=max_batch)
         self._solve = Solve(trajectory, solver, rtol=rtol, max_iterations=max_iterations)
 
     @property

@@ -74,7 +74,7 @@ def parallel(
     check_options(rtol, None, max_batch)
     spread = None if devices is None else replicated(denoiser, devices)
     run = ParallelRun(
-        pipe, loop, denoiser, scheduler, row=row, rtol=rtol, solver=solver, max_batch=max_batch, spread=spread
+        pipe, loop, denoiser, scheduler=scheduler, row=row, rtol=rtol, solver=solver, max_batch=max_batch, spread=spread
     )
     before, config, kind = pipe.scheduler, vars(pipe)["_internal_dict"], type(pipe)
     vars(pipe)["scheduler"] = run._scheduler.posed  # past the pipe's __setattr__, which would write it into the config

@@ -88,12 +88,12 @@ def invert(
 
     unet = pipe.unet if devices is None else replicated(pipe.unet, devices)
 
-    def found(model: Any, sample: Tensor, rows: int, model_kwargs: dict[str, Any]) -> Solution:
+    def inverted(model: Any, sample: Tensor, rows: int, **model_kwargs: Tensor) -> Solution:
         return inversion.invert(
             model,
             sample,
             schedule,
-            num_inference_steps,
+            num_inference_steps=num_inference_steps,
             method=method,
             rtol=rtol,
             sigma_min=sigma_min,
@@ -105,17 +105,19 @@ def invert(
         if name == "DDIMPipeline":
             if prompt != "" or guidance_scale != 1:
                 raise ValueError("prompt and guidance_scale are for Stable Diffusion; DDIMPipeline has no conditioning")
-            return found(unet, _pixels(pipe, image).to(device), 1, {})
+            return inverted(unet, _pixels(pipe, image).to(device), rows=1)
         latents = _latents(pipe, image)
         prompts = [prompt] * len(latents) if isinstance(prompt, str) else list(prompt)
         if len(prompts) != len(latents):
             raise ValueError(f"prompt must be one or {len(latents)}, as many as images, got {len(prompts)}")
         guides = guidance_scale > 1
         text, empty = pipe.encode_prompt(prompts, latents.device, 1, guides)
-        given = {"encoder_hidden_states": text}  # (B, tokens, features)
         if not guides:
-            return found(unet, latents, 1, given)
-        return found(guided(unet, guidance_scale, given, {"encoder_hidden_states": empty}), latents, 2, {})
+            return inverted(unet, latents, rows=1, encoder_hidden_states=text)  # (B, tokens, features)
+        model = guided(
+            unet, guidance_scale, cond={"encoder_hidden_states": text}, uncond={"encoder_hidden_states": empty}
+        )
+        return inverted(model, latents, rows=2)
 
 
 def _pixels(pipe: Any, image: Any) -> Tensor:  # (B, C, H, W) in -1 .. 1

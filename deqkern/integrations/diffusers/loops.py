@@ -126,7 +126,7 @@ class Loop:
             own = x.shape[1]
         else:  # less conditioning, less learned sigma
             own = min(int(config["in_channels"]), int(config.get("out_channels") or config["in_channels"]))
-        return LatentFormat(len(x) // copies, copies, own, packing)
+        return LatentFormat(len(x) // copies, copies, own, packing=packing)
 
 
 _UNET = Loop("unet", generator=True)

@@ -63,9 +63,9 @@ class ParallelRun:
     ) -> None:
         self._pipe, self._loop, self._solver, self._rtol = pipe, loop, solver, rtol
         self._guard = Guard(loop, denoiser.config, lambda: settings_of(self._pipe, denoiser))
-        self._scheduler = SchedulerProxy(scheduler, row, self._set_timesteps, self._step)
+        self._scheduler = SchedulerProxy(scheduler, row, self._set_timesteps, step=self._step)
         self._hook = DenoiserHook(
-            denoiser, loop, lambda: self._looping, self._evaluation, max_batch=max_batch, spread=spread
+            denoiser, loop, lambda: self._looping, answer=self._evaluation, max_batch=max_batch, spread=spread
         )
         self._running = False  # in the loop
         self._looping = False  # between a timestep of the loop and the step of the scheduler
@@ -147,7 +147,8 @@ class ParallelRun:
         if now.rows is None:
             now.rows = now.solve.ask()
         states = now.latents.pack(now.rows.states)
-        return Evaluation(states, now.timesteps[now.rows.steps], now.rows.samples, now.latents)
+        timesteps = now.timesteps[now.rows.steps]
+        return Evaluation(states, timesteps, samples=now.rows.samples, latents=now.latents)
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         """One iteration. The state that the pipeline goes on with is the present estimate of the chain's end."""
@@ -179,7 +180,7 @@ class ParallelRun:
         check_no_cache(self._hook.denoiser)
         self._guard.begin()
         copies = 2 if self._loop.doubled and self._guided else 1
-        latents = self._loop.latents(x, given, self._hook.denoiser.config, copies)
+        latents = self._loop.latents(x, given, self._hook.denoiser.config, copies=copies)
         preview = x[: latents.batch, : latents.own].clone()
         first, noise = latents.unpack(preview), None
         eta, dtype = self._scheduler.noise_of(self._arguments, x.dtype)
@@ -187,7 +188,7 @@ class ParallelRun:
             from diffusers.utils.torch_utils import randn_tensor
 
             generator = self._arguments.get("generator")
-            noise = torch.stack([randn_tensor(first.shape, generator, x.device, dtype) for _ in self._span])
+            noise = torch.stack([randn_tensor(first.shape, generator, x.device, dtype=dtype) for _ in self._span])
         table = self._scheduler.table(eta).part(self._span)
         solve = JointSolve(
             first,
@@ -198,7 +199,7 @@ class ParallelRun:
             step_noise=noise,
             error_prefix="pipe's denoiser returned",
         )
-        return _Solving(solve, latents, table.timesteps.to(x.device), preview)
+        return _Solving(solve, latents, table.timesteps.to(x.device), preview=preview)
 
     @property
     def _guided(self) -> bool:
