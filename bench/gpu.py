@@ -1,4 +1,4 @@
-"""Everything that is measured on a GPU, in one run: `make gpu`, or what docs/performance.md says without make.
+"""Everything that is measured on a GPU, in one run: `make gpu`, or what docs/records/performance.md says without make.
 
     copy         the bandwidth of a copy, per size: what every share is a share of
     shipped      whole solves of the shipped models, fp32 and bf16 (they need diffusers)
@@ -10,7 +10,7 @@
     end to end   the sequential chain and the joint solve of these, with the model's share
     dct2         its kernel in other shapes and precisions, with their errors, and the bare products by cuBLAS
     compiled     the whole solves through torch.compile, last since it takes longest
-    bars         what docs/performance.md aims at, met or missed
+    bars         what docs/records/performance.md aims at, met or missed
 
 Whole solves are compared with the sequential loop in each way to run it: eager, as one CUDA graph, compiled, both. A
 part that fails is left out and the exit code is 1; one that `--seconds` leaves no time for is cut. Every row is on disk

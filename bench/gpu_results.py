@@ -1,4 +1,4 @@
-"""What a run on a GPU found: rows by part, on disk after each of them, and the bars of docs/performance.md."""
+"""What a run on a GPU found: rows by part, on disk after each of them, and the bars of docs/records/performance.md."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _stop(*_: object) -> None:
 
 
 def bars(result: Row) -> Iterator[Row]:
-    """docs/performance.md, the table of aims. Of several figures that a bar is about, the worst counts."""
+    """docs/records/performance.md, the table of aims. Of several figures that a bar is about, the worst counts."""
 
     def bar(name: str, aim: float, figures: list[float], least: bool) -> Row:
         if not figures:

@@ -253,7 +253,7 @@ def test_quality_is_measured_and_drawn(quality: ModuleType, tmp_path: Path) -> N
 
 
 def test_six_joint_iterations_come_nearer_than_twenty_steps(quality: ModuleType) -> None:
-    """docs/convergence.md: 1.2e-2 against 2.1e-2 on 8 samples, with steps even in t and the model's profile."""
+    """docs/records/convergence.md: 1.2e-2 against 2.1e-2 on 8 samples, with steps even in t and the model's profile."""
     loaded = models.load("digits")
     noise = torch.randn(8, *loaded.shape, generator=torch.Generator().manual_seed(1000))[:3]
     exact = quality.chain(loaded, noise, "DPM-Solver++ 2M", "even in log-SNR", 100)
