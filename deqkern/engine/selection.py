@@ -63,12 +63,12 @@ class Thinning:
     def __init__(self, table: StepTable, share: float, rtol: float) -> None:
         self.distance, level = min(share * table.num_inference_steps, 1e9), table.log_snr  # no chain is longer
         self.least_move = LEAST_MOVE * rtol
-        keep, pull, of_x, of_out = table.held_x0()
-        after = keep.cumprod(0)
-        scale = torch.cat([torch.ones_like(keep[:1]), after[:-1]])
-        sums = torch.stack([pull, pull * level]).div(after).cumsum(1)
+        constant = table.constant_x0()
+        after = constant.keep.cumprod(0)
+        scale = torch.cat([torch.ones_like(after[:1]), after[:-1]])
+        sums = torch.stack([constant.x0_gain, constant.x0_gain * level]).div(after).cumsum(1)
         sums = torch.cat([torch.zeros_like(sums[:, :1]), sums[:, :-1]], 1)
-        self.path: Tensor = torch.stack([scale, *sums, level, of_x, of_out])
+        self.path: Tensor = torch.stack([scale, *sums, level, constant.of_x, constant.of_out])
 
     def choose_steps(self, open_steps: Bools, changes: Reals) -> Bools:
         """Whether each open step of a window (S, B) is evaluated (S, B); the first and the last one are.

@@ -160,7 +160,7 @@ class Trajectory:
         """What `Extension` keeps constant (4, S), on the CPU: x0, or with the guess "constant" the state."""
         if self.guess == "none":
             return None
-        kept = torch.stack(self.table.held_x0())
+        kept = torch.stack(self.table.constant_x0())
         if self.guess == "constant":
             kept[0], kept[1:] = 1.0, 0.0
         return kept

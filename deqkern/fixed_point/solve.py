@@ -39,9 +39,6 @@ STEP = StepTable(  # x[1] = f(x[1])
     n=_ZERO,
     slope_0=_ZERO,
     slope_1=_ZERO,
-    u=_ZERO,
-    w=_ONE,
-    direction=_ONE,
     implicit=True,
 )
 

@@ -131,10 +131,10 @@ def test_how_far_states_moved() -> None:
 
 def walked(table: StepTable, x: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
     """The states (S+1, D) of the chain along which the model says that x0 is clean[i], and its outputs (S, D)."""
-    keep, pull, of_x, of_out = table.held_x0()
+    keep, x0_gain, of_x, of_out = table.constant_x0()
     states = [x]
     for i in range(table.num_inference_steps):
-        states.append(keep[i] * states[-1] + pull[i] * clean[i])
+        states.append(keep[i] * states[-1] + x0_gain[i] * clean[i])
     outputs = [(clean[i] - of_x[i] * states[i]) / of_out[i] for i in range(table.num_inference_steps)]
     return torch.stack(states), torch.stack(outputs)
 
