@@ -24,7 +24,7 @@ from torch import Tensor
 import deqkern
 from deqkern import solvers
 from deqkern.engine.solution import relative_error
-from deqkern.gradients.methods import Implicit
+from deqkern.gradients import Implicit
 from deqkern.solvers.presets import Solver
 
 BATCH, SIZE, LIMIT = 16, 100, 1000

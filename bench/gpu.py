@@ -35,26 +35,24 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import networks
-import numpy as np
 import registry
 import torch
 import typer
-from iteration import HISTORY, SCHEDULE, PlainTorch
+from iteration import HISTORY, SCHEDULE, PlainTorch, open_iteration
 from registry import Size
 from torch import Tensor
 
 import deqkern
 from deqkern import models, ops, solvers
-from deqkern.engine import trajectory
 from deqkern.engine.iteration import Iteration
+from deqkern.engine.rows import Rows
 from deqkern.engine.solution import relative_error
-from deqkern.network.model import Network
 from deqkern.ops import reference
 
 Row = dict[str, Any]
 Network = networks.UNet | networks.DiT
 Call = Callable[[], object]
-COMPILED = ("anderson_mix", "anderson_gram", "band_moments", "secant_slope", "fill_gaps", "ddim_scan")
+COMPILED = ("anderson_mix", "anderson_gram", "band_moments", "secant_slope", "interpolate_outputs", "ddim_scan")
 # Iterations to 1e-2 of the default solver with all steps at once, on trained weights at S = 50, eta 0:
 # docs/convergence.md, both models.
 TRAINED_ITERATIONS = 6.5
@@ -239,18 +237,16 @@ def measure_iterations(clock: Clock, size: Size) -> Iterator[Row]:
     yield from ({"solver": name, "us": 1e6 * spent} for name, spent in plain.items())
     for solver in (solvers.default(window=None), solvers.parataa(), solvers.deq_ddim()):
         table = SCHEDULE.steps(size.steps)
-        system = trajectory.start(Network(lambda x, t: x, table, {}, noise), noise, table, solver)
-        iteration = Iteration(system, solver, 0.0)
-        system.select(np.arange(size.steps * size.batch))
-        opened = iteration.work.window.clone()
+        iteration, rows = open_iteration(solver, noise, table)
+        opened = iteration.stopping.flat.clone()
 
-        def run(k: int, i: Iteration = iteration, w: Tensor = opened) -> None:
-            i.work.window.copy_(w)
-            i.run(k)
+        def run(k: int, i: Iteration = iteration, r: Rows = rows, w: Tensor = opened) -> None:
+            i.stopping.flat.copy_(w)
+            i.run(k, r, [r.states])
 
         for k in range(2 * solver.history_size + 2):
             run(k)
-        period = math.lcm(len(iteration.work.e), solver.history_size + 1)
+        period = math.lcm(len(iteration.e), solver.history_size + 1)
         calls: list[Call] = [lambda k=k: run(k) for k in range(4 * period, 5 * period)]
         eager = clock.wall(lambda c=calls: [call() for call in c], max(50 // period, 1)) / period
         graph = graphed(calls, device)

@@ -25,7 +25,8 @@ import typer
 import deqkern
 from deqkern import Optimize, Solution, models, solvers
 from deqkern.engine.solution import relative_error
-from deqkern.gradients.methods import Adjoint, Exact, Gradient, Implicit, Phantom, Pullback
+from deqkern.gradients import Adjoint, Exact, Gradient, Implicit, Phantom
+from deqkern.gradients.pullback import Pullback
 from deqkern.network.model import Network
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
@@ -70,7 +71,7 @@ def measure_errors(name: str, eta: float, batch: int, steps: int) -> list[Row]:
             error = relative_error(found.first, exact)
             cosine = torch.cosine_similarity(found.first.flatten(1), exact.flatten(1))
             row: Row = {"model": name, "eta": eta, "loss": loss, "gradient": label, "calls": calls}
-            row |= {"products": found.products.tolist(), "error": error.tolist(), "cosine": cosine.tolist()}
+            row |= {"products": found.vjps.tolist(), "error": error.tolist(), "cosine": cosine.tolist()}
             rows.append(row)
             cells = [name, f"{eta:g}", loss, label, calls, f"{statistics.median(row['products']):g}"]
             cells += [f"{float(error.median()):.0e}, {float(error.max()):.0e}", f"{float(cosine.median()):.2f}"]

@@ -2,16 +2,16 @@
 
 A byte floor counts each array once for every time that the op has to read or write it, in units of S * B * D * 4 bytes:
 
-    ddim_scan       x, e (and z) read, f and g written                  4 (5)
-    band_moments    dx, e, e_prev read                                  3
-    dct2            the image read and the spectrum written, or back    2
-    fill_gaps       x read, x and e of the rows around it, e written    6 per row that it fills, here every second one
-    extend          x and moved written                                 2 per state that it guesses, here the last half
-    anderson_gram   m + 1 corrections read                              m + 1
-    anderson_mix    m + 1 updates read, the state written               m + 2
-    anderson_solve  no unit: the Gram matrices and right sides read, gamma written
-    secant_slope    no unit: the moments read, the slopes read and written
-    progress        no unit: the norms read
+    ddim_scan            x, e (and z) read, f and g written                  4 (5)
+    band_moments         dx, e, e_prev read                                  3
+    dct2                 the image read and the spectrum written, or back    2
+    interpolate_outputs  x read, x and e of the rows around it, e written    6 per row that it fills, every second one
+    extrapolate_states   x and its last change written                       2 per state that it guesses, the last half
+    anderson_gram        m + 1 corrections read                              m + 1
+    anderson_mix         m + 1 updates read, the state written               m + 2
+    anderson_solve       no unit: the Gram matrices and right sides read, gamma written
+    secant_slope         no unit: the moments read, the slopes read and written
+    update_convergence   no unit: the norms read
 
 All windows are open and all of the history is there. Without history (m = 0) an iteration has no gram, solve and mix.
 """
@@ -92,14 +92,14 @@ def _cases_of(size: Size, histories: tuple[int, ...]) -> Iterator[Case]:
     yield Case("band_moments", "", size, _band_moments(size), 3 * unit, 40 * n)
     filled = (size.steps - 1) // 2 * size.batch * math.prod(size.shape)
     if filled:
-        yield Case("fill_gaps", "", size, _fill_gaps(size), 24 * filled, 40 * filled)
+        yield Case("interpolate_outputs", "", size, _interpolate_outputs(size), 24 * filled, 40 * filled)
     guessed = size.steps // 2 * size.batch * math.prod(size.shape)
     if guessed:
-        yield Case("extend", "", size, _extend(size), 8 * guessed, 16 * n)
+        yield Case("extrapolate_states", "", size, _extrapolate_states(size), 8 * guessed, 16 * n)
     if len(size.shape) == 3:
         slopes = flat.elements * (len(basis_of(size.shape, torch.device("cpu")).bands) - 1)
         yield Case("secant_slope", "", size, _secant_slope(size), 24 * slopes, 40 * slopes)
-    yield Case("progress", "", flat, _progress(flat), 24 * flat.elements, 400 * flat.elements)
+    yield Case("update_convergence", "", flat, _update_convergence(flat), 24 * flat.elements, 400 * flat.elements)
     if len(size.shape) == 3:
         for inverse in (False, True):
             yield Case("dct2", "inverse" if inverse else "forward", size, _dct2(size, inverse), 2 * unit, 16 * n)
@@ -167,7 +167,7 @@ def _band_moments(size: Size) -> Callable[[torch.device], Arguments]:
     return make
 
 
-def _fill_gaps(size: Size) -> Callable[[torch.device], Arguments]:
+def _interpolate_outputs(size: Size) -> Callable[[torch.device], Arguments]:
     def make(device: torch.device) -> Arguments:
         bands = basis_of(size.shape, device).bands
         index = torch.arange(size.steps * size.batch, device=device).view(size.steps, size.batch)
@@ -185,7 +185,7 @@ def _fill_gaps(size: Size) -> Callable[[torch.device], Arguments]:
     return make
 
 
-def _extend(size: Size) -> Callable[[torch.device], Arguments]:
+def _extrapolate_states(size: Size) -> Callable[[torch.device], Arguments]:
     def make(device: torch.device) -> Arguments:
         middle = size.steps - size.steps // 2
         return {
@@ -238,7 +238,7 @@ def _secant_slope(size: Size) -> Callable[[torch.device], Arguments]:
     return make
 
 
-def _progress(size: Size) -> Callable[[torch.device], Arguments]:
+def _update_convergence(size: Size) -> Callable[[torch.device], Arguments]:
     def make(device: torch.device) -> Arguments:
         double: Any = {"dtype": torch.float64, "device": device}
         norms = torch.rand(size.steps, size.batch, 3, **double)

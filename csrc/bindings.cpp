@@ -115,12 +115,12 @@ void secant_slope(Address moments, Address low, Address high, Address slope, int
                           S, B, K, pull});
 }
 
-void fill_gaps(Address x, Address slope, Address bands, Address rows, Address path, Address e, int64_t S, int64_t B,
+void interpolate_outputs(Address x, Address slope, Address bands, Address rows, Address path, Address e, int64_t S, int64_t B,
                int64_t D, int64_t K, int64_t N, int threads) {
   require(S >= 0 && B >= 0 && D >= 0 && K >= 0 && N >= 0, "sizes must not be negative");
   if (S == 0 || B == 0 || K == 0 || N == 0) return;
   const bool data = D > 0;
-  FillGaps op{pointer<const float>(x, data, "x"),
+  InterpolateOutputs op{pointer<const float>(x, data, "x"),
               pointer<const float>(slope, true, "slope"),
               pointer<const int64_t>(bands, true, "bands"),
               pointer<const int64_t>(rows, true, "rows"),
@@ -129,14 +129,14 @@ void fill_gaps(Address x, Address slope, Address bands, Address rows, Address pa
               S, B, D, K, N, threads};
   check_bands(op.bands, K, D);
   check_indices(op.rows, 3 * N, S * B, "rows must be within 0 .. S*B-1");
-  kernels().fill_gaps(op);
+  kernels().interpolate_outputs(op);
 }
 
-void extend(Address x, Address moved, Address e, Address z, Address held, Address n, Address before, Address window,
+void extrapolate_states(Address x, Address moved, Address e, Address z, Address held, Address n, Address before, Address window,
             Address skip, int64_t S, int64_t B, int64_t D, float beta, bool implicit, int threads) {
   require(S >= 0 && B >= 0 && D >= 0, "sizes must not be negative");
   if (S == 0 || B == 0 || D == 0) return;
-  kernels().extend({pointer<float>(x, true, "x"),
+  kernels().extrapolate_states({pointer<float>(x, true, "x"),
                     pointer<float>(moved, true, "moved"),
                     pointer<const float>(e, true, "e"),
                     pointer<const float>(z, false, "z"),
@@ -192,12 +192,12 @@ void anderson_mix(Address f_ring, Address gamma, Address window, Address out, in
                           S, B, D, m, head, count, threads});
 }
 
-void progress(Address norms, Address scale, Address gap, Address tolerance, Address errors, Address window,
+void update_convergence(Address norms, Address scale, Address gap, Address tolerance, Address errors, Address window,
               Address diverged, int64_t S, int64_t B, double rtol, double contraction, double growth, int64_t size,
               bool implicit) {
   require(S >= 0 && B >= 0, "sizes must not be negative");
   if (S == 0 || B == 0) return;
-  kernels().progress({pointer<const double>(norms, true, "norms"),
+  kernels().update_convergence({pointer<const double>(norms, true, "norms"),
                       pointer<const double>(scale, true, "scale"),
                       pointer<const int64_t>(gap, false, "gap"),
                       pointer<const double>(tolerance, true, "tolerance"),
@@ -253,12 +253,12 @@ PYBIND11_MODULE(_C, module) {
              arg("moments"), arg("S"), arg("B"), arg("D"), arg("K"), arg("threads"));
   module.def("secant_slope", &secant_slope, NoGil(), arg("moments"), arg("low"), arg("high"), arg("slope"), arg("S"),
              arg("B"), arg("K"), arg("pull"));
-  module.def("fill_gaps", &fill_gaps, NoGil(), arg("x"), arg("slope"), arg("bands"), arg("rows"), arg("path"),
+  module.def("interpolate_outputs", &interpolate_outputs, NoGil(), arg("x"), arg("slope"), arg("bands"), arg("rows"), arg("path"),
              arg("e"), arg("S"), arg("B"), arg("D"), arg("K"), arg("N"), arg("threads"));
-  module.def("extend", &extend, NoGil(), arg("x"), arg("moved"), arg("e"), arg("z"), arg("held"), arg("n"),
+  module.def("extrapolate_states", &extrapolate_states, NoGil(), arg("x"), arg("moved"), arg("e"), arg("z"), arg("held"), arg("n"),
              arg("before"), arg("window"), arg("skip"), arg("S"), arg("B"), arg("D"), arg("beta"), arg("implicit"),
              arg("threads"));
-  module.def("progress", &progress, NoGil(), arg("norms"), arg("scale"), arg("gap"), arg("tolerance"), arg("errors"),
+  module.def("update_convergence", &update_convergence, NoGil(), arg("norms"), arg("scale"), arg("gap"), arg("tolerance"), arg("errors"),
              arg("window"), arg("diverged"), arg("S"), arg("B"), arg("rtol"), arg("contraction"), arg("growth"),
              arg("size"), arg("implicit"));
   module.def("anderson_gram", &anderson_gram, NoGil(), arg("g_ring"), arg("window"), arg("gram"), arg("rhs"), arg("S"),

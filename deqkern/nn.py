@@ -10,16 +10,41 @@ import torch
 
 from .engine.solution import Solution
 from .fixed_point.solve import check_options, fixed_point
-from .gradients.methods import Implicit, Phantom
+from .gradients.pullback import Gradient
 from .solvers.presets import Solver, anderson
+
+__all__ = ["DEQ"]
 
 
 class DEQ(torch.nn.Module):
-    """A deep equilibrium layer (arXiv 1909.01377): the z that solves z = f(z, *inputs).
+    """A deep equilibrium layer: the z that solves z = f(z, *inputs).
 
-    f: a module or function, called with the whole batch. solver, rtol, max_iterations, gradient: as in
-    `deqkern.fixed_point`. `solution` is the `Solution` of the last call, without its graph; None before the first.
     torch.compile around the layer leaves the solve as it is: give `torch.compile(f)`.
+
+    Args:
+        f: A module or function, called with the whole batch.
+        solver: As in `deqkern.fixed_point`.
+        rtol: As in `deqkern.fixed_point`.
+        max_iterations: As in `deqkern.fixed_point`.
+        gradient: As in `deqkern.fixed_point`.
+
+    Attributes:
+        solution: The `Solution` of the last call, without its graph; None before the first.
+
+    Raises:
+        ValueError: If an option is out of range.
+        TypeError: If an option is of another type.
+
+    Example:
+        >>> weight = torch.nn.Parameter(0.1 * torch.randn(8, 8))
+        >>> layer = deqkern.nn.DEQ(lambda z, x: torch.tanh(z @ weight + x))
+        >>> x = torch.randn(4, 8)
+        >>> layer(torch.zeros_like(x), x).square().mean().backward()
+        >>> layer.solution.converged.all(), weight.grad.shape
+        (tensor(True), torch.Size([8, 8]))
+
+    Reference:
+        Bai, Kolter, Koltun: Deep equilibrium models, arXiv 1909.01377.
     """
 
     solution: Solution | None
@@ -31,7 +56,7 @@ class DEQ(torch.nn.Module):
         solver: Solver | None = None,
         rtol: float = 1e-3,
         max_iterations: int = 40,
-        gradient: str | Implicit | Phantom | None = "implicit",
+        gradient: str | Gradient | None = "implicit",
     ) -> None:
         super().__init__()
         self.solver = anderson() if solver is None else solver
@@ -40,7 +65,15 @@ class DEQ(torch.nn.Module):
         self.solution = None
 
     def forward(self, z0: Any, *inputs: Any) -> Any:
-        """The solution, as z0: a tensor (B, *shape), or a tuple or list of tensors. In eval mode differentiable too."""
+        """Solve from z0. In eval mode differentiable too.
+
+        Args:
+            z0: The initial guess: a tensor (B, *shape), or a tuple or list of tensors.
+            inputs: What f is called with besides.
+
+        Returns:
+            The solution, as z0.
+        """
         solution = fixed_point(
             lambda z: self.f(z, *inputs),
             z0,

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from .chain.schedule import NoiseSchedule
-from .engine.selection import thins
-from .network.model import Model, Network, arguments_of
-from .problem import check_arguments
+from .engine.selection import is_worth_thinning
+from .network.model import Model, Network
+from .problem import Problem, check_schedule
 from .solvers.presets import THINNING, Solver, default, sequential
 from .support.checks import check_count, check_not_empty, check_number, is_int
 
@@ -106,31 +106,39 @@ def plan(
     The model is called as it is, without gradients; the random state of torch stays as it was. Raises ValueError or
     TypeError as `sample` does, and what the model raises if already B rows are too many for the memory.
     """
-    check_arguments(model, "example", example, schedule, default(), rtol, None, model_kwargs, max_batch, None)
+    check_schedule(schedule)
     check_count("repeats", repeats)
-    table = schedule.steps(num_inference_steps, eta=eta, order=order)
-    network = Network(model, table, arguments_of(model, model_kwargs), example)
-    return planned(network, "example", example, eta, rtol, max_batch, iterations, evaluations, repeats)
+    problem = Problem.of_chain(
+        model,
+        example,
+        lambda: schedule.steps(num_inference_steps, eta=eta, order=order),
+        name="example",
+        solver=default(),
+        rtol=rtol,
+        max_batch=max_batch,
+        model_kwargs=model_kwargs,
+    )
+    return planned(problem, "example", iterations=iterations, evaluations=evaluations, repeats=repeats)
 
 
 def planned(
-    network: Network,
+    problem: Problem,
     name: str,
-    example: Tensor,  # (B, *shape)
-    eta: float,
-    rtol: float,
-    max_batch: int | None,
+    *,
     iterations: int | None = None,
     evaluations: float | None = None,
     repeats: int = REPEATS,
 ) -> Plan:
-    """`plan`, of arguments that are checked; `name` is the one that holds the example."""
+    """`plan` of a problem; `name` is the argument that holds its known state, the example."""
+    network, example, rtol, max_batch = problem.network, problem.first, problem.rtol, problem.max_batch
+    assert network is not None
     check_not_empty(name, example)
     steps, batch = len(network.table.a), len(example)
     counts = f"the shipped models need at rtol {rtol:g}, yours may differ"
     if iterations is not None or evaluations is not None:
         counts = "given"
-    count, evals = _effort(steps, eta, iterations, evaluations, rtol, network.table.order)
+    eta = float((network.table.n != 0).any())
+    count, evals = _effort(steps, eta, iterations, evaluations, rtol=rtol, order=network.table.order)
     devices = [example.device] if example.is_cuda else []
     with torch.no_grad(), torch.random.fork_rng(devices):
         most_rows = default().width(steps) * batch
@@ -169,7 +177,7 @@ def _effort(
     order: int = 1,
 ) -> tuple[int, float]:
     """Iterations, and evaluations per sample, of the default solver."""
-    noiseless = (ITERATIONS, EVALUATIONS_THINNED if thins(steps, THINNING) else EVALUATIONS)
+    noiseless = (ITERATIONS, EVALUATIONS_THINNED if is_worth_thinning(steps, THINNING) else EVALUATIONS)
     usual = noiseless if eta == 0 else (ITERATIONS_WITH_NOISE, EVALUATIONS_WITH_NOISE)
     decades = max(math.log10(USUAL_RTOL / max(rtol, LEAST_RTOL)), 0.0)
     usual = (round(usual[0] + ITERATIONS_PER_DECADE * decades), usual[1] + EVALUATIONS_PER_DECADE * decades)

@@ -25,6 +25,7 @@ WHOLE = 64  # the largest side of an image that goes through one kernel
 ROWS = 16  # of a folded image, unfolded by one program of the inverse
 WARPS = 4  # of these kernels where an image is wider than 32; one below
 BLOCK, DEPTH = 64, 16  # of the tiled products
+REGISTERS = 128  # of a thread, forward: two blocks share a multiprocessor. Left alone, ptxas aims at three and spills
 PRECISION = "ieee"  # or "tf32x3": three tensor-core products, with errors near those of fp32
 
 
@@ -336,11 +337,12 @@ def dct2(
     scratch = torch.empty(image.shape, dtype=torch.float32, device=image.device)
     kernel = dct2_side_inverse_kernel if inverse else dct2_side_kernel
     source, target = (spectrum, image) if inverse else (image, spectrum)
+    registers = None if inverse else REGISTERS
     along_w = (dct_w, width, height, 1, width)  # length, other, stride, apart
     along_h = (dct_h, height, width, width, 1)
     for first, (matrix, length, other, stride, apart) in ((True, along_w), (False, along_h)):
         tiles = cdiv(cdiv(length, 2), BLOCK) * cdiv(other, BLOCK)
         kernel[(planes * tiles * (1 if inverse else 2),)](
             source if first else scratch, scratch if first else target, rows, matrix, colour, place, channels, plane,
-            length, other, stride, apart, first, PRECISION, BLOCK, DEPTH, num_warps=8,
+            length, other, stride, apart, first, PRECISION, BLOCK, DEPTH, num_warps=8, maxnreg=registers,
         )  # fmt: skip

@@ -39,7 +39,7 @@ LONGEST = (
     "test_docs",
     "test_diffusers",
     "test_kernels_aot",
-    "test_gradients",
+    "test_methods",
     "test_diffusers_transformers",
     "test_bench",
     "test_runs",

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from deqkern import NoiseSchedule
 from deqkern.engine.solution import relative_error
-from deqkern.gradients.methods import Adjoint, Pullback
+from deqkern.gradients import Adjoint
+from deqkern.gradients.pullback import Pullback
 from deqkern.network.model import Network
 
 Model = Callable[[Tensor, Tensor], Tensor]

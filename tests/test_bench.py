@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 from conftest import ROOT
-from test_models import save_tiny_model
+from folders import save_tiny_model
 
 from deqkern import models, solvers
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import deqkern
 from deqkern import solvers
-from deqkern.gradients.methods import Phantom
+from deqkern.gradients import Phantom
 from deqkern.nn import DEQ
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 import deqkern
 from deqkern import NoiseSchedule, Optimize, models, optimization, solvers
-from deqkern.engine.loop import solve
-from deqkern.gradients.methods import Implicit, Pullback
+from deqkern.gradients import Implicit
+from deqkern.gradients.pullback import Pullback
+from deqkern.problem import Problem
 
 SCHEDULE, SHAPE, STEPS = NoiseSchedule.linear(), (1, 6, 6), 15
 HALF = (torch.arange(6) < 3).float()
@@ -71,8 +72,10 @@ def test_each_sample_keeps_its_best_noise_and_what_its_solve_said(monkeypatch: p
     noises, solves = [start, start + 0.1, start - 0.1], list[deqkern.Solution]()
     losses = [[3.0, 1.0], [2.0, 5.0], [4.0, 4.0]]
 
-    def recorded(*arguments: Any, **options: Any) -> deqkern.Solution:
-        solves.append(solve(*arguments, **options))
+    solve = Problem.solve
+
+    def recorded(self: Problem) -> deqkern.Solution:
+        solves.append(solve(self))
         return solves[-1]
 
     class Scripted:
@@ -100,7 +103,7 @@ def test_each_sample_keeps_its_best_noise_and_what_its_solve_said(monkeypatch: p
         return model(x, t)
 
     pulls: list[Any] = []
-    monkeypatch.setattr(optimization, "solve", recorded)
+    monkeypatch.setattr(Problem, "solve", recorded)
     monkeypatch.setattr(optimization, "Pullback", Counted)
     method: Any = Optimize(loss=loss, noise=start, optimizer=Scripted, gradient="exact")  # type: ignore[arg-type]
     options: Any = {
@@ -112,9 +115,9 @@ def test_each_sample_keeps_its_best_noise_and_what_its_solve_said(monkeypatch: p
     }
     found = deqkern.invert(counted, sample, SCHEDULE, STEPS, method=method, **options)
     assert found.iterations == sum(solved.iterations for solved in solves)
-    each = torch.stack([solved.nfe + pulled.products for solved, pulled in zip(solves, pulls, strict=True)])
+    each = torch.stack([solved.nfe + pulled.vjps for solved, pulled in zip(solves, pulls, strict=True)])
     assert torch.equal(found.nfe_history, each.cumsum(0)) and torch.equal(found.nfe, each.sum(0))
-    assert all((pulled.products > 0).all() for pulled in pulls)
+    assert all((pulled.vjps > 0).all() for pulled in pulls)
     assert found.history.tolist() == losses and "loss 1 (median), 2 (largest) after 2 steps" in found.message
     for b, best in enumerate((1, 0)):
         torch.testing.assert_close(found.value[b], noises[best][b], rtol=1e-5, atol=1e-5)

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import plain, run
-from test_models import save_tiny_model
+from folders import save_tiny_model
+from terminal import plain, run
 from torch import Tensor
 
 import deqkern
-from deqkern import NoiseSchedule, planning, sampling, solvers
+from deqkern import NoiseSchedule, planning, problem, solvers
 from deqkern.integrations.k_diffusion import sample_deq
 from deqkern.planning import plan
 
@@ -164,19 +164,19 @@ def test_counts_are_those_that_can_be() -> None:
     assert [planning._effort(steps, 0.0, None, None)[1] / steps for steps in (42, 43)] == pytest.approx([4.3, 3.7])
     assert planning._effort(50, 1.0, None, 400) == (12, 400)
     assert [planning._effort(50, 0.0, 9, evaluations)[1] for evaluations in (50, 450)] == [50, 450]
-    assert planning._effort(42, 0.0, 42, None, 1e-7) == (42, sum(range(43)))
+    assert planning._effort(42, 0.0, 42, None, rtol=1e-7) == (42, sum(range(43)))
 
 
 def test_a_tighter_tolerance_takes_more() -> None:
     more = planning.ITERATIONS_PER_DECADE, planning.EVALUATIONS_PER_DECADE
-    assert planning._effort(50, 0.0, None, None, 1e-4) == (
+    assert planning._effort(50, 0.0, None, None, rtol=1e-4) == (
         round(9 + 2 * more[0]),
         pytest.approx(50 * (3.7 + 2 * more[1])),
     )
-    assert [planning._effort(50, 0.0, None, None, 10**-exponent)[0] for exponent in (2.2, 2.5)] == [9, 10]
-    assert planning._effort(50, 1.0, None, None, 0.5) == (12, 265)
-    assert planning._effort(50, 0.0, None, None, 0.0) == planning._effort(50, 0.0, None, None, 1e-7)
-    assert planning._effort(50, 0.0, 9, 250, 1e-4) == (9, 250)
+    assert [planning._effort(50, 0.0, None, None, rtol=10**-exponent)[0] for exponent in (2.2, 2.5)] == [9, 10]
+    assert planning._effort(50, 1.0, None, None, rtol=0.5) == (12, 265)
+    assert planning._effort(50, 0.0, None, None, rtol=0.0) == planning._effort(50, 0.0, None, None, rtol=1e-7)
+    assert planning._effort(50, 0.0, 9, 250, rtol=1e-4) == (9, 250)
 
 
 def test_second_order_takes_an_iteration_more(timed: Build) -> None:
@@ -398,7 +398,7 @@ def test_auto_is_refused_where_it_does_not_fit(call: Callable[[], Any], kind: ty
 
 
 def test_auto_is_refused_with_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "check_cuda_graph", lambda *arguments: None)  # which wants a GPU
+    monkeypatch.setattr(problem, "check_cuda_graph", lambda *arguments: None)  # which wants a GPU
     with pytest.raises(ValueError, match=r"cuda_graph=True needs .* solver='auto'"):
         deqkern.sample(untouched, noise(), SCHEDULE, solver="auto", cuda_graph=True)
 

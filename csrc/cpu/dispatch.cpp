@@ -12,24 +12,24 @@ namespace deqkern {
   void ddim_scan(const DdimScan&);             \
   void band_moments(const BandMoments&);       \
   void secant_slope(const SecantSlope&);       \
-  void fill_gaps(const FillGaps&);             \
-  void extend(const Extend&);                  \
+  void interpolate_outputs(const InterpolateOutputs&);             \
+  void extrapolate_states(const ExtrapolateStates&);                  \
   void anderson_gram(const AndersonGram&);     \
   void anderson_solve(const AndersonSolve&);   \
   void anderson_mix(const AndersonMix&);       \
-  void progress(const Progress&);              \
+  void update_convergence(const UpdateConvergence&);              \
   }                                            \
   static const Kernels ISA##_kernels = {#ISA,                \
                                         ISA::dct2,           \
                                         ISA::ddim_scan,      \
                                         ISA::band_moments,   \
                                         ISA::secant_slope,   \
-                                        ISA::fill_gaps,      \
-                                        ISA::extend,         \
+                                        ISA::interpolate_outputs,      \
+                                        ISA::extrapolate_states,         \
                                         ISA::anderson_gram,  \
                                         ISA::anderson_solve, \
                                         ISA::anderson_mix,   \
-                                        ISA::progress};
+                                        ISA::update_convergence};
 
 DEQKERN_DECLARE(baseline)
 #ifdef DEQKERN_X86

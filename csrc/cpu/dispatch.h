@@ -6,9 +6,9 @@
 #include "../band_moments.h"
 #include "../dct2.h"
 #include "../ddim_scan.h"
-#include "../extend.h"
-#include "../fill_gaps.h"
-#include "../progress.h"
+#include "../extrapolate_states.h"
+#include "../interpolate_outputs.h"
+#include "../update_convergence.h"
 #include "../secant_slope.h"
 
 namespace deqkern {
@@ -19,12 +19,12 @@ struct Kernels {
   void (*ddim_scan)(const DdimScan&);
   void (*band_moments)(const BandMoments&);
   void (*secant_slope)(const SecantSlope&);
-  void (*fill_gaps)(const FillGaps&);
-  void (*extend)(const Extend&);
+  void (*interpolate_outputs)(const InterpolateOutputs&);
+  void (*extrapolate_states)(const ExtrapolateStates&);
   void (*anderson_gram)(const AndersonGram&);
   void (*anderson_solve)(const AndersonSolve&);
   void (*anderson_mix)(const AndersonMix&);
-  void (*progress)(const Progress&);
+  void (*update_convergence)(const UpdateConvergence&);
 };
 
 const Kernels& kernels();              // throws std::runtime_error when DEQKERN_ISA names one that is not available

@@ -163,7 +163,7 @@ class StepTable:
         flipped["n"] = torch.zeros_like(self.n)
         if self.implicit:
             flipped["a"] = torch.cat([torch.ones_like(self.a[:1]), flipped["a"][:-1]])
-        return replace(self, **flipped)
+        return replace(self, **flipped, clipping=None)  # VJPs enter it as they are
 
     def constant_x0(self) -> ConstantX0:
         """How the chain goes on while x0 stays what it is."""

@@ -1,4 +1,4 @@
-"""How the state of a fixed point, a tensor or several, lies in rows."""
+"""The flattening of a fixed point's state, a tensor or several, to rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..engine.solution import Solution
-from ..engine.trajectory import ROUNDINGS
+from ..engine.stopping import ROUNDINGS
 from ..support.checks import check_dtype, check_finite
 
 State = Any  # a tensor (B, *shape), or a tuple or list of tensors that share B
@@ -20,7 +20,7 @@ NARROW_ROUNDINGS = 1.0
 
 
 @dataclass(frozen=True)
-class Layout:
+class Flattening:
     """How a state lies in rows (B, D): its parts side by side, in one dtype."""
 
     shapes: tuple[tuple[int, ...], ...]  # (B, *shape) of each part
@@ -29,7 +29,7 @@ class Layout:
     device: torch.device
 
     @classmethod
-    def of(cls, state: State, name: str) -> Layout:
+    def of(cls, state: State, name: str) -> Flattening:
         """That of `state`, an argument called `name`, which must hold finite numbers."""
         kind = type(state) if type(state) in (tuple, list) else None
         parts = state if kind else (state,)

@@ -1,8 +1,6 @@
 """Gradients through a solved chain, for its first state, its step noise, `model_kwargs` and the model's parameters.
 
-With lam[S] = dL/dx[S] and J[i] = d out[i] / d x[i], an explicit chain has lam[i] = (a[i] + b[i] J[i]^T) lam[i+1] and
-dL/dtheta = sum_i b[i] (d out[i] / d theta)^T lam[i+1]. For implicit ones see `StepTable.transposed`. The model is
-called again where its Jacobian is needed: nothing but the states is kept from the solve.
+One class per method. Its `pull_back` does the work, on a `LinearizedChain`.
 """
 
 from __future__ import annotations
@@ -15,31 +13,63 @@ import torch
 from torch import Tensor
 
 from ..chain.step_table import StepTable, check_order
-from ..engine.loop import solve
-from ..engine.solution import Solution, warn_unless_converged
-from ..engine.trajectory import calls, start
-from ..network.model import Network
-from ..ops._dispatch import requested_backends, use_backend
-from ..solvers.presets import Solver, check_solver, default
+from ..engine.solution import Solution
+from ..solvers.presets import Solver, check_solver
 from ..support.checks import check_callback, check_count, check_number, check_rtol
-from ..support.eager import uncompiled
-from .recurrences import Walk, adjoint_walk, exact_walk
+from .linearized import LinearizedChain, Pulled
+from .pullback import Gradient
+from .recurrences import adjoint_recurrence, exact_recurrence
 
 
 @dataclass(frozen=True)
 class Exact:
-    """Step by step from the end, one vector-Jacobian product (VJP) of B rows each: S of them, the memory of one."""
+    """Step by step from the end, one vector-Jacobian product (VJP) of B rows each: S of them, the memory of one.
+
+    Example:
+        >>> noise = torch.randn(2, 4, requires_grad=True)
+        >>> schedule = deqkern.NoiseSchedule.linear()
+        >>> model = lambda x, t: 0.1 * x.tanh()
+        >>> solution = deqkern.sample(model, noise, schedule, 10, gradient=deqkern.gradients.Exact())
+        >>> solution.value.sum().backward()
+        >>> noise.grad.shape
+        torch.Size([2, 4])
+    """
+
+    def pull_back(self, chain: LinearizedChain, cotangent: Tensor) -> Pulled:
+        """See `Gradient`."""
+        return exact_recurrence(chain.table).pull_back(chain, cotangent)
 
 
 @dataclass(frozen=True)
 class Implicit:
     """The transposed chain solved for all steps at once, by the engine of `sample`: one batched VJP per iteration.
 
-    The implicit function theorem at the solution (arXiv 1909.01377). One more batched VJP gives the
-    gradients of `model_kwargs` and parameters.
-    solver: `deqkern.solvers.default(window=None)` if None. rtol: relative error of the gradient of the first state;
-        that of the solve if None. max_iterations: S if None, at least 40 for an inversion.
-    callback: called with the `Solution` of the transposed chain.
+    The implicit function theorem at the solution. One more batched VJP gives the gradients of `model_kwargs` and
+    parameters. A gradient that does not converge raises one `ConvergenceWarning`.
+
+    Args:
+        solver: `deqkern.solvers.default(window=None)` if None; of a fixed point, that of its solve.
+        rtol: Relative error of the gradient of the first state; that of the solve if None.
+        max_iterations: If None S, and at least 40; of a fixed point, that of its solve.
+        callback: Called with the `Solution` of the transposed chain.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        TypeError: If an argument is of another type.
+
+    Example:
+        >>> noise = torch.randn(2, 4, requires_grad=True)
+        >>> schedule = deqkern.NoiseSchedule.linear()
+        >>> solves = []
+        >>> gradient = deqkern.gradients.Implicit(rtol=1e-4, callback=solves.append)
+        >>> model = lambda x, t: 0.1 * x.tanh()
+        >>> solution = deqkern.sample(model, noise, schedule, 10, gradient=gradient)
+        >>> solution.value.sum().backward()
+        >>> solves[0].converged.tolist()
+        [True, True]
+
+    Reference:
+        Bai, Kolter, Koltun: Deep equilibrium models, arXiv 1909.01377.
     """
 
     solver: Solver | None = None
@@ -55,14 +85,49 @@ class Implicit:
         check_count("max_iterations", self.max_iterations, optional=True)
         check_callback(self.callback)
 
+    def check(self, table: StepTable) -> None:
+        """Refuse a chain of order 2."""
+        _check_first_order(self, table)
+
+    def pull_back(self, chain: LinearizedChain, cotangent: Tensor) -> Pulled:
+        """See `Gradient`."""
+        solution = chain.solve_transposed(
+            cotangent,
+            solver=self.solver,
+            rtol=self.rtol,
+            max_iterations=self.max_iterations,
+            callback=self.callback,
+        )
+        return chain.collect(solution.trajectory, vjps=solution.nfe)
+
 
 @dataclass(frozen=True)
 class Phantom:
     """What `steps` damped iterations from the solution would let through: a truncated Neumann series.
 
-    The iteration is x <- (1 - tau) x + tau h(x) with the DDIM sum h, which freezes epsilon (arXiv 2111.05177).
-    Costs steps - 1 batched VJPs for the first state, one more for the rest. With one step no derivative of the model
-    takes part in the gradient of the noise, which is tau prod(alpha_next / alpha) dL/dx[S] at eta = 0.
+    The iteration is x <- (1 - tau) x + tau h(x) with the DDIM sum h, which freezes epsilon. Costs steps - 1 batched
+    VJPs for the first state, one more for the rest. With one step no derivative of the model takes part in the
+    gradient of the noise, which is tau prod(alpha_next / alpha) dL/dx[S] at eta = 0.
+
+    Args:
+        steps: Iterations, at least 1.
+        tau: Damping in (0, 1].
+
+    Raises:
+        ValueError: If an argument is out of range.
+        TypeError: If tau is not a number.
+
+    Example:
+        >>> noise = torch.randn(2, 4, requires_grad=True)
+        >>> schedule = deqkern.NoiseSchedule.linear()
+        >>> gradient = deqkern.gradients.Phantom(steps=2, tau=0.5)
+        >>> solution = deqkern.sample(lambda x, t: 0.1 * x, noise, schedule, 10, gradient=gradient)
+        >>> solution.value.sum().backward()
+        >>> noise.grad.shape
+        torch.Size([2, 4])
+
+    Reference:
+        Geng, Zhang, Bai, Wang, Lin: On training implicit models, arXiv 2111.05177.
     """
 
     steps: int = 5
@@ -74,16 +139,61 @@ class Phantom:
         if not 0 < self.tau <= 1:
             raise ValueError(f"tau must lie in (0, 1], got {self.tau}")
 
+    def check(self, table: StepTable) -> None:
+        """Refuse a chain of order 2."""
+        _check_first_order(self, table)
+
+    def pull_back(self, chain: LinearizedChain, cotangent: Tensor) -> Pulled:
+        """See `Gradient`."""
+        table, implicit = chain.transposed, chain.transposed.implicit
+        a, b, frozen = (v.tolist() for v in (table.a, table.b, table.slope_0))
+
+        def swept(last: Tensor | None) -> Tensor:
+            """The transposed chain whose J is frozen, but for what J^T does to its states `last` (S+1, B, *shape)."""
+            states = [cotangent]
+            if last is not None:
+                argument = last[1:] if implicit else last[:-1]
+                through = chain.transposed_vjps(argument)
+            for j in range(chain.steps):
+                rest = 0.0 if last is None else b[j] * (through[j] - frozen[j] * argument[j])
+                if implicit:
+                    states.append((a[j] * states[-1] + rest) / (1 - b[j] * frozen[j]))
+                else:
+                    states.append((a[j] + b[j] * frozen[j]) * states[-1] + rest)
+            return torch.stack(states)
+
+        states = self.tau * swept(None)
+        for _ in range(self.steps - 1):
+            states = torch.lerp(states, swept(states), self.tau)
+        return chain.collect(states, vjps=(self.steps - 1) * chain.steps)
+
 
 @dataclass(frozen=True)
 class Adjoint:
-    """AdjointDEIS (arXiv 2405.15020): the continuous adjoint equation by an exponential integrator, step by step.
+    """AdjointDEIS: the continuous adjoint equation by an exponential integrator, step by step, with S VJPs of B rows.
 
     With P = alpha lam, half the log-SNR l = log(alpha/sigma) and the integrand V = alpha J_eps^T P,
-    dP/dl = (1 + eta^2) e^-l V. order 1 holds V at the cleaner end of a step; order 2 extrapolates it linearly from
-    the last two (2M). It approximates the gradient of the continuous process, not of the S-step chain. The first step
-    taken, one with an end without noise or without signal, one between equal levels and one over which sigma / alpha
-    grows by more than half, is the exact one. S VJPs of B rows. Raises ValueError for a schedule that clips.
+    dP/dl = (1 + eta^2) e^-l V. It approximates the gradient of the continuous process, not of the S-step chain. The
+    first step taken, one with an end without noise or without signal, one between equal levels and one over which
+    sigma / alpha grows by more than half, is the exact one. A schedule that clips is refused.
+
+    Args:
+        order: 1 holds V at the cleaner end of a step; 2 extrapolates it linearly from the last two (2M).
+
+    Raises:
+        ValueError: If order is neither 1 nor 2.
+
+    Example:
+        >>> noise = torch.randn(2, 4, requires_grad=True)
+        >>> schedule = deqkern.NoiseSchedule.linear()
+        >>> gradient = deqkern.gradients.Adjoint(order=2)
+        >>> solution = deqkern.sample(lambda x, t: 0.1 * x, noise, schedule, 10, gradient=gradient)
+        >>> solution.value.sum().backward()
+        >>> noise.grad.shape
+        torch.Size([2, 4])
+
+    Reference:
+        Blasingame, Liu: AdjointDEIS, arXiv 2405.15020.
     """
 
     order: int = 2
@@ -91,8 +201,16 @@ class Adjoint:
     def __post_init__(self) -> None:
         check_order(self.order)
 
+    def check(self, table: StepTable) -> None:
+        """Refuse a chain of order 2, and one that clips: this knows the model's own output, and not the clipped x0."""
+        _check_first_order(self, table)
+        if table.clips:
+            raise ValueError("schedule clips or thresholds x0: gradient='adjoint' needs one that does not")
 
-Gradient = Exact | Implicit | Phantom | Adjoint
+    def pull_back(self, chain: LinearizedChain, cotangent: Tensor) -> Pulled:
+        """See `Gradient`."""
+        return adjoint_recurrence(chain.table, self.order).pull_back(chain, cotangent)
+
 
 # "residual" is what DEQ-DDIM's code computes with its own settings (arXiv 2210.12867).
 NAMED: dict[str, Gradient] = {
@@ -103,274 +221,40 @@ NAMED: dict[str, Gradient] = {
     "adjoint": Adjoint(),
 }
 
-# Iterations at most on an implicit chain, which may take more than it has steps.
-IMPLICIT_LIMIT = 40
-
 
 def named(gradient: str | Gradient | None, names: Sequence[str] = tuple(NAMED)) -> Gradient | None:
-    """The gradient of that name, among `names`; an object of one of their kinds is returned as it is."""
+    """The gradient of that name, among `names`.
+
+    An object is returned as it is: one of their classes, or one that has a `pull_back` and is of no class of NAMED.
+    """
     if gradient is None:
         return None
     kinds = tuple(type(NAMED[name]) for name in names)
-    if isinstance(gradient, str) and gradient in names:
-        return NAMED[gradient]
-    if isinstance(gradient, kinds):
+    if isinstance(gradient, str):
+        if gradient in names:
+            return NAMED[gradient]
+    elif isinstance(gradient, kinds) or _is_own(gradient):
         return gradient
     classes = ", ".join(dict.fromkeys(kind.__name__ for kind in kinds))
     raise ValueError(
-        f"gradient must be None, one of {', '.join(map(repr, names))} or a deqkern.gradients object ({classes}), "
-        f"got {gradient!r}"
+        f"gradient must be None, one of {', '.join(map(repr, names))}, a deqkern.gradients object ({classes}) or an "
+        f"object with pull_back(chain, cotangent), got {gradient!r}"
     )
 
 
-def check_clipping(gradient: Gradient | None, table: StepTable) -> None:
-    """Refuse an `Adjoint` of a table that clips: it knows the model's own output, and not the clipped x0."""
-    if isinstance(gradient, Adjoint) and table.clips:
-        raise ValueError("schedule clips or thresholds x0: gradient='adjoint' needs one that does not")
+def _is_own(gradient: Any) -> bool:
+    """Whether it is an object, and no class, of a method that deqkern does not have itself."""
+    foreign = not isinstance(gradient, (type, *map(type, NAMED.values())))
+    return foreign and callable(getattr(gradient, "pull_back", None))
 
 
-def attach(
-    solution_value: Tensor,  # (B, *shape)
-    network: Network,
-    states: Tensor,  # (S+1, B, *shape), as the chain of `network` runs
-    first: Tensor,  # (B, *shape)
-    step_noise: Tensor | None,  # (S, B, *shape)
-    gradient: Gradient,
-    rtol: float,
-    max_batch: int | None,
-) -> Tensor:
-    """`solution_value` with a gradient; as it is where nothing requires one, or under torch.no_grad().
-
-    Differentiating twice raises RuntimeError.
-    """
-    if not torch.is_grad_enabled():
-        return solution_value
-    pullback = Pullback(network, gradient, rtol, max_batch)
-    attached: Tensor = _Attached.apply(pullback, solution_value, states, first, step_noise, *network.inputs(first))
-    return attached
+def check_table(gradient: Gradient | None, table: StepTable) -> None:
+    """Ask the gradient whether it can go back through the chain `table`. Raises ValueError if it says no."""
+    check = getattr(gradient, "check", None)
+    if check is not None:
+        check(table)
 
 
-class Once(torch.autograd.Function):
-    """`value`, from which no second derivative reaches the `sources`.
-
-    torch's once_differentiable lets a wrong one through, zero, where the first cotangent requires no gradient.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, *sources: Tensor | None) -> Tensor:
-        return value.detach()
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[None, ...]:
-        raise RuntimeError("the gradient of a solve cannot be differentiated again")
-
-
-class _Attached(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        pullback: Pullback,
-        value: Tensor,
-        states: Tensor,
-        first: Tensor,
-        step_noise: Tensor | None,
-        *inputs: Tensor,
-    ) -> Tensor:
-        ctx.pullback, ctx.backends = pullback, requested_backends()
-        # saved, so that torch notices if they change in place before the gradient is taken
-        ctx.save_for_backward(states, first, step_noise, *inputs)
-        return value.detach()
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
-        states, first, step_noise, *inputs = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[5:]
-        with torch.no_grad(), use_backend(*ctx.backends):
-            found = ctx.pullback(
-                states,
-                cotangent.detach().to(states.dtype),
-                [value for value, want in zip(inputs, wanted, strict=True) if want],
-                ctx.needs_input_grad[4],
-            )
-            sums = iter(found.inputs)
-            pulled = [found.first, found.step_noise, *(next(sums) if want else None for want in wanted)]
-        if torch.is_grad_enabled():  # create_graph
-            pulled = [value if value is None else Once.apply(value, first, step_noise, *inputs) for value in pulled]
-        return None, None, None, *pulled
-
-
-@dataclass
-class Pulled:
-    """The gradients of a chain: by its first state (B, *shape), its step noise (S, B, *shape) and other inputs.
-
-    inputs: None for one that the model does not use.
-    products: VJPs per sample that it took, but for the one more per step by `inputs`.
-    """
-
-    first: Tensor
-    step_noise: Tensor | None
-    inputs: list[Tensor | None]
-    products: Tensor  # (B,) int64
-
-
-class Pullback:
-    """Pulls a cotangent back from the end of a solved chain to all that it depends on."""
-
-    def __init__(self, network: Network, gradient: Gradient, rtol: float, max_batch: int | None) -> None:
-        self.network, self.gradient, self.rtol, self.max_batch = network, gradient, rtol, max_batch
-
-    @uncompiled
-    def __call__(
-        self,
-        states: Tensor,  # (S+1, B, *shape), the solution
-        cotangent: Tensor,  # (B, *shape), dL/dx[S]
-        inputs: Sequence[Tensor] = (),
-        with_noise: bool = False,
-    ) -> Pulled:
-        """The gradients by the first state, by the step noise if asked for, and by `inputs`.
-
-        NaN all over for a cotangent that is not finite: a gradient scaler of half precision wants to see it.
-        """
-        if not bool(cotangent.isfinite().all()):
-            lost = torch.full_like(cotangent, torch.nan)
-            noise = lost.expand(len(states) - 1, *lost.shape) if with_noise else None
-            none = torch.zeros(len(lost), dtype=torch.int64, device="cpu")
-            return Pulled(lost, noise, [torch.full_like(value, torch.nan) for value in inputs], none)
-        sums = _Sums(self.network, states, inputs, self.max_batch)
-        match self.gradient:
-            case Implicit():
-                return self._implicit(self.gradient, sums, cotangent, with_noise)
-            case Phantom():
-                return self._phantom(self.gradient, sums, cotangent, with_noise)
-            case Exact():
-                return self._walk(sums, cotangent, with_noise, exact_walk(self.network.table))
-            case Adjoint():
-                return self._walk(sums, cotangent, with_noise, adjoint_walk(self.network.table, self.gradient.order))
-
-    def _implicit(self, gradient: Implicit, sums: _Sums, cotangent: Tensor, with_noise: bool) -> Pulled:
-        solver = gradient.solver or default(window=None)
-        table = self.network.table.transposed()
-        trajectory = start(_Transposed(sums), cotangent, table, solver, max_batch=self.max_batch, noisy=False)
-        trajectory.scale.fill_(torch.inf)  # a gradient may grow along the chain
-        found = solve(
-            trajectory,
-            solver,
-            rtol=self.rtol if gradient.rtol is None else gradient.rtol,
-            max_iterations=gradient.max_iterations or max(len(table.a), IMPLICIT_LIMIT),
-            dtype=cotangent.dtype,
-        )
-        if gradient.callback is not None:
-            gradient.callback(found)
-        warn_unless_converged(found, "gradient: ")
-        return self._collect(sums, found.trajectory, with_noise, found.nfe)
-
-    def _phantom(self, gradient: Phantom, sums: _Sums, cotangent: Tensor, with_noise: bool) -> Pulled:
-        table, product = self.network.table.transposed(), _Transposed(sums)
-        steps, batch = len(table.a), len(cotangent)
-        rows = torch.arange(steps * batch, device=cotangent.device)
-        a, b, frozen = (v.tolist() for v in (table.a, table.b, table.slope_0))
-
-        def swept(first: Tensor, last: Tensor | None) -> Tensor:
-            """The chain from `first` whose J is frozen, but for what J^T does to `last` (S+1, B, *shape)."""
-            chain = [first]
-            if last is not None:
-                argument = last[1:] if table.implicit else last[:-1]
-                through = torch.empty_like(argument)
-                for part in calls(rows, self.max_batch):
-                    through.flatten(0, 1)[part] = product(argument.flatten(0, 1)[part], part // batch, part % batch)
-            for j in range(steps):
-                rest = 0.0 if last is None else b[j] * (through[j] - frozen[j] * argument[j])
-                if table.implicit:
-                    chain.append((a[j] * chain[-1] + rest) / (1 - b[j] * frozen[j]))
-                else:
-                    chain.append((a[j] + b[j] * frozen[j]) * chain[-1] + rest)
-            return torch.stack(chain)
-
-        chain = gradient.tau * swept(cotangent, None)
-        for _ in range(gradient.steps - 1):
-            chain = torch.lerp(chain, swept(cotangent, chain), gradient.tau)
-        return self._collect(sums, chain, with_noise, torch.full((batch,), (gradient.steps - 1) * steps, device="cpu"))
-
-    def _collect(self, sums: _Sums, chain: Tensor, with_noise: bool, products: Tensor) -> Pulled:
-        """What the solved transposed chain (S+1, B, *shape) says."""
-        table, (steps, batch) = self.network.table, (len(chain) - 1, chain.shape[1])
-        if sums.inputs:
-            rows = torch.arange(steps * batch, device=chain.device)
-            weight = table.b.to(chain)[:, None].expand(-1, batch).flatten()  # of row i * B + b
-            for part in calls(rows, self.max_batch):
-                own = part // batch
-                place = (steps - 1 - own + int(table.implicit)) * batch + part % batch
-                cotangents = weight[part].view(-1, *[1] * (chain.ndim - 2)) * chain.flatten(0, 1)[place]
-                sums.add(cotangents, own, part % batch, 1.0)
-        first = chain[-1] * float(table.a[0]) if table.implicit else chain[-1]
-        noise = None
-        if with_noise:
-            noise = chain[:-1].flip(0) * table.n.to(chain).view(-1, *[1] * (chain.ndim - 1))
-        return Pulled(first, noise, sums.total(), products)
-
-    def _walk(self, sums: _Sums, cotangent: Tensor, with_noise: bool, walk: Walk) -> Pulled:
-        """lam[i] = keep[i] lam[i+1] + now[i] v + before[i] (the v before), v = of_lam[i] lam[i+1] + of_product[i] p,
-
-        p = J^T (lam[i+1] + lag[i] lam[i+2]) with the J of the model at the state place[i].
-        """
-        table, lam, last = self.network.table, cotangent, torch.zeros_like(cotangent)
-        lam_before = last
-        steps, samples = len(table.a), torch.arange(len(cotangent), device=cotangent.device)
-        noise = cotangent.new_empty(steps, *cotangent.shape) if with_noise else None
-        for i in reversed(range(steps)):
-            if noise is not None:
-                noise[i] = float(table.n[i]) * lam
-            own = torch.full_like(samples, walk.place[i])
-            pushed = lam + walk.lag[i] * lam_before if walk.lag[i] else lam
-            through = torch.empty_like(lam)
-            for part in calls(samples, self.max_batch):
-                through[part] = sums.add(pushed[part], own[part], samples[part], walk.weight[i])
-            v = walk.of_lam[i] * lam + walk.of_product[i] * through
-            lam_before = lam
-            lam, last = walk.keep[i] * lam + walk.now[i] * v + walk.before[i] * last, v
-        return Pulled(lam, noise, sums.total(), torch.full((len(lam),), steps, device="cpu"))
-
-
-class _Sums:
-    """VJPs at the states of a chain, and what they add up to for `inputs`: in fp32 at least."""
-
-    def __init__(self, network: Network, states: Tensor, inputs: Sequence[Tensor], max_batch: int | None) -> None:
-        self.network, self.states, self.inputs = network, states, inputs
-        self.sums: list[Tensor | None] = [None] * len(inputs)
-
-    def vjp(
-        self, cotangents: Tensor, own: Tensor, samples: Tensor, inputs: Sequence[Tensor] = ()
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """J^T cotangents (N, *shape) of the chain's own steps (N,), by the states and by `inputs`."""
-        states = self.states[own + int(self.network.table.implicit), samples]
-        return self.network.vjp(states, cotangents, own, samples, inputs)
-
-    def add(self, cotangents: Tensor, own: Tensor, samples: Tensor, weight: float) -> Tensor:
-        """`vjp` by the states; `weight` times that by the inputs is added."""
-        through, found = self.vjp(cotangents, own, samples, self.inputs)
-        for place, value in enumerate(found):
-            if value is not None:
-                total = self.sums[place]
-                self.sums[place] = (torch.zeros_like(value) if total is None else total).add_(value, alpha=weight)
-        return through
-
-    def total(self) -> list[Tensor | None]:
-        """The sums, in the dtypes of the inputs."""
-        sums = zip(self.sums, self.inputs, strict=True)
-        return [None if total is None else total.to(value.dtype) for total, value in sums]
-
-
-class _Transposed:
-    """The map of the transposed chain."""
-
-    what, dtype = "model has a gradient with", None
-
-    def __init__(self, sums: _Sums) -> None:
-        self.sums, self.last = sums, len(sums.states) - 2
-
-    @property
-    def precision(self) -> float:
-        return self.sums.network.precision
-
-    def __call__(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
-        return self.sums.vjp(states, self.last - steps, samples)[0]
+def _check_first_order(gradient: Gradient, table: StepTable) -> None:
+    if table.order != 1:
+        raise ValueError(f"gradient must be None or 'exact' with order=2, got {gradient!r}")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..chain.step_table import StepTable
+from ..engine.loop import Evaluation, Solve
 from ..engine.solution import Solution, warn_unless_converged
 from ..network.model import Model, Network, arguments_of
-from ..problem import check_chain
+from ..problem import Problem
 from ..solvers.presets import Solver, default
-from .solving import JointSolve
+from ..support.tensors import split_rows
 
 
 class Chain:
@@ -25,7 +27,7 @@ class Chain:
     dtype of `first`. Raises ValueError or TypeError for an argument that does not fit, before the model is called.
     """
 
-    solving: JointSolve  # while it is run
+    solving: Solve  # while it is run
 
     def __init__(
         self,
@@ -42,21 +44,21 @@ class Chain:
         max_batch: int | None,
         callback: Callable[..., Any] | None = None,
     ) -> None:
-        self.solver = default() if solver is None else solver
-        check_chain(
+        checked = Problem.of_chain(
             model,
-            name,
             first,
-            solver=self.solver,
+            lambda: table,
+            name=name,
+            solver=default() if solver is None else solver,
             rtol=rtol,
             max_iterations=max_iterations,
-            model_kwargs=model_kwargs,
             max_batch=max_batch,
+            model_kwargs=model_kwargs,
             callback=callback,
         )
-        self.table, self.first, self.max_batch = table, first, max_batch
         self.network = Network(call, table, arguments_of(model, model_kwargs), example=first)
-        self.rtol, self.max_iterations = rtol, max_iterations
+        self.problem = replace(checked, network=self.network, dtype=self.network.dtype, callback=None)
+        self.table = table
 
     @torch.no_grad()
     def run(self, disable: bool | None = True) -> Iterator[int]:
@@ -65,20 +67,12 @@ class Chain:
         The bar counts the steps that are converged in every sample. Noise is drawn from torch's global generator, in
         the order of the sequential chain.
         """
-        self.solving = JointSolve(
-            self.first,
-            self.table,
-            self.solver,
-            rtol=self.rtol,
-            max_iterations=self.max_iterations,
-            network=self.network,
-            max_batch=self.max_batch,
-        )
+        self.solving = solve = self.problem.begin()
         with _Bar(self.table.num_inference_steps, disable) as bar:
-            while self.solving.open:
-                self.solving.iterate()
-                bar.reach(self.solving.converged_steps)
-                yield self.solving.count
+            while solve.open:
+                solve.tell(Evaluation(self.network, solve.ask()))
+                bar.reach(int(solve.window[:, 0].min()))
+                yield solve.count
 
     def solve(self, disable: bool | None = True) -> Solution:
         """All iterations, and the solution, with one warning if a sample did not converge."""
@@ -88,20 +82,20 @@ class Chain:
 
     def solution(self) -> Solution:
         """What the iterations of `run` came to, with one warning if a sample did not converge."""
-        solution = self.solving.solution(self.first.dtype)
+        solution = self.solving.solution()
         warn_unless_converged(solution)
         return solution
 
     def state(self, step: int) -> Tensor:
         """State `step` of 0 .. S as it is now (B, *shape)."""
-        return self.solving.state(step, self.first.dtype)
+        return self.solving.state(step)
 
     @torch.no_grad()
     def estimates(self, states: Tensor) -> Tensor:
         """The model's estimates of x0 (S, B, *shape) at the noisy ends of all steps, of `states` (S+1, B, *shape)."""
         rows, batch = states[:-1].flatten(0, 1), states.shape[1]
         found = torch.empty_like(rows)
-        for part in torch.arange(len(rows), device=states.device).split(self.max_batch or max(len(rows), 1)):
+        for part in split_rows(torch.arange(len(rows), device=states.device), self.problem.max_batch):
             index = part // batch
             output = self.network(rows[part], index, part % batch)
             found[part] = self.table.original_sample(rows[part], output, index).to(found.dtype)

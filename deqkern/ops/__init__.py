@@ -29,10 +29,10 @@ __all__ = [
     "band_moments",
     "dct2",
     "ddim_scan",
-    "extend",
-    "fill_gaps",
-    "progress",
+    "extrapolate_states",
+    "interpolate_outputs",
     "secant_slope",
+    "update_convergence",
     "use_backend",
 ]
 
@@ -148,7 +148,7 @@ def secant_slope(moments: Tensor, low: Tensor, high: Tensor, pull: float, slope:
 
 
 @_documented
-def fill_gaps(x: Tensor, slope: Tensor, bands: Tensor, rows: Tensor, path: Tensor, e: Tensor) -> None:
+def interpolate_outputs(x: Tensor, slope: Tensor, bands: Tensor, rows: Tensor, path: Tensor, e: Tensor) -> None:
     dtype, device = check.state("x", x), x.device
     shape = check.sizes("e", e, 3)
     steps, batch, size = shape
@@ -160,11 +160,11 @@ def fill_gaps(x: Tensor, slope: Tensor, bands: Tensor, rows: Tensor, path: Tenso
     check.array("rows", rows, (3, number), torch.int64, device)
     check.array("path", path, (6, steps), torch.float64, device)
     check.array("e", e, shape, dtype, device)
-    _fill_gaps(x, slope, bands, rows, path, e)
+    _interpolate_outputs(x, slope, bands, rows, path, e)
 
 
 @_documented
-def extend(
+def extrapolate_states(
     x: Tensor,
     moved: Tensor,
     e: Tensor,
@@ -191,7 +191,7 @@ def extend(
     check.array("window", window, (batch, 2), torch.int64, device)
     check.array("skip", skip, (batch,), torch.int64, device)
     check.real("beta", beta)
-    _extend(x, moved, e, z, held, n, before, window, skip, beta, implicit)
+    _extrapolate_states(x, moved, e, z, held, n, before, window, skip, beta, implicit)
 
 
 @_documented
@@ -241,7 +241,7 @@ def anderson_mix(f_ring: Tensor, head: int, count: int, gamma: Tensor, window: T
 
 
 @_documented
-def progress(
+def update_convergence(
     norms: Tensor,
     scale: Tensor,
     gap: Tensor | None,
@@ -269,7 +269,9 @@ def progress(
     check.array("errors", errors, (batch, 5), torch.float64, device)
     check.array("window", window, (batch, 2), torch.int64, device)
     check.array("diverged", diverged, (batch,), torch.int64, device)
-    _progress(norms, scale, gap, tolerance, rtol, contraction, growth, size, implicit, errors, window, diverged)
+    _update_convergence(
+        norms, scale, gap, tolerance, rtol, contraction, growth, size, implicit, errors, window, diverged
+    )
 
 
 def _ring(
@@ -293,9 +295,9 @@ _dct2_inverse = torch.ops.deqkern.dct2.inverse
 _ddim_scan = torch.ops.deqkern.ddim_scan.default
 _band_moments = torch.ops.deqkern.band_moments.default
 _secant_slope = torch.ops.deqkern.secant_slope.default
-_fill_gaps = torch.ops.deqkern.fill_gaps.default
-_extend = torch.ops.deqkern.extend.default
-_progress = torch.ops.deqkern.progress.default
+_interpolate_outputs = torch.ops.deqkern.interpolate_outputs.default
+_extrapolate_states = torch.ops.deqkern.extrapolate_states.default
+_update_convergence = torch.ops.deqkern.update_convergence.default
 _anderson_gram = torch.ops.deqkern.anderson_gram.default
 _anderson_solve = torch.ops.deqkern.anderson_solve.default
 _anderson_mix = torch.ops.deqkern.anderson_mix.default

@@ -110,8 +110,8 @@ def secant_slope(moments: Tensor, low: Tensor, high: Tensor, pull: float, slope:
     _C.secant_slope(moments.data_ptr(), low.data_ptr(), high.data_ptr(), slope.data_ptr(), *slope.shape, pull)
 
 
-def fill_gaps(x: Tensor, slope: Tensor, bands: Tensor, rows: Tensor, path: Tensor, e: Tensor) -> None:
-    _C.fill_gaps(
+def interpolate_outputs(x: Tensor, slope: Tensor, bands: Tensor, rows: Tensor, path: Tensor, e: Tensor) -> None:
+    _C.interpolate_outputs(
         x.data_ptr(),
         slope.data_ptr(),
         bands.data_ptr(),
@@ -125,7 +125,7 @@ def fill_gaps(x: Tensor, slope: Tensor, bands: Tensor, rows: Tensor, path: Tenso
     )
 
 
-def extend(
+def extrapolate_states(
     x: Tensor,
     moved: Tensor,
     e: Tensor,
@@ -138,7 +138,7 @@ def extend(
     beta: float,
     implicit: bool,
 ) -> None:
-    _C.extend(
+    _C.extrapolate_states(
         x.data_ptr(),
         moved.data_ptr(),
         e.data_ptr(),
@@ -213,7 +213,7 @@ def anderson_mix(f_ring: Tensor, head: int, count: int, gamma: Tensor, window: T
     )
 
 
-def progress(
+def update_convergence(
     norms: Tensor,
     scale: Tensor,
     gap: Tensor | None,
@@ -227,7 +227,7 @@ def progress(
     window: Tensor,
     diverged: Tensor,
 ) -> None:
-    _C.progress(
+    _C.update_convergence(
         norms.data_ptr(),
         scale.data_ptr(),
         0 if gap is None else gap.data_ptr(),

@@ -27,17 +27,17 @@ OPS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "ddim_scan": ("x", {"": ("f", "g", "norms")}),
     "band_moments": ("dx", {"": ("moments",)}),
     "secant_slope": ("slope", {"": ("slope",)}),
-    "fill_gaps": ("x", {"": ("e",)}),
-    "extend": ("x", {"": ("x", "moved")}),
+    "interpolate_outputs": ("x", {"": ("e",)}),
+    "extrapolate_states": ("x", {"": ("x", "moved")}),
     "anderson_gram": ("g_ring", {"": ("gram", "rhs")}),
     "anderson_solve": ("gamma", {"": ("gamma",)}),
     "anderson_mix": ("f_ring", {"": ("out",)}),
-    "progress": ("norms", {"": ("errors", "window", "diverged")}),
+    "update_convergence": ("norms", {"": ("errors", "window", "diverged")}),
 }
 
 
 # What kernels are written for: the dtype of the state, and that of norms, which is float64 beside any state.
-DTYPES = dict.fromkeys(OPS, torch.float32) | {"progress": torch.float64}
+DTYPES = dict.fromkeys(OPS, torch.float32) | {"update_convergence": torch.float64}
 
 
 def _find_reference(op: str, device: str, dtype: torch.dtype) -> Kernel | str:
@@ -180,7 +180,9 @@ def _register(library: torch.library.Library, op: str, overload: str, written: t
     chooser = names.index(OPS[op][0])
     places = [names.index(name) for name in written]
 
-    def run(*arguments: Any) -> None:
+    def run(*arguments: Any, **named: Any) -> None:
+        if named:
+            arguments += tuple(named[name] for name in names[len(arguments) :])
         tensor = arguments[chooser]
         _kernel(op, _requested.get(), tensor.device.type, tensor.dtype)(*arguments)
         torch.autograd.graph.increment_version([arguments[place] for place in places])

@@ -151,7 +151,7 @@ def secant_slope(
     slope.copy_(torch.minimum(torch.maximum(kept, low[:, None, None]), high[:, None, None]))
 
 
-def fill_gaps(
+def interpolate_outputs(
     x: Tensor,  # (S+1, B, D)
     slope: Tensor,  # (S, B, K)
     bands: Tensor,  # (K+1,) int64
@@ -194,7 +194,7 @@ def fill_gaps(
     outputs[at] = (q_l * x0_l + q_r * x0_r - of_x_i * y) / of_out_i + bend * (states[at] - y)
 
 
-def extend(
+def extrapolate_states(
     x: Tensor,  # (S+1, B, D), updated
     moved: Tensor,  # (S, B, D), updated: the last correction of the states that the model was called at
     e: Tensor,  # (S, B, D), the model's output before that correction
@@ -333,7 +333,7 @@ def anderson_mix(
     out[active] = mixed[active]
 
 
-def progress(
+def update_convergence(
     norms: Tensor,  # (S, B, 3) float64, of ddim_scan: |r|^2, |g|^2, |x|^2
     scale: Tensor,  # (B,) float64, |x[0]|
     gap: Tensor | None,  # (B,) int64, the first active step whose output was filled in, but never the first; None: none

@@ -8,28 +8,43 @@ from typing import Any
 
 from ..ops import MAX_HISTORY, SCOPES
 from ..support.checks import check_number, is_int, is_number
-from .slopes import Frozen, Secant, Slope, SlopeProfile
+from .slopes import Frozen, Secant, Slope, SlopeProfile, check_slope
 
 WINDOW, THINNING = 0.75, 0.15  # of the default solver
 
 
 @dataclass(frozen=True)
 class Solver:
-    """What one iteration does; `solve` runs it.
+    """What one iteration does: a choice of slope, mixing, window and thinning.
 
-    slope: the model of d output / d x in the scan (`Frozen`, `Gaussian`, `Secant`, `SlopeProfile`).
-    history_size: m of Anderson mixing, 0 .. 16; 0 is no mixing. Mixing assumes one fixed map, so it needs a slope that
-        does not adapt.
-    scope: which steps share one least-squares problem: "row" (DEQ-DDIM), "causal" (ParaTAA), "joint" (classical).
-    ridge, ridge_absolute: regularisation, relative to the mean of the Gram diagonal and absolute.
-    beta: damping of the correction, 0 < beta <= 1.
-    window: evaluate at most so many steps of a sample at once, or this share of them if it is a float below 1; None for
-        all. 1 is the sequential chain.
-    thinning: along a chain without noise, evaluate only steps that lie thinning S sqrt(m) apart where a state moved by
-        a share m of itself in the last iteration, and interpolate the outputs between them; 0 for all of them.
-    start: the first guess of the states, "chain" (the chain of the initial slope) or "constant" (the noise everywhere).
-        Of steps that come into a window: the chain with x0 held, or the last state (ParaDiGMS).
-    basis: "spectral" (samples of shape (C, H, W); others fall back to one band) or "identity".
+    Args:
+        slope: The model of d output / d x in the scan: one of `deqkern.slopes` (`Frozen`, `Gaussian`, `Secant`,
+            `SlopeProfile`), or an object of your own (`deqkern.slopes.Slope`).
+        history_size: m of Anderson mixing, 0 .. 16; 0 is no mixing. Mixing assumes one fixed map, so it needs a slope
+            that does not adapt.
+        scope: Which steps share one least-squares problem: "row" (DEQ-DDIM), "causal" (ParaTAA), "joint" (classical).
+        ridge: Regularisation, relative to the mean of the Gram diagonal.
+        ridge_absolute: Regularisation, absolute.
+        beta: Damping of the correction, 0 < beta <= 1. Below 1 it needs a slope that does not adapt.
+        window: Evaluate at most so many steps of a sample at once, or this share of them if it is a float below 1; None
+            for all. 1 is the sequential chain.
+        thinning: Along a chain without noise, evaluate only steps that lie thinning S sqrt(m) apart where a state moved
+            by a share m of itself in the last iteration, and interpolate the outputs between them; 0 for all of them.
+        start: The initial guess of the states, "chain" (the chain of the initial slope) or "constant" (the noise
+            everywhere). Of steps that come into a window: constant-x0 extrapolation, or the last state (ParaDiGMS).
+        basis: "spectral" (samples of shape (C, H, W); others fall back to one band) or "identity".
+        name: For messages and tables.
+
+    Raises:
+        ValueError: If an option is out of range, or two of them do not go together.
+        TypeError: If an option is of another type, or the slope lacks a method.
+
+    Example:
+        >>> slope = deqkern.slopes.Gaussian()
+        >>> solver = deqkern.solvers.Solver(slope=slope, history_size=3, scope="causal", name="mixed")
+        >>> noise, schedule = torch.randn(2, 4), deqkern.NoiseSchedule.linear()
+        >>> deqkern.sample(lambda x, t: 0.1 * x, noise, schedule, 10, solver=solver).converged.tolist()
+        [True, True]
     """
 
     slope: Slope
@@ -45,8 +60,7 @@ class Solver:
     name: str = "custom"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.slope, Slope):
-            raise TypeError(f"slope must be one of deqkern.slopes, got {type(self.slope).__name__}")
+        check_slope("slope", self.slope)
         if not is_int(self.history_size) or not 0 <= self.history_size <= MAX_HISTORY:
             raise ValueError(f"history_size must be an int in 0 .. {MAX_HISTORY}, got {self.history_size!r}")
         for name in ("ridge", "ridge_absolute", "beta", "thinning"):
@@ -77,7 +91,18 @@ class Solver:
             raise ValueError("window needs history_size = 0: the history of a step that enters later is not defined")
 
     def width(self, steps: int) -> int:
-        """The steps of a chain of so many that a window holds."""
+        """The steps that a window holds.
+
+        Args:
+            steps: S, those of the chain.
+
+        Returns:
+            1 .. S.
+
+        Example:
+            >>> deqkern.solvers.default(window=0.75).width(50)
+            38
+        """
         if self.window is None:
             return steps
         return min(int(self.window) if is_int(self.window) else math.ceil(self.window * steps), steps)
@@ -92,8 +117,22 @@ def default(
 ) -> Solver:
     """Secant slopes on 8 frequency bands per channel, no mixing; started from a model's `profile` if there is one.
 
-    A smaller `window` takes fewer evaluations and more iterations; that of three quarters of the steps about as many
-    as all of them at once (docs/convergence.md).
+    Args:
+        profile: Measured by `deqkern.calibrate`; the first evaluation measures the slopes if None.
+        window: See `Solver`. A smaller one takes fewer evaluations and more iterations; that of three quarters of the
+            steps about as many as all of them at once (docs/convergence.md).
+        thinning: See `Solver`.
+
+    Returns:
+        The solver that `sample` takes by default.
+
+    Raises:
+        TypeError: If profile is no `SlopeProfile`.
+        ValueError: If window or thinning is out of range.
+
+    Example:
+        >>> deqkern.solvers.default(window=None).name
+        'default'
     """
     if profile is None:
         return Solver(slope=Secant(), window=window, thinning=thinning, name="default")
@@ -103,7 +142,15 @@ def default(
 
 
 def deq_ddim() -> Solver:
-    """DEQ-DDIM as published (arXiv 2210.12867): Anderson row by row, m = 5, absolute ridge 1e-3."""
+    """DEQ-DDIM as published: Anderson row by row, m = 5, absolute ridge 1e-3.
+
+    Example:
+        >>> deqkern.solvers.deq_ddim().history_size
+        5
+
+    Reference:
+        Pokle, Geng, Kolter: Deep equilibrium approaches to diffusion models, arXiv 2210.12867.
+    """
     return Solver(
         slope=Frozen(),
         history_size=5,
@@ -117,14 +164,39 @@ def deq_ddim() -> Solver:
 
 
 def parataa(history_size: int = 3) -> Solver:
-    """ParaTAA (arXiv 2402.09970): triangular Anderson on the frozen-epsilon map, order k = S."""
+    """ParaTAA: triangular Anderson on the frozen-epsilon map, order k = S.
+
+    Args:
+        history_size: m of Anderson mixing, 0 .. 16.
+
+    Example:
+        >>> deqkern.solvers.parataa().scope
+        'causal'
+
+    Reference:
+        Tang, Tang, Luo, Wang, Chang: Accelerating parallel sampling of diffusion models, arXiv 2402.09970.
+    """
     return Solver(
         slope=Frozen(), history_size=history_size, scope="causal", start="constant", basis="identity", name="parataa"
     )
 
 
 def anderson(history_size: int = 5, beta: float = 1.0) -> Solver:
-    """Anderson mixing of type II (Walker and Ni 2011) for `deqkern.fixed_point`; history_size 0 is damped iteration."""
+    """Anderson mixing of type II for `deqkern.fixed_point`.
+
+    Args:
+        history_size: m, 0 .. 16; 0 is damped iteration.
+        beta: Damping, 0 < beta <= 1.
+
+    Example:
+        >>> solver = deqkern.solvers.anderson(history_size=3)
+        >>> solution = deqkern.fixed_point(torch.cos, torch.zeros(1, 1), solver=solver)
+        >>> round(float(solution.value), 3)
+        0.739
+
+    Reference:
+        Walker, Ni: Anderson acceleration for fixed-point iterations, SIAM Journal on Numerical Analysis 49 (2011).
+    """
     return Solver(
         slope=Frozen(),
         history_size=history_size,
@@ -138,12 +210,30 @@ def anderson(history_size: int = 5, beta: float = 1.0) -> Solver:
 
 
 def picard(window: int | float | None = None) -> Solver:
-    """Plain iteration on the DDIM sum; with a window, ParaDiGMS (arXiv 2305.16317)."""
+    """Plain iteration on the DDIM sum; with a window, ParaDiGMS.
+
+    Args:
+        window: See `Solver`.
+
+    Example:
+        >>> deqkern.solvers.picard(window=10).width(50)
+        10
+
+    Reference:
+        Shih, Belkhale, Ermon, Sadigh, Anari: Parallel sampling of diffusion models, arXiv 2305.16317.
+    """
     return Solver(slope=Frozen(), window=window, start="constant", basis="identity", name="picard")
 
 
 def sequential() -> Solver:
-    """The sequential chain: one step of every sample per iteration, S iterations."""
+    """The sequential chain: one step of every sample per iteration, S iterations.
+
+    Example:
+        >>> noise, schedule = torch.randn(2, 4), deqkern.NoiseSchedule.linear()
+        >>> solver = deqkern.solvers.sequential()
+        >>> deqkern.sample(lambda x, t: 0.1 * x, noise, schedule, 10, solver=solver).iterations
+        10
+    """
     return Solver(slope=Frozen(), window=1, start="constant", basis="identity", name="sequential")
 
 

@@ -28,9 +28,9 @@ WRITTEN = {
     "anderson_solve": ("gamma",),
     "anderson_mix": ("out",),
     "secant_slope": ("slope",),
-    "fill_gaps": ("e",),
-    "extend": ("x", "moved"),
-    "progress": ("errors", "window", "diverged"),
+    "interpolate_outputs": ("e",),
+    "extrapolate_states": ("x", "moved"),
+    "update_convergence": ("errors", "window", "diverged"),
 }
 HAS_CUDA = torch.cuda.is_available()
 # Triton runs in its interpreter where there is no GPU.
@@ -42,12 +42,12 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "ddim_scan": ("triton",),
     "band_moments": ("triton",),
     "secant_slope": ("triton",),
-    "fill_gaps": ("triton",),
-    "extend": ("triton",),
+    "interpolate_outputs": ("triton",),
+    "extrapolate_states": ("triton",),
     "anderson_gram": ("triton",),
     "anderson_solve": ("cuda", "lanes"),
     "anderson_mix": ("triton",),
-    "progress": ("triton",),
+    "update_convergence": ("triton",),
 }
 # (S, B, D, K): every awkward length beside several others; windows go round by sample
 SIZES = (
@@ -255,7 +255,7 @@ def secant_slope(steps: int, batch: int, count: int) -> Arguments:
     }
 
 
-def fill_gaps(steps: int, batch: int, size: int, count: int) -> Arguments:
+def interpolate_outputs(steps: int, batch: int, size: int, count: int) -> Arguments:
     """Not quite half of the steps of each sample, between any two others; NaN in all that is not to be read."""
     x, e = torch.full((steps + 1, batch, size), NAN), torch.full((steps, batch, size), NAN)
     slope = torch.full((steps, batch, count), NAN)
@@ -286,7 +286,9 @@ def _path(steps: int) -> Tensor:
     return torch.stack([scale, *(pulls.cumsum(1) - pulls), level, of_x, of_out])
 
 
-def extend(steps: int, batch: int, size: int, first: int = 0, noise: bool = True, implicit: bool = False) -> Arguments:
+def extrapolate_states(
+    steps: int, batch: int, size: int, first: int = 0, noise: bool = True, implicit: bool = False
+) -> Arguments:
     """Windows that go on to the end, by one step, not at all, that had none before, or of a sample that stays."""
     middle = steps // 2
     kinds = [
@@ -385,7 +387,7 @@ def anderson_mix(steps: int, batch: int, size: int, history: int, head: int, cou
     }
 
 
-def progress(
+def update_convergence(
     steps: int, batch: int, first: int = 0, implicit: bool = False, rtol: float = 1e-2, gaps: bool = False
 ) -> Arguments:
     """Some steps at the start are settled; now and then a norm is zero or not finite, or a correction large.
@@ -471,16 +473,16 @@ def large(op: str) -> Arguments:
     """Enough work for a second thread."""
     if op == "dct2":
         return dct2(24, 3, 32, 32, inverse=False)
-    if op in ("ddim_scan", "band_moments", "fill_gaps"):
+    if op in ("ddim_scan", "band_moments", "interpolate_outputs"):
         return globals()[op](50, 3, 3072, 24)
-    if op == "extend":
-        return extend(50, 5, 3072)
+    if op == "extrapolate_states":
+        return extrapolate_states(50, 5, 3072)
     if op == "anderson_solve":
         return anderson_solve(20, 10, 16)
     if op == "secant_slope":
         return secant_slope(50, 8, 24)
-    if op == "progress":
-        return progress(50, 8)
+    if op == "update_convergence":
+        return update_convergence(50, 8)
     return globals()[op](20, 5, 3072, 3, 1, 2)
 
 
@@ -496,12 +498,12 @@ def example(op: str) -> Arguments:
         arguments = anderson_solve(4, 1, 3)
     elif op == "secant_slope":
         arguments = secant_slope(4, 1, 3)
-    elif op == "fill_gaps":
-        arguments = fill_gaps(4, 1, 10, 3)
-    elif op == "extend":
-        arguments = extend(4, 1, 10)
-    elif op == "progress":
-        arguments = progress(4, 1, gaps=True)
+    elif op == "interpolate_outputs":
+        arguments = interpolate_outputs(4, 1, 10, 3)
+    elif op == "extrapolate_states":
+        arguments = extrapolate_states(4, 1, 10)
+    elif op == "update_convergence":
+        arguments = update_convergence(4, 1, gaps=True)
     else:
         arguments = globals()[op](4, 1, 10, 3, 1, 2)
     return {name: value.nan_to_num() if isinstance(value, Tensor) else value for name, value in arguments.items()}
@@ -521,13 +523,19 @@ SMALL: dict[str, list[Callable[[], Arguments]]] = {
     ],
     "band_moments": [lambda: band_moments(3, 3, 90, 9), lambda: band_moments(2, 3, 9, 9)],
     "secant_slope": [lambda: secant_slope(7, 3, 5)],
-    "fill_gaps": [lambda: fill_gaps(5, 3, 90, 9), lambda: fill_gaps(4, 2, 9, 3)],
-    "extend": [lambda: extend(8, 6, 90), lambda: extend(7, 6, 9, noise=False, implicit=True)],
+    "interpolate_outputs": [lambda: interpolate_outputs(5, 3, 90, 9), lambda: interpolate_outputs(4, 2, 9, 3)],
+    "extrapolate_states": [
+        lambda: extrapolate_states(8, 6, 90),
+        lambda: extrapolate_states(7, 6, 9, noise=False, implicit=True),
+    ],
     "anderson_gram": [
         lambda: anderson_gram(2, 3, 1200, 3, 1, 3),
         lambda: anderson_gram(2, 3, 9, 16, 5, 15),
     ],
     "anderson_solve": [lambda: anderson_solve(4, 3, 5)],
     "anderson_mix": [lambda: anderson_mix(3, 3, 90, 3, 1, 3), lambda: anderson_mix(2, 3, 9, 16, 5, 15)],
-    "progress": [lambda: progress(300, 3, gaps=True), lambda: progress(7, 3, implicit=True)],
+    "update_convergence": [
+        lambda: update_convergence(300, 3, gaps=True),
+        lambda: update_convergence(7, 3, implicit=True),
+    ],
 }

@@ -49,13 +49,18 @@ SIZES_FROM = {
     "anderson_solve": "rhs",
     "anderson_mix": "f_ring",
     "secant_slope": "slope",
-    "fill_gaps": "e",
-    "extend": "e",
-    "progress": "norms",
+    "interpolate_outputs": "e",
+    "extrapolate_states": "e",
+    "update_convergence": "norms",
 }
 OTHERS = [(op, name) for op, name in TENSORS if SIZES_FROM[op] != name]
 # K and N, likewise
-BANDS_FROM = [("ddim_scan", "slope"), ("band_moments", "moments"), ("fill_gaps", "slope"), ("fill_gaps", "rows")]
+BANDS_FROM = [
+    ("ddim_scan", "slope"),
+    ("band_moments", "moments"),
+    ("interpolate_outputs", "slope"),
+    ("interpolate_outputs", "rows"),
+]
 
 
 @pytest.mark.parametrize(("op", "name"), OTHERS, ids="-".join)
@@ -104,8 +109,8 @@ def test_requires_grad(op: str, name: str) -> None:
 STATE = [
     *[("dct2", name) for name in ("dct_h", "dct_w", "colour")],
     *[("ddim_scan", name) for name in ("z", "a", "b", "c", "n", "slope", "f", "g")],
-    *[("fill_gaps", name) for name in ("slope", "e")],
-    *[("extend", name) for name in ("moved", "e", "z", "held", "n")],
+    *[("interpolate_outputs", name) for name in ("slope", "e")],
+    *[("extrapolate_states", name) for name in ("moved", "e", "z", "held", "n")],
     ("anderson_mix", "gamma"),
     ("anderson_mix", "out"),
 ]
@@ -119,7 +124,7 @@ def test_another_dtype_than_the_state(op: str, name: str) -> None:
 @pytest.mark.parametrize(("op", "name"), [*FLOATING], ids="-".join)
 def test_half_precision_is_for_what_the_model_touches(op: str, name: str) -> None:
     arguments = inputs.example(op) | {name: inputs.example(op)[name].bfloat16()}
-    if name in ("e", "e_prev", "image") and op not in ("fill_gaps", "extend"):
+    if name in ("e", "e_prev", "image") and op not in ("interpolate_outputs", "extrapolate_states"):
         getattr(ops, op)(**arguments)
     else:
         refused(op, name, arguments[name], TypeError)
@@ -173,7 +178,7 @@ def test_ridges(name: str, value: Any, error: type[Exception]) -> None:
 )
 def test_beta(value: Any, error: type[Exception]) -> None:
     refused("ddim_scan", "beta", value, error)
-    refused("extend", "beta", value, error)
+    refused("extrapolate_states", "beta", value, error)
 
 
 def test_a_whole_number_is_a_real_one() -> None:
@@ -189,7 +194,7 @@ def test_all_states_may_be_float64(op: str) -> None:
     getattr(ops, op)(**inputs.wide(inputs.example(op)))
 
 
-NUMBERS = [("secant_slope", "pull"), *[("progress", name) for name in ("rtol", "contraction", "growth")]]
+NUMBERS = [("secant_slope", "pull"), *[("update_convergence", name) for name in ("rtol", "contraction", "growth")]]
 
 
 @pytest.mark.parametrize(("op", "name"), NUMBERS, ids="-".join)
@@ -202,7 +207,7 @@ def test_numbers_that_are_not_negative(op: str, name: str, value: Any, error: ty
 
 @pytest.mark.parametrize(("value", "error"), [(0, ValueError), (10**6, ValueError), (1.0, TypeError)])
 def test_the_size_of_a_window(value: Any, error: type[Exception]) -> None:
-    refused("progress", "size", value, error)
+    refused("update_convergence", "size", value, error)
 
 
 def test_a_spectrum_without_dimensions() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import deqkern
 from deqkern import NoiseSchedule, SlopeProfile, calibration, slopes, solvers
-from deqkern.engine.trajectory import start
+from deqkern.engine.trajectory import Traits, start
 from deqkern.solvers.basis import Basis
 from deqkern.solvers.slopes import slope_of
 from deqkern.support import storage
@@ -52,10 +52,10 @@ def test_secant_recovers_a_slope_keeps_what_was_not_measured_and_stays_in_range(
     low, high = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     moments = torch.tensor([[[[0.3, 1.0], [0.0, 0.0], [-2.0, 1.0], [5.0, 1.0]]]], dtype=torch.float64)
     slope = torch.full((1, 1, 4), 0.7)
-    slopes.Secant(pull=0.0).refine(slope, moments, low, high)
+    slopes.Secant(prior_weight=0.0).refine(slope, moments, low, high)
     torch.testing.assert_close(slope.flatten(), torch.tensor([0.3, 0.7, 0.0, 1.0]))
     slope = torch.full((1, 1, 4), 0.7)
-    slopes.Secant(pull=1.0).refine(slope, moments, low, high)
+    slopes.Secant(prior_weight=1.0).refine(slope, moments, low, high)
     assert slope[0, 0, 0].item() == pytest.approx(0.5)
 
 
@@ -228,12 +228,12 @@ def test_bad_solver_options_are_named(options: dict[str, Any]) -> None:
     ("make", "words"),
     [
         (lambda: solvers.default(profile=3), "profile must be a SlopeProfile"),  # type: ignore[arg-type]
-        (lambda: slopes.Secant(start=slopes.Secant()), "start must be None, Gaussian, Frozen or a SlopeProfile"),  # type: ignore[arg-type]
-        (lambda: slopes.Secant(pull=-1.0), "pull must be finite"),
-        (lambda: slopes.Secant(pull=float("inf")), "pull must be finite"),
+        (lambda: slopes.Secant(start=slopes.Secant()), "start must be None or a slope that does not adapt"),  # type: ignore[arg-type]
+        (lambda: slopes.Secant(prior_weight=-1.0), "prior_weight must be finite"),
+        (lambda: slopes.Secant(prior_weight=float("inf")), "prior_weight must be finite"),
         (lambda: slopes.Gaussian(0.0), "variance must be finite and > 0"),
         (lambda: slopes.Frozen(float("nan")), "shrinkage must be finite"),
-        (lambda: slopes.Secant(pull="1"), "pull must be a number"),  # type: ignore[arg-type]
+        (lambda: slopes.Secant(prior_weight="1"), "prior_weight must be a number"),  # type: ignore[arg-type]
         (lambda: slopes.Gaussian(None), "variance must be a number"),  # type: ignore[arg-type]
         (lambda: slopes.Frozen(True), "shrinkage must be a number"),
         (lambda: solvers.picard(window=True), "window must be None, an int >= 1, or a float"),
@@ -267,7 +267,7 @@ def test_iterations_on_a_gaussian_of_one_variance(chain: str, start: Any, mean: 
         eps = exact(x, t)
         return (x - (1 - abar[t]).sqrt() * eps) / abar[t].sqrt() if chain == "sample" else eps
 
-    options: dict[str, Any] = {"solver": solvers.Solver(slopes.Secant(start, pull=0.0)), "rtol": 1e-3}
+    options: dict[str, Any] = {"solver": solvers.Solver(slopes.Secant(start, prior_weight=0.0)), "rtol": 1e-3}
     noise = torch.randn(2, *SHAPE)
     if chain == "inversion":
         found = deqkern.invert(model, mean + 0.1 * noise, SCHEDULE, 50, **options)
@@ -283,7 +283,7 @@ def test_iterations_on_a_gaussian_of_one_variance(chain: str, start: Any, mean: 
 )
 def test_bands_of_a_solve(basis: str, shape: tuple[int, ...], bands: int) -> None:
     solver = solvers.Solver(slopes.Secant(), basis=basis)
-    started = start(problems.digits_density(SCHEDULE), torch.randn(2, *shape), SCHEDULE.steps(5), solver)
+    started = start(torch.randn(2, *shape), SCHEDULE.steps(5), solver, Traits())
     assert len(started.basis.bands) == bands + 1
 
 

@@ -46,7 +46,7 @@ CASES: dict[str, Callable[[Int, Float], Any]] = {
     ),
     "share": lambda i, f: sample(solver=solvers.default(window=f(0.5), thinning=f(0.25))),
     "window": lambda i, f: sample(solver=solvers.default(window=i(5))),
-    "secant": lambda i, f: sample(solver=slope(slopes.Secant(pull=f(1))), max_iterations=4),
+    "secant": lambda i, f: sample(solver=slope(slopes.Secant(prior_weight=f(1))), max_iterations=4),
     "gaussian": lambda i, f: sample(solver=slope(slopes.Gaussian(f(2))), max_iterations=4),
     "invert": lambda i, f: (
         deqkern.invert(model, NOISE, NoiseSchedule.linear(), i(12), rtol=f(0.125), max_iterations=i(20)).value

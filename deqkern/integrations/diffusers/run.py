@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from ...chain.schedulers import SchedulerRow
+from ...engine.loop import Solve, begin
 from ...engine.solution import Solution
+from ...engine.trajectory import Traits
 from ...network.replication import Replicated
 from ...solvers.presets import Solver
-from ..solving import JointSolve, Rows
 from .checks import check_no_cache, check_pipeline_call, check_steps, settings_of
 from .denoiser import DenoiserHook, Evaluation
 from .guard import Guard
@@ -32,11 +33,9 @@ from .timesteps import Timesteps
 class _Solving:
     """The solve behind a loop."""
 
-    solve: JointSolve
+    solve: Solve
     latents: LatentFormat
-    timesteps: Tensor  # (S,), on the device
     preview: Tensor  # (B, channels or tokens, ..), the latents that the loop has
-    rows: Rows | None = None  # that the denoiser is evaluated at in this turn
 
 
 class ParallelRun:
@@ -144,24 +143,21 @@ class ParallelRun:
         now = self._solving
         first = not now.solve.count
         self._guard.check_call(x, t, given, latents=now.latents, preview=now.preview, first=first)
-        if now.rows is None:
-            now.rows = now.solve.ask()
-        states = now.latents.pack(now.rows.states)
-        timesteps = now.timesteps[now.rows.steps]
-        return Evaluation(states, timesteps, samples=now.rows.samples, latents=now.latents)
+        rows = now.solve.ask()  # the same ones for all calls of a turn
+        return Evaluation(now.latents.pack(rows.states), rows.timesteps, samples=rows.samples, latents=now.latents)
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         """One iteration. The state that the pipeline goes on with is the present estimate of the chain's end."""
         now = self._solving
-        if not self._looping or now is None or now.rows is None:
+        if not self._looping or now is None or not self._guard.calls:
             raise ValueError("pipe: its loop calls scheduler.step without the denoiser; it cannot run in parallel")
         self._guard.check_turn()
         output, sample, return_dict = self._scheduler.step_call(*args, **kwargs)
         if not now.solve.count and sample.dtype != now.preview.dtype:  # the denoiser was given them rounded
-            now.solve.correct_first(now.latents.unpack(sample[: now.latents.batch]))
-        now.solve.tell(now.latents.unpack(output[: len(now.rows.steps)]))  # DiT gives the guided output twice
+            now.solve.refine_first(now.latents.unpack(sample[: now.latents.batch]))
+        now.solve.tell(now.latents.unpack(output[: len(now.solve.ask())]))  # DiT gives the guided output twice
         dtype = self._scheduler.row.result_dtype(output.dtype, sample.dtype)
-        now.preview, now.rows = now.latents.pack(now.solve.value(dtype)), None
+        now.preview = now.latents.pack(now.solve.value(dtype))
         self._looping = False
         value = torch.cat([now.preview] * (len(sample) // now.latents.batch))
         if not return_dict:
@@ -190,16 +186,9 @@ class ParallelRun:
             generator = self._arguments.get("generator")
             noise = torch.stack([randn_tensor(first.shape, generator, x.device, dtype=dtype) for _ in self._span])
         table = self._scheduler.table(eta).part(self._span)
-        solve = JointSolve(
-            first,
-            table,
-            self._solver,
-            rtol=self._rtol,
-            dtype=x.dtype,
-            step_noise=noise,
-            error_prefix="pipe's denoiser returned",
-        )
-        return _Solving(solve, latents, table.timesteps.to(x.device), preview=preview)
+        traits = Traits(x.dtype, torch.finfo(x.dtype).eps, "pipe's denoiser returned")
+        solve = begin(first, table, self._solver, traits=traits, rtol=self._rtol, step_noise=noise)
+        return _Solving(solve, latents, preview)
 
     @property
     def _guided(self) -> bool:

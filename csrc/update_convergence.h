@@ -16,7 +16,7 @@
 
 namespace deqkern {
 
-struct Progress {
+struct UpdateConvergence {
   const double* norms;      // (S, B, 3): |r|^2, |g|^2, |x|^2
   const double* scale;      // (B,): |x[0]|
   const int64_t* gap;       // (B,), the first active step whose output was filled in, never the first; null: none

@@ -1,5 +1,5 @@
 // One pass over the five rows of each step that is filled; a task is one of these steps.
-#include "../fill_gaps.h"
+#include "../interpolate_outputs.h"
 
 #include "simd.h"
 
@@ -15,7 +15,7 @@ struct Gap {
   float of_x, of_out;                        // its output
 };
 
-DEQKERN_INLINE Gap gap_of(const FillGaps& op, int64_t n) {
+DEQKERN_INLINE Gap gap_of(const InterpolateOutputs& op, int64_t n) {
   const int64_t S = op.S, left = op.rows[op.N + n], right = op.rows[2 * op.N + n];
   const int64_t i = op.rows[n] / op.B, l = left / op.B, r = right / op.B;
   const double *scale = op.path, *pulls = scale + S, *lifts = pulls + S, *level = lifts + S, *of_x = level + S,
@@ -53,7 +53,7 @@ DEQKERN_INLINE void fill(const Gap& gap, float slope, const float* x, float* e, 
 
 }  // namespace
 
-void fill_gaps(const FillGaps& op) {
+void interpolate_outputs(const InterpolateOutputs& op) {
   const int team = team_size(op.threads, op.N, 6 * op.N * op.D);
 #pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
   for (int64_t task = 0; task < op.N; ++task) {

@@ -5,7 +5,7 @@ import pytest
 import torch
 from asserts import assert_close
 
-BACKENDS = inputs.backends("extend")
+BACKENDS = inputs.backends("extrapolate_states")
 
 
 @BACKENDS
@@ -13,13 +13,15 @@ BACKENDS = inputs.backends("extend")
 @pytest.mark.parametrize(("steps", "batch", "size"), [(1, 1, 5), (2, 3, 257), (7, 6, 17), (12, 7, 600), (50, 6, 33)])
 def test_equals_the_reference(backend: str, steps: int, batch: int, size: int, implicit: bool) -> None:
     for noise in (False, True):
-        inputs.check("extend", inputs.extend(steps, batch, size, noise=noise, implicit=implicit), backend)
+        inputs.check(
+            "extrapolate_states", inputs.extrapolate_states(steps, batch, size, noise=noise, implicit=implicit), backend
+        )
 
 
 @BACKENDS
 @pytest.mark.parametrize("first", range(6))
 def test_a_single_sample(backend: str, first: int) -> None:
-    inputs.check("extend", inputs.extend(9, 1, 4099, first), backend)
+    inputs.check("extrapolate_states", inputs.extrapolate_states(9, 1, 4099, first), backend)
 
 
 @BACKENDS
@@ -30,7 +32,7 @@ def test_x0_is_that_of_the_state_the_model_was_called_at(
     backend: str, begin: int, implicit: bool, moved: float
 ) -> None:
     """The first active state of an explicit chain is exact, the second took the plain step, others beta of theirs."""
-    arguments = inputs.extend(6, 1, 3, noise=False, implicit=implicit)
+    arguments = inputs.extrapolate_states(6, 1, 3, noise=False, implicit=implicit)
     arguments |= {"before": torch.tensor([[begin, 4]]), "window": torch.tensor([[4, 5]]), "beta": 0.5}
     arguments["held"] = torch.zeros(4, 6)
     arguments["held"][1, 4] = arguments["held"][2, 3] = 1.0  # x[5] = x0 = y
@@ -38,7 +40,7 @@ def test_x0_is_that_of_the_state_the_model_was_called_at(
     arguments["x"][:] = torch.randn(7, 1, 3)
     arguments["e"][:], arguments["moved"][:] = 0.0, torch.randn(6, 1, 3)
     before = inputs.clone(arguments)
-    inputs.run("extend", backend, arguments)
+    inputs.run("extrapolate_states", backend, arguments)
     assert_close(arguments["x"][5], before["x"][at] - moved * before["moved"][3])
     assert not arguments["moved"][4].any()
     kept = [0, 1, 2, 3, 5]

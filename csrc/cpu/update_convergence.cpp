@@ -1,5 +1,5 @@
 // One pass over numbers that are few: one thread.
-#include "../progress.h"
+#include "../update_convergence.h"
 
 #include <float.h>
 #include <math.h>
@@ -21,7 +21,7 @@ struct Chain {
   bool is_finite = true;
 };
 
-Chain look(const Progress& op, int64_t b, Window window, int64_t exact, int64_t known) {
+Chain look(const UpdateConvergence& op, int64_t b, Window window, int64_t exact, int64_t known) {
   Chain chain;
   chain.frontier = window.begin;
   for (int64_t i = 0; i < op.S; ++i) {
@@ -39,7 +39,7 @@ Chain look(const Progress& op, int64_t b, Window window, int64_t exact, int64_t 
   return chain;
 }
 
-void advance(const Progress& op, int64_t b, Window window) {
+void advance(const UpdateConvergence& op, int64_t b, Window window) {
   double* errors = op.errors + 5 * b;
   const bool whole = window.end == op.S;
   const int64_t exact = op.implicit ? window.begin : smaller(window.begin + 1, window.end);
@@ -68,7 +68,7 @@ void advance(const Progress& op, int64_t b, Window window) {
 
 }  // namespace
 
-void progress(const Progress& op) {
+void update_convergence(const UpdateConvergence& op) {
   for (int64_t b = 0; b < op.B; ++b) {
     const Window window = window_of(op.window, b, op.S);
     if (window.begin < op.S)

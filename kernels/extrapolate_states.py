@@ -12,7 +12,7 @@ BLOCK = 512  # four floats, one 16-byte access, per thread and row
 
 
 @triton.jit
-def extend_kernel(
+def extrapolate_states_kernel(
     x,
     moved,
     e,
@@ -67,7 +67,7 @@ def extend_kernel(
         tl.store(moved + i * plane, tl.zeros([BLOCK], tl.float32), mask=inside)
 
 
-def extend(
+def extrapolate_states(
     x: torch.Tensor,  # (S+1, B, D), updated
     moved: torch.Tensor,  # (S, B, D), updated
     e: torch.Tensor,  # (S, B, D)
@@ -82,7 +82,7 @@ def extend(
 ) -> None:
     steps, batch, size = e.shape
     block = min(BLOCK, max(32, next_power_of_2(size)))
-    extend_kernel[(batch * cdiv(size, block),)](
+    extrapolate_states_kernel[(batch * cdiv(size, block),)](
         x, moved, e, z, held, n, before, window, skip, steps, batch * size, size, beta, implicit, block,
         num_warps=max(1, block // 128),
     )  # fmt: skip

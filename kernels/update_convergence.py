@@ -10,7 +10,7 @@ from .launch import next_power_of_2
 
 
 @triton.jit
-def progress_kernel(
+def update_convergence_kernel(
     norms,
     scale,
     gap,  # None: nothing was filled in
@@ -102,7 +102,7 @@ def progress_kernel(
     tl.store(diverged + sample, failed.to(tl.int64))
 
 
-def progress(
+def update_convergence(
     norms: torch.Tensor,  # (S, B, 3) float64
     scale: torch.Tensor,  # (B,) float64
     gap: torch.Tensor | None,  # (B,) int64
@@ -118,7 +118,7 @@ def progress(
 ) -> None:
     steps, batch, _ = norms.shape
     block = min(next_power_of_2(steps), 256)
-    progress_kernel[(batch,)](
+    update_convergence_kernel[(batch,)](
         norms, scale, gap, tolerance, rtol, contraction, growth, size, errors, window, diverged, steps, batch,
         implicit, block, num_warps=1,
     )  # fmt: skip

@@ -13,7 +13,7 @@
 
 namespace deqkern {
 
-struct FillGaps {
+struct InterpolateOutputs {
   const float* x;        // (S+1, B, D)
   const float* slope;    // (S, B, K)
   const int64_t* bands;  // (K+1,), from 0 to D, not decreasing

@@ -10,7 +10,7 @@
 
 namespace deqkern {
 
-struct Extend {
+struct ExtrapolateStates {
   float* x;               // (S+1, B, D), updated
   float* moved;           // (S, B, D), updated: the last correction of the states that the model was called at
   const float* e;         // (S, B, D), the model's output before that correction

@@ -1,5 +1,5 @@
 // One pass over the new states of each sample; a task is a piece of one sample.
-#include "../extend.h"
+#include "../extrapolate_states.h"
 
 #include "simd.h"
 
@@ -14,7 +14,7 @@ struct Steps {
   float share;  // of its correction that the state was moved by
 };
 
-DEQKERN_INLINE Steps new_steps(const Extend& op, int64_t b) {
+DEQKERN_INLINE Steps new_steps(const ExtrapolateStates& op, int64_t b) {
   const Window before = window_of(op.before, b, op.S), window = window_of(op.window, b, op.S);
   const bool none = op.skip[b] != 0 || before.end <= 0;
   const int64_t place = before.end - before.begin;
@@ -23,7 +23,7 @@ DEQKERN_INLINE Steps new_steps(const Extend& op, int64_t b) {
 }
 
 template <bool kWhole>
-DEQKERN_INLINE vec hold_x0(const Extend& op, const Steps& steps, int64_t at, int lanes) {
+DEQKERN_INLINE vec hold_x0(const ExtrapolateStates& op, const Steps& steps, int64_t at, int lanes) {
   const int64_t row = op.B * op.D, last = steps.begin - 1;
   vec y = load_lanes<kWhole>(op.x + (op.implicit ? steps.begin : last) * row + at, lanes);
   if (steps.share != 0.f) y -= steps.share * load_lanes<kWhole>(op.moved + last * row + at, lanes);
@@ -31,7 +31,7 @@ DEQKERN_INLINE vec hold_x0(const Extend& op, const Steps& steps, int64_t at, int
 }
 
 template <bool kWhole>
-DEQKERN_INLINE void step_lanes(const Extend& op, int64_t i, vec x0, int64_t at, int lanes) {
+DEQKERN_INLINE void step_lanes(const ExtrapolateStates& op, int64_t i, vec x0, int64_t at, int lanes) {
   const int64_t row = op.B * op.D;
   vec x = op.held[i] * load_lanes<kWhole>(op.x + i * row + at, lanes) + op.held[op.S + i] * x0;
   if (op.z) x += op.n[i] * load_lanes<kWhole>(op.z + i * row + at, lanes);
@@ -40,7 +40,7 @@ DEQKERN_INLINE void step_lanes(const Extend& op, int64_t i, vec x0, int64_t at, 
 }
 
 // Step by step over one piece, whose x0 and last state stay in the first cache.
-void extend_piece(const Extend& op, const Steps& steps, int64_t first, int64_t count) {
+void extrapolate_piece(const ExtrapolateStates& op, const Steps& steps, int64_t first, int64_t count) {
   alignas(64) float x0[kPiece];
   const int64_t whole = count / kLanes * kLanes;
   const int rest = static_cast<int>(count - whole);
@@ -54,7 +54,7 @@ void extend_piece(const Extend& op, const Steps& steps, int64_t first, int64_t c
 
 }  // namespace
 
-void extend(const Extend& op) {
+void extrapolate_states(const ExtrapolateStates& op) {
   const int64_t pieces = ceil_div(op.D, kPiece), tasks = op.B * pieces;
   int64_t rows = 0;
   for (int64_t b = 0; b < op.B; ++b) {
@@ -68,7 +68,7 @@ void extend(const Extend& op) {
     const int64_t b = task / pieces, first = task % pieces * kPiece;
     const Steps steps = new_steps(op, b);
     if (steps.end <= steps.begin) continue;
-    extend_piece(op, steps, b * op.D + first, smaller(kPiece, op.D - first));
+    extrapolate_piece(op, steps, b * op.D + first, smaller(kPiece, op.D - first));
   }
 }
 

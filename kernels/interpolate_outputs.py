@@ -13,7 +13,7 @@ BLOCK = 512  # four floats, one 16-byte access, per thread and row
 
 
 @triton.jit(do_not_specialize=["number"])  # it changes from iteration to iteration
-def fill_gaps_kernel(x, slope, bands, rows, path, e, number, steps, batch, size, count, BLOCK: tl.constexpr):
+def interpolate_outputs_kernel(x, slope, bands, rows, path, e, number, steps, batch, size, count, BLOCK: tl.constexpr):
     """x0[j] = of_x[j] x[j] + of_out[j] e[j], j = l, r;   x0[i] = (1 - q) x0[l] + q x0[r],
     y = scale[i] (x[l] / scale[l] + (p - p_r) x0[l] + p_r x0[r]),
     e[i] = (x0[i] - of_x[i] y) / of_out[i] + slope[i] (x[i] - y),
@@ -56,7 +56,7 @@ def fill_gaps_kernel(x, slope, bands, rows, path, e, number, steps, batch, size,
     tl.store(e + row * size + d, output, mask=inside)
 
 
-def fill_gaps(
+def interpolate_outputs(
     x: torch.Tensor,  # (S+1, B, D)
     slope: torch.Tensor,  # (S, B, K)
     bands: torch.Tensor,  # (K+1,) int64
@@ -68,7 +68,7 @@ def fill_gaps(
     if number == 0:
         return
     block = min(BLOCK, max(32, next_power_of_2(size)))
-    fill_gaps_kernel[(number * cdiv(size, block),)](
+    interpolate_outputs_kernel[(number * cdiv(size, block),)](
         x, slope, bands, rows, path, e, number, steps, batch, size, slope.shape[2], block,
         num_warps=max(1, block // 128),
     )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from asserts import assert_close
 from torch import Tensor
 
-BACKENDS = inputs.backends("progress")
+BACKENDS = inputs.backends("update_convergence")
 INF = float("inf")
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in divide")  # numpy, where Triton is interpreted
 
@@ -20,7 +20,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in divide")  # num
 def test_equals_the_reference(backend: str, steps: int, batch: int, implicit: bool, rtol: float) -> None:
     for first in inputs.some(range(5), backend):
         for gaps in (False, True):
-            inputs.check("progress", inputs.progress(steps, batch, first, implicit, rtol, gaps), backend)
+            inputs.check(
+                "update_convergence", inputs.update_convergence(steps, batch, first, implicit, rtol, gaps), backend
+            )
 
 
 def sample(
@@ -53,7 +55,7 @@ def sample(
 
 def reached(backend: str, arguments: dict[str, Any]) -> tuple[Tensor, list[int], bool]:
     """The errors (5,), the window and whether it diverged."""
-    inputs.run("progress", backend, arguments)
+    inputs.run("update_convergence", backend, arguments)
     return arguments["errors"][0], arguments["window"][0].tolist(), bool(arguments["diverged"])
 
 
@@ -231,7 +233,7 @@ def test_the_residual_is_kept_once_a_sample_has_converged(backend: str) -> None:
     arguments["norms"][:, 1, 0] = 1e-8
     arguments["implicit"] = True
     for _ in range(2):
-        inputs.run("progress", backend, arguments)
+        inputs.run("update_convergence", backend, arguments)
         assert_close(arguments["errors"][:, 4], torch.tensor([7.0, 2e-4], dtype=torch.float64))
         assert arguments["window"].tolist() == [[2, 2], [2, 2]]
         arguments["norms"].fill_(torch.nan)
