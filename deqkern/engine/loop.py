@@ -172,7 +172,7 @@ class Solve:
         error = self.iteration.stopping.errors[:, 0]
         self.record.note(error, counts, self.iteration.norms, torch.from_numpy(evaluated))
 
-    def refine_first(self, first: Tensor) -> None:
+    def correct_first(self, first: Tensor) -> None:
         """Give the known state (B, *shape) again, in more digits than the solve began with."""
         self.trajectory.basis.forward(first, self.trajectory.x[0], self.iteration.samples)
 

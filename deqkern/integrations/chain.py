@@ -44,7 +44,7 @@ class Chain:
         max_batch: int | None,
         callback: Callable[..., Any] | None = None,
     ) -> None:
-        checked = Problem.of_chain(
+        problem = Problem.of_chain(
             model,
             first,
             lambda: table,
@@ -56,19 +56,18 @@ class Chain:
             model_kwargs=model_kwargs,
             callback=callback,
         )
-        self.network = Network(call, table, arguments_of(model, model_kwargs), example=first)
-        self.problem = replace(checked, network=self.network, dtype=self.network.dtype, callback=None)
-        self.table = table
+        self.network = Network(call, table, arguments_of(model, model_kwargs), first)
+        self.problem = replace(problem, network=self.network, dtype=self.network.dtype)
 
     @torch.no_grad()
     def run(self, disable: bool | None = True) -> Iterator[int]:
         """The number of iterations after each of them, with a bar of tqdm unless `disable` (None: only on a terminal).
 
-        The bar counts the steps that are converged in every sample. Noise is drawn from torch's global generator, in
+        The bar counts the steps that have converged in every sample. Noise is drawn from torch's global generator, in
         the order of the sequential chain.
         """
         self.solving = solve = self.problem.begin()
-        with _Bar(self.table.num_inference_steps, disable) as bar:
+        with _Bar(self.problem.table.num_inference_steps, disable) as bar:
             while solve.open:
                 solve.tell(Evaluation(self.network, solve.ask()))
                 bar.reach(int(solve.window[:, 0].min()))
@@ -98,7 +97,7 @@ class Chain:
         for part in split_rows(torch.arange(len(rows), device=states.device), self.problem.max_batch):
             index = part // batch
             output = self.network(rows[part], index, part % batch)
-            found[part] = self.table.original_sample(rows[part], output, index).to(found.dtype)
+            found[part] = self.problem.table.original_sample(rows[part], output, index).to(found.dtype)
         return found.view_as(states[:-1])
 
 

@@ -146,7 +146,7 @@ def ddim_sample_loop_progressive(
 
 def _iterations(chain: Chain, progress: bool) -> Iterator[dict[str, Tensor]]:
     for _ in chain.run(not progress):
-        value = chain.state(chain.table.num_inference_steps)
+        value = chain.state(chain.problem.table.num_inference_steps)
         yield {"sample": value, "pred_xstart": value.clone()}
     chain.solution()
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...chain.schedulers import SchedulerRow
 from ...engine.loop import Solve, begin
+from ...engine.rows import Rows
 from ...engine.solution import Solution
 from ...engine.trajectory import Traits
 from ...network.replication import Replicated
@@ -36,6 +37,7 @@ class _Solving:
     solve: Solve
     latents: LatentFormat
     preview: Tensor  # (B, channels or tokens, ..), the latents that the loop has
+    rows: Rows | None = None  # that the denoiser is evaluated at in this turn
 
 
 class ParallelRun:
@@ -152,21 +154,23 @@ class ParallelRun:
         now = self._solving
         first = not now.solve.count
         self._guard.check_call(x, t, given, latents=now.latents, preview=now.preview, first=first)
-        rows = now.solve.ask()  # the same ones for all calls of a turn
-        return Evaluation(now.latents.pack(rows.states), rows.timesteps, samples=rows.samples, latents=now.latents)
+        if now.rows is None:
+            now.rows = now.solve.ask()
+        states = now.latents.pack(now.rows.states)
+        return Evaluation(states, now.rows.timesteps, samples=now.rows.samples, latents=now.latents)
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         """One iteration. The state that the pipeline goes on with is the present estimate of the chain's end."""
         now = self._solving
-        if not self._looping or now is None or not self._guard.calls:
+        if not self._looping or now is None or now.rows is None:
             raise ValueError("pipe: its loop calls scheduler.step without the denoiser; it cannot run in parallel")
         self._guard.check_turn()
         output, sample, return_dict = self._scheduler.step_call(*args, **kwargs)
         if not now.solve.count and sample.dtype != now.preview.dtype:  # the denoiser was given them rounded
-            now.solve.refine_first(now.latents.unpack(sample[: now.latents.batch]))
-        now.solve.tell(now.latents.unpack(output[: len(now.solve.ask())]))  # DiT gives the guided output twice
+            now.solve.correct_first(now.latents.unpack(sample[: now.latents.batch]))
+        now.solve.tell(now.latents.unpack(output[: len(now.rows)]))  # DiT gives the guided output twice
         dtype = self._scheduler.row.result_dtype(output.dtype, sample.dtype)
-        now.preview = now.latents.pack(now.solve.value(dtype))
+        now.preview, now.rows = now.latents.pack(now.solve.value(dtype)), None
         self._looping = False
         value = torch.cat([now.preview] * (len(sample) // now.latents.batch))
         if not return_dict:
@@ -195,8 +199,8 @@ class ParallelRun:
             generator = self._arguments.get("generator")
             noise = torch.stack([randn_tensor(first.shape, generator, x.device, dtype=dtype) for _ in self._span])
         table = self._scheduler.table(eta).part(self._span)
-        traits = Traits(x.dtype, torch.finfo(x.dtype).eps, "pipe's denoiser returned")
-        solve = begin(first, table, self._solver, traits=traits, rtol=self._rtol, step_noise=noise)
+        traits = Traits(dtype=x.dtype, precision=torch.finfo(x.dtype).eps, error_prefix="pipe's denoiser returned")
+        solve = begin(first, table, self._solver, traits, rtol=self._rtol, step_noise=noise)
         return _Solving(solve, latents, preview)
 
     @property
