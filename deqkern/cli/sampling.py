@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -117,8 +116,8 @@ def _solver(preset: Preset, pretrained: models.Pretrained, window: int | None) -
         return "auto"
     if preset is Preset.profile and pretrained.profile is None:
         raise ValueError(f"profile: the model {pretrained.name!r} comes without a profile.safetensors")
-    build: Callable[[], Solver] = getattr(solvers, preset, lambda: solvers.default(profile=pretrained.profile))
-    solver = build()
+    solver: Solver
+    solver = solvers.default(pretrained.profile) if preset is Preset.profile else getattr(solvers, preset)()
     return solver if window is None else replace(solver, window=window)
 
 
