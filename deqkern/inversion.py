@@ -16,7 +16,7 @@ from .chain.schedule import NoiseSchedule, StepTable
 from .engine.loop import solve
 from .engine.solution import Callback, Solution, relative_error, warn_unless_converged
 from .engine.trajectory import start
-from .gradients.methods import named
+from .gradients.methods import check_table, named
 from .gradients.pullback import Gradient, Pullback
 from .network.model import Model, Network, arguments_of
 from .optimization import Optimize, optimize
@@ -120,6 +120,7 @@ def invert(
         )
     else:
         table = schedule.steps(num_inference_steps, sigma_min=sigma_min).reversed()
+        check_table(pulled, table)
         with torch.no_grad():
             found = _undo(
                 *(model, sample, table, method, solver, rtol, max_iterations),
