@@ -4,9 +4,10 @@
 #   make test, make lint, make types            what .ci/run runs
 #   make docs                                   it runs that too: the site, to build/site/
 #   make bench                                  benchmarks, to bench/results/
-#   make gpu                                    on a GPU: build, tests marked gpu, measurements to bench/results/gpu.json;
+#   make gpu                                    on a GPU: gpu-native builds, gpu-test tests what is marked gpu,
+#                                               gpu-measure measures, to bench/results/gpu.json; gpu-sanitize is apart;
 #                                               GPU_PYTHON=python3 takes an environment that has torch and triton;
-#                                               GPU_WORKERS=0 tests in one process, GPU_SECONDS=330 to measure in
+#                                               GPU_WORKERS=0 tests in one process, GPU_SECONDS=300 to measure in
 #   make clean, make distclean                  remove what was built; and the environment .venv too
 #
 #   make demo PYTHON=python3.12                 another interpreter for a new .venv
@@ -24,8 +25,12 @@ DEMO_FLAGS ?=
 GPU_PYTHON ?= $(PY)
 GPU_OUT ?= bench/results/gpu.json
 GPU_WORKERS ?= 4
-GPU_SECONDS ?= 330
+GPU_SECONDS ?= 300
+GPU_COMMIT ?= $(shell git rev-parse HEAD 2>/dev/null)
+GPU_FLAGS ?=
 BENCH_OUT ?= bench/results/latest.json
+GPU_REPORT = --tb=short -rfE --junitxml=$(basename $(GPU_OUT))
+SANITIZED := tests/ops/test_cuda.py::test_a_sanitizer_finds_nothing
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -34,7 +39,8 @@ TORCH_INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 BUILD_REQUIRES = $$($(PY) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'])")
 RECIPES := pyproject.toml setup.py constraints.txt
 
-.PHONY: help demo test lint types docs bench gpu native clean distclean
+.PHONY: help demo test lint types docs bench native clean distclean
+.PHONY: gpu gpu-native gpu-test gpu-measure gpu-sanitize
 .DELETE_ON_ERROR:
 
 help:
@@ -62,11 +68,32 @@ bench: $(VENV)/.installed-dev native
 	$(PY) -m pytest bench --benchmark-json=$(BENCH_OUT) $(BENCH_FLAGS)
 
 # About 9 minutes at most. It installs nothing. A test that fails or hangs does not keep it from measuring.
-gpu: export PATH := $(PATH):/usr/local/cuda/bin
 gpu:
-	DEQKERN_CUDA=ON $(GPU_PYTHON) setup.py --quiet build_ext --inplace
-	timeout -k 10 180 $(GPU_PYTHON) -m pytest -q -m gpu -n $(GPU_WORKERS) --dist loadfile $(PYTEST_FLAGS); tested=$$?; \
-	$(GPU_PYTHON) bench/gpu.py --seconds $(GPU_SECONDS) --out $(GPU_OUT) && exit $$tested
+	$(MAKE) gpu-native
+	$(MAKE) gpu-test; tested=$$?; $(MAKE) gpu-measure && exit $$tested
+
+gpu gpu-native gpu-test gpu-measure gpu-sanitize: export PATH := $(PATH):/usr/local/cuda/bin
+gpu gpu-native gpu-test gpu-measure gpu-sanitize: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+# By CMake itself: nothing of setuptools, whose version there may be too old for pyproject.toml.
+gpu-native:
+	cmake -S . -B build/gpu -G Ninja -DDEQKERN_CUDA=ON \
+	  -DPython_EXECUTABLE="$$($(GPU_PYTHON) -c 'import sys; print(sys.executable)')" \
+	  -Dpybind11_DIR="$$($(GPU_PYTHON) -m pybind11 --cmakedir)"
+	cmake --build build/gpu
+	cmake --install build/gpu --prefix deqkern
+
+# INT, not TERM: pytest then says what failed and where it was.
+gpu-test:
+	timeout -s INT -k 20 200 $(GPU_PYTHON) -m pytest -q -m gpu -n $(GPU_WORKERS) --dist loadfile $(GPU_REPORT)-tests.xml \
+	  --deselect $(SANITIZED) $(PYTEST_FLAGS)
+
+gpu-measure:
+	timeout -k 10 $$(($(GPU_SECONDS) + 60)) $(GPU_PYTHON) bench/gpu.py --seconds $(GPU_SECONDS) --out $(GPU_OUT) \
+	  --commit "$(GPU_COMMIT)" $(GPU_FLAGS)
+
+gpu-sanitize:
+	timeout -s INT -k 20 400 $(GPU_PYTHON) -m pytest -q -m gpu -n 0 $(GPU_REPORT)-sanitizer.xml $(SANITIZED)
 
 # deqkern._C, where the sources import it from; half a second when nothing has changed.
 native: | $(VENV)/.installed-demo

@@ -1,4 +1,4 @@
-"""Iterations, evaluations and true errors of every solver on the shipped models: the table in docs/convergence.md.
+"""Iterations, evaluations and true errors of every solver on the shipped models (docs/records/convergence.md).
 
     python bench/convergence.py                      # all of it, about half an hour on two cores
     python bench/convergence.py --models digits --steps 50 --etas 0 --seeds 4

@@ -17,6 +17,11 @@ from torch import Tensor
 
 import deqkern
 from deqkern import NoiseSchedule, ops
+from deqkern.chain.step_table import StepTable
+from deqkern.engine.iteration import Iteration
+from deqkern.engine.rows import Rows
+from deqkern.engine.stopping import Stopping
+from deqkern.engine.trajectory import Traits, start
 from deqkern.solvers.basis import Basis
 from deqkern.solvers.slopes import Gaussian, Secant, slope_of
 
@@ -74,6 +79,7 @@ class _Kernels(Work):
         self.window = open_windows(SIZE, self.x.device)
         self.norms = torch.zeros(steps, batch, 3, dtype=torch.float64)
         self.scale = torch.ones(batch, dtype=torch.float64)
+        self.tolerance = torch.zeros(steps, dtype=torch.float64)
         self.diverged = torch.zeros(batch, dtype=torch.int64)
 
     def _scan(self, e: Tensor, slope: Tensor, f: Tensor, g: Tensor) -> None:
@@ -82,12 +88,22 @@ class _Kernels(Work):
             *(f, g, self.norms),
         )
 
-    def _progress(self) -> None:
+    def _update_convergence(self) -> None:
         """On a window of its own, since every step stays active here."""
         window = self.window.clone()
-        errors = torch.ones(len(window), 5, dtype=torch.float64)
-        ops.progress(
-            *(self.norms, self.scale, None, 0.0, 0.0, 0.1, 1e3, SIZE.steps, False, errors, window, self.diverged),
+        ops.update_convergence(
+            self.norms,
+            self.scale,
+            None,
+            tolerance=self.tolerance,
+            rtol=0.0,
+            best_contraction=0.1,
+            growth=1e3,
+            window_size=SIZE.steps,
+            implicit=False,
+            convergence=torch.ones(len(window), 5, dtype=torch.float64),
+            window=window,
+            diverged=self.diverged,
         )
 
 
@@ -119,7 +135,7 @@ class Anderson(_Kernels):
             ops.anderson_gram(self.g_ring, head, count, self.window, self.gram, self.rhs)
             ops.anderson_solve(self.gram, self.rhs, self.window, "row", 0.0, RIDGE, False, self.gamma)
         ops.anderson_mix(self.f_ring, head, count, self.gamma, self.window, self.x[1:])
-        self._progress()
+        self._update_convergence()
 
     def states(self) -> Tensor:
         return self.x[1:]
@@ -161,7 +177,7 @@ class Default(_Kernels):
             ops.band_moments(self.g[:-1], self.e, self.e_prev, self.basis.bands, self.window, self.moments)
             self.secant.refine(self.slope, self.moments, self.low, self.high)
         self._scan(self.e, self.slope, self.x[1:], self.g[1:])
-        self._progress()
+        self._update_convergence()
 
     def states(self) -> Tensor:
         image = torch.empty(SIZE.steps * SIZE.batch, *SIZE.shape)
@@ -230,6 +246,19 @@ class PlainTorch(Work):
 
     def states(self) -> Tensor:
         return self.history_x[:, self.place, None]
+
+
+def open_iteration(
+    solver: deqkern.solvers.Solver,
+    noise: Tensor,  # (B, *shape)
+    table: StepTable,
+) -> tuple[Iteration, Rows]:
+    """The iteration of a solve, and the rows of all steps, as if they were all evaluated each time."""
+    trajectory = start(noise, table, solver, Traits())
+    iteration = Iteration(trajectory, solver, Stopping(trajectory, solver.width(len(table.a)), rtol=0.0))
+    index = torch.arange(trajectory.steps * trajectory.batch, device=noise.device)
+    steps, samples = index // trajectory.batch, index % trajectory.batch
+    return iteration, Rows(trajectory, index, steps, samples, table.timesteps.to(noise.device)[steps])
 
 
 def solver_seconds(solver: deqkern.solvers.Solver, noise: Tensor, iterations: int) -> list[float]:

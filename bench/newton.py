@@ -16,14 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 import typer
 from convergence import NEVER, TOLERANCES, number
 from torch import Tensor
 
 from deqkern import models, solvers
-from deqkern.engine.trajectory import start
+from deqkern.engine.trajectory import Traits, start
 from deqkern.network.model import Network
 from deqkern.ops import reference
 from deqkern.solvers.slopes import slope_of
@@ -43,8 +42,8 @@ class Problem:
         noise = torch.randn(seeds, *loaded.shape, generator=generator)
         step_noise = torch.randn(steps, *noise.shape, generator=generator) if eta else None
         table = loaded.schedule.steps(steps, eta=eta)
-        network = Network(loaded.model, table, {}, noise)
-        self.trajectory = start(network, noise, table, solver, step_noise=step_noise)
+        self.network = Network(loaded.model, table, {}, noise)
+        self.trajectory = start(noise, table, solver, Traits(), step_noise=step_noise)
         self.steps, self.batch = steps, seeds
         self.a, self.b, self.n = (v.float()[:, None, None] for v in (table.a, table.b, table.n))
         ends = torch.stack([table.slope_0, table.slope_1])
@@ -60,17 +59,17 @@ class Problem:
 
     def outputs(self, x: Tensor) -> Tensor:  # (S+1, B, D) -> (S, B, D)
         self.trajectory.x.copy_(x)
-        self.trajectory.select(np.arange(self.steps * self.batch))
-        out = torch.empty_like(x[1:])
-        self.trajectory.evaluate(out)
-        return out
+        return self._at(torch.arange(self.steps * self.batch), torch.empty_like(x[1:]))
 
     def output(self, x: Tensor, i: int) -> Tensor:  # (B, D)
         self.trajectory.x[i] = x
-        self.trajectory.select(np.arange(i * self.batch, (i + 1) * self.batch))
-        out = torch.empty_like(self.first[1:])
-        self.trajectory.evaluate(out)
-        return out[i]
+        return self._at(i * self.batch + torch.arange(self.batch), torch.empty_like(self.first[1:]))[i]
+
+    def _at(self, rows: Tensor, out: Tensor) -> Tensor:
+        steps, samples = rows // self.batch, rows % self.batch
+        output = self.network(self.trajectory.inputs(rows), steps, samples)
+        self.trajectory.receive(rows, steps, output, out)
+        return out
 
     def error(self, x: Tensor) -> Tensor:  # (B,)
         return (x[-1] - self.chain[-1]).norm(dim=-1) / self.chain[-1].norm(dim=-1)

@@ -2,16 +2,16 @@
 
 A byte floor counts each array once for every time that the op has to read or write it, in units of S * B * D * 4 bytes:
 
-    ddim_scan       x, e (and z) read, f and g written                  4 (5)
-    band_moments    dx, e, e_prev read                                  3
-    dct2            the image read and the spectrum written, or back    2
-    fill_gaps       x read, x and e of the rows around it, e written    6 per row that it fills, here every second one
-    extend          x and moved written                                 2 per state that it guesses, here the last half
-    anderson_gram   m + 1 corrections read                              m + 1
-    anderson_mix    m + 1 updates read, the state written               m + 2
-    anderson_solve  no unit: the Gram matrices and right sides read, gamma written
-    secant_slope    no unit: the moments read, the slopes read and written
-    progress        no unit: the norms read
+    ddim_scan            x, e (and z) read, f and g written                  4 (5)
+    band_moments         dx, e, e_prev read                                  3
+    dct2                 the image read and the spectrum written, or back    2
+    interpolate_outputs  x read, x and e of the rows around it, e written    6 per row that it fills, every second one
+    extrapolate_states   x and its last change written                       2 per state that it guesses, the last half
+    anderson_gram        m + 1 corrections read                              m + 1
+    anderson_mix         m + 1 updates read, the state written               m + 2
+    anderson_solve       no unit: the Gram matrices and right sides read, gamma written
+    secant_slope         no unit: the moments read, the slopes read and written
+    update_convergence   no unit: the norms read
 
 All windows are open and all of the history is there. Without history (m = 0) an iteration has no gram, solve and mix.
 """
@@ -92,14 +92,14 @@ def _cases_of(size: Size, histories: tuple[int, ...]) -> Iterator[Case]:
     yield Case("band_moments", "", size, _band_moments(size), 3 * unit, 40 * n)
     filled = (size.steps - 1) // 2 * size.batch * math.prod(size.shape)
     if filled:
-        yield Case("fill_gaps", "", size, _fill_gaps(size), 24 * filled, 40 * filled)
+        yield Case("interpolate_outputs", "", size, _interpolate_outputs(size), 24 * filled, 40 * filled)
     guessed = size.steps // 2 * size.batch * math.prod(size.shape)
     if guessed:
-        yield Case("extend", "", size, _extend(size), 8 * guessed, 16 * n)
+        yield Case("extrapolate_states", "", size, _extrapolate_states(size), 8 * guessed, 16 * n)
     if len(size.shape) == 3:
         slopes = flat.elements * (len(basis_of(size.shape, torch.device("cpu")).bands) - 1)
         yield Case("secant_slope", "", size, _secant_slope(size), 24 * slopes, 40 * slopes)
-    yield Case("progress", "", flat, _progress(flat), 24 * flat.elements, 400 * flat.elements)
+    yield Case("update_convergence", "", flat, _update_convergence(flat), 24 * flat.elements, 400 * flat.elements)
     if len(size.shape) == 3:
         for inverse in (False, True):
             yield Case("dct2", "inverse" if inverse else "forward", size, _dct2(size, inverse), 2 * unit, 16 * n)
@@ -167,7 +167,7 @@ def _band_moments(size: Size) -> Callable[[torch.device], Arguments]:
     return make
 
 
-def _fill_gaps(size: Size) -> Callable[[torch.device], Arguments]:
+def _interpolate_outputs(size: Size) -> Callable[[torch.device], Arguments]:
     def make(device: torch.device) -> Arguments:
         bands = basis_of(size.shape, device).bands
         index = torch.arange(size.steps * size.batch, device=device).view(size.steps, size.batch)
@@ -185,17 +185,17 @@ def _fill_gaps(size: Size) -> Callable[[torch.device], Arguments]:
     return make
 
 
-def _extend(size: Size) -> Callable[[torch.device], Arguments]:
+def _extrapolate_states(size: Size) -> Callable[[torch.device], Arguments]:
     def make(device: torch.device) -> Arguments:
         middle = size.steps - size.steps // 2
         return {
             "x": torch.randn(size.steps + 1, size.batch, math.prod(size.shape), device=device),
-            "moved": _states(size, device),
+            "last_change": _states(size, device),
             "e": _states(size, device),
             "z": None,
-            "held": torch.rand(4, size.steps, device=device),
+            "constant_x0": torch.rand(4, size.steps, device=device),
             "n": torch.zeros(size.steps, device=device),
-            "before": torch.tensor([[0, middle]] * size.batch, device=device),
+            "previous_window": torch.tensor([[0, middle]] * size.batch, device=device),
             "window": open_windows(size, device),
             "skip": torch.zeros(size.batch, dtype=torch.int64, device=device),
             "beta": 1.0,
@@ -231,28 +231,28 @@ def _secant_slope(size: Size) -> Callable[[torch.device], Arguments]:
             "moments": torch.rand(*rows, 2, **double),
             "low": torch.zeros(size.steps, **double),
             "high": torch.ones(size.steps, **double),
-            "pull": 1e-2,
+            "prior_weight": 1e-2,
             "slope": torch.rand(rows, device=device),
         }
 
     return make
 
 
-def _progress(size: Size) -> Callable[[torch.device], Arguments]:
+def _update_convergence(size: Size) -> Callable[[torch.device], Arguments]:
     def make(device: torch.device) -> Arguments:
         double: Any = {"dtype": torch.float64, "device": device}
         norms = torch.rand(size.steps, size.batch, 3, **double)
         return {
             "norms": norms,
             "scale": torch.ones(size.batch, **double),
-            "gap": None,
+            "first_interpolated": None,
             "tolerance": torch.zeros(size.steps, **double),
             "rtol": 0.0,
-            "contraction": 0.1,
+            "best_contraction": 0.1,
             "growth": 1e3,
-            "size": size.steps,
+            "window_size": size.steps,
             "implicit": True,  # so that every step stays active
-            "errors": torch.ones(size.batch, 5, **double),
+            "convergence": torch.ones(size.batch, 5, **double),
             "window": open_windows(size, device),
             "diverged": torch.zeros(size.batch, dtype=torch.int64, device=device),
         }

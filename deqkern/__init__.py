@@ -13,6 +13,7 @@ from . import slopes as slopes
 from . import solvers as solvers
 from .calibration import calibrate as calibrate
 from .chain.schedule import NoiseSchedule as NoiseSchedule
+from .engine.loop import Solve as Solve
 from .engine.solution import ConvergenceWarning as ConvergenceWarning
 from .engine.solution import Solution as Solution
 from .fixed_point.measures import PathIndependence as PathIndependence
@@ -26,6 +27,7 @@ from .network.replication import replicated as replicated
 from .optimization import Optimize as Optimize
 from .planning import Plan as Plan
 from .planning import plan as plan
+from .sampling import begin as begin
 from .sampling import sample as sample
 from .solvers.slopes import SlopeProfile as SlopeProfile
 from .support.version import version as _version

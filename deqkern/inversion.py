@@ -13,14 +13,14 @@ from torch import Tensor
 
 from . import sampling
 from .chain.schedule import NoiseSchedule, StepTable
-from .engine.loop import solve
+from .engine.loop import begin, run
 from .engine.solution import Callback, Solution, relative_error, warn_unless_converged
-from .engine.trajectory import start
+from .engine.trajectory import Traits
 from .gradients.methods import check_table, named
-from .gradients.pullback import Gradient, Pullback
-from .network.model import Model, Network, arguments_of
+from .gradients.pullback import Gradient
+from .network.model import Model
 from .optimization import Optimize, optimize
-from .problem import check_arguments, check_cuda_graph
+from .problem import Problem, check_schedule
 from .solvers.presets import Solver, default, sequential
 from .solvers.slopes import Secant
 from .support.checks import check_not_empty
@@ -28,7 +28,6 @@ from .support.checks import check_not_empty
 METHODS = ("joint", "stepwise", "naive", "optimize")
 # Iterations of the joint solve, and of one step of the stepwise one, after which a sample is given up.
 JOINT_LIMIT, STEP_LIMIT = 40, 20
-OPTIMIZER_STEPS = 100
 # Values of a sample that are larger are not what a model was trained on.
 LARGEST_VALUE = 16.0
 # Ratio of noise to signal at the clean end of the chain.
@@ -100,36 +99,35 @@ def invert(
         raise ValueError(f"cuda_graph=True is for method='joint', got method={method!r}")
     if not isinstance(round_trip, bool):
         raise TypeError(f"round_trip must be a bool, got {type(round_trip).__name__}")
-    solver = default(window=None) if solver is None else solver
-    check_arguments(model, "sample", sample, schedule, solver, rtol, max_iterations, model_kwargs, max_batch, callback)
-    check_cuda_graph(cuda_graph, model, sample, solver)
-    if pulled is not None or round_trip or isinstance(method, Optimize):
+    if isinstance(sample, Tensor) and (pulled is not None or round_trip or isinstance(method, Optimize)):
         check_not_empty("sample", sample)
-    largest = float(sample.detach().abs().amax()) if sample.numel() else 0.0
-    if largest > LARGEST_VALUE:
-        warnings.warn(
-            f"sample has values up to {largest:.3g}: models expect data of about unit size, such as pixels in -1 .. 1",
-            stacklevel=2,
-        )
-    kwargs = arguments_of(model, model_kwargs)
+
+    def make_table() -> StepTable:
+        table = schedule.steps(num_inference_steps, sigma_min=sigma_min)
+        return table if isinstance(method, Optimize) else table.reversed()
+
+    check_schedule(schedule)
+    problem = Problem.of_chain(
+        model,
+        sample,
+        make_table,
+        name="sample",
+        solver=default(window=None) if solver is None else solver,
+        rtol=rtol,
+        max_iterations=max_iterations,
+        max_batch=max_batch,
+        model_kwargs=model_kwargs,
+        cuda_graph=cuda_graph,
+        callback=callback,
+        check=lambda table: check_table(pulled, table),
+    )
+    _warn_of_large_values(sample)
     if isinstance(method, Optimize):
-        limit = max_iterations or OPTIMIZER_STEPS
-        found = optimize(
-            *(model, sample.detach(), schedule, num_inference_steps, method, solver, rtol, limit),
-            *(sigma_min, kwargs, max_batch, callback),
-        )
+        found = optimize(problem, method)
     else:
-        table = schedule.steps(num_inference_steps, sigma_min=sigma_min).reversed()
-        check_table(pulled, table)
-        with torch.no_grad():
-            found = _undo(
-                *(model, sample, table, method, solver, rtol, max_iterations),
-                *(kwargs, max_batch, cuda_graph, callback),
-            )
+        found = _undo(problem, method)
         if pulled is not None:
-            network = Network(model, table, kwargs, sample)
-            value = Pullback(network, pulled, rtol, max_batch).attach(found.value, found.trajectory, sample)
-            found = replace(found, value=value)
+            found = problem.differentiable(found, pulled)
         found = replace(found, trajectory=found.trajectory.flip(0), residual_history=found.residual_history.flip(1))
     if round_trip:
         again = sampling.sample(
@@ -139,7 +137,7 @@ def invert(
             num_inference_steps,
             solver=sequential(),
             rtol=0.0,
-            model_kwargs=kwargs,
+            model_kwargs=model_kwargs,
             max_batch=max_batch,
             sigma_min=sigma_min,
         ).value
@@ -149,69 +147,81 @@ def invert(
     return found
 
 
-def _undo(
-    model: Model,
-    sample: Tensor,  # (B, *shape)
-    table: StepTable,  # reversed
-    method: str,
-    solver: Solver,
-    rtol: float,
-    max_iterations: int | None,
-    model_kwargs: Mapping[str, Any],
-    max_batch: int | None,
-    cuda_graph: bool,
-    callback: Callback | None,
-) -> Solution:
+def _warn_of_large_values(sample: Tensor) -> None:
+    largest = float(sample.detach().abs().amax()) if sample.numel() else 0.0
+    if largest > LARGEST_VALUE:
+        warnings.warn(
+            f"sample has values up to {largest:.3g}: models expect data of about unit size, such as pixels in -1 .. 1",
+            stacklevel=3,
+        )
+
+
+@torch.no_grad()
+def _undo(problem: Problem, method: str) -> Solution:
     """The chain from the sample to its noise, in that order."""
-
-    def run(chosen: Tensor, table: StepTable, solver: Solver, limit: int, **options: Any) -> Solution:
-        """Solve for the samples `chosen` (n,)."""
-        of_all = _Chosen(Network(model, table, model_kwargs, sample), chosen)
-        trajectory = start(of_all, sample[chosen], table, solver, max_batch=max_batch)
-        return solve(trajectory, solver, max_iterations=limit, dtype=sample.dtype, **options)
-
-    every, steps = torch.arange(len(sample), device=sample.device), len(table.a)
-    if method == "naive":  # the same coefficients, as if the steps were explicit
-        follow = callback and _without_estimate(callback)
-        found = run(every, replace(table, implicit=False), sequential(), steps, rtol=0.0, callback=follow)
-        unknown, history, residuals = (
-            torch.full_like(v, torch.nan) for v in (found.error_estimate, found.history, found.residual_history)
-        )
-        message = f"naive inversion in {steps} steps: its error is not known"
-        return replace(
-            found,
-            converged=unknown > 0,
-            error_estimate=unknown,
-            residual=unknown,
-            history=history,
-            residual_history=residuals,
-            message=message,
-        )
+    steps, limit, callback = len(problem.table.a), problem.max_iterations, problem.callback
+    if method == "naive":
+        return _naive(problem)
     if method == "stepwise":
-        limit, patience = (STEP_LIMIT * steps, STEP_LIMIT) if max_iterations is None else (max_iterations, None)
-        return run(every, table, stepwise(), limit, patience=patience, rtol=rtol, callback=callback)
-    limit = max_iterations or JOINT_LIMIT * math.ceil(steps / solver.width(steps))
-    found = run(every, table, solver, limit, rtol=rtol, callback=callback, cuda_graph=cuda_graph)
+        given_up = STEP_LIMIT if limit is None else None
+        return _solved(problem, stepwise(), limit or STEP_LIMIT * steps, patience=given_up, callback=callback)
+    most = limit or JOINT_LIMIT * math.ceil(steps / problem.solver.width(steps))
+    found = _solved(problem, problem.solver, most, callback=callback, cuda_graph=problem.cuda_graph)
     left = (~found.converged).nonzero().flatten()
-    if len(left) and max_iterations is None:
+    if len(left) and limit is None:
         follow = callback and _continued(callback, found, left)
-        options = {"patience": STEP_LIMIT, "rtol": rtol, "callback": follow}
-        found = _merge(found, run(left, table, stepwise(), STEP_LIMIT * steps, **options), left)
+        again = _solved(problem, stepwise(), STEP_LIMIT * steps, patience=STEP_LIMIT, callback=follow, chosen=left)
+        found = _merge(found, again, left)
     return found
 
 
-class _Chosen:
-    """The network of a batch, for the samples `chosen` (n,) of it."""
+def _naive(problem: Problem) -> Solution:
+    """The same coefficients, as if the steps were explicit: the output at the end of a step stands for its start."""
+    explicit = replace(problem, table=replace(problem.table, implicit=False), rtol=0.0)
+    callback, steps = problem.callback, len(problem.table.a)
+    found = _solved(explicit, sequential(), steps, callback=callback and _without_estimate(callback))
+    unknown, history, residuals = (
+        torch.full_like(v, torch.nan) for v in (found.error_estimate, found.history, found.residual_history)
+    )
+    return replace(
+        found,
+        converged=unknown > 0,
+        error_estimate=unknown,
+        residual=unknown,
+        history=history,
+        residual_history=residuals,
+        message=f"naive inversion in {steps} steps: its error is not known",
+    )
 
-    def __init__(self, network: Network, chosen: Tensor) -> None:
-        self.network, self.chosen, self.what, self.dtype = network, chosen, network.what, network.dtype
 
-    @property
-    def precision(self) -> float:
-        return self.network.precision
-
-    def __call__(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
-        return self.network(states, steps, self.chosen[samples])
+def _solved(
+    problem: Problem,
+    solver: Solver,
+    limit: int,
+    *,
+    callback: Callback | None,
+    patience: int | None = None,
+    cuda_graph: bool = False,
+    chosen: Tensor | None = None,  # (n,) int64, the samples of the batch; None for all
+) -> Solution:
+    """The solution of the problem by `solver` in at most `limit` iterations."""
+    network = problem.network
+    assert network is not None
+    first = problem.first if chosen is None else problem.first[chosen]
+    traits = Traits(dtype=network.dtype, precision=network.precision, max_batch=problem.max_batch)
+    solve = begin(
+        first,
+        problem.table,
+        solver,
+        traits,
+        rtol=problem.rtol,
+        max_iterations=limit,
+        patience=patience,
+        cuda_graph=cuda_graph,
+    )
+    if chosen is None:
+        return run(solve, network, callback)
+    return run(solve, lambda states, steps, samples: network(states, steps, chosen[samples]), callback)
 
 
 def stepwise() -> Solver:
@@ -256,5 +266,5 @@ def _merge(joint: Solution, again: Solution, left: Tensor) -> Solution:
         history=torch.cat([joint.history, later]),
         nfe_history=torch.cat([joint.nfe_history, later_nfe]),
         residual_history=torch.cat([joint.residual_history, residuals]),
-        message=f"{joint.message}; {len(left)} of the samples went on step by step: {again.message}",
+        message=f"{joint.message}; {len(left)} of the samples continued step by step: {again.message}",
     )

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .chain.schedule import NoiseSchedule
-from .engine.loop import solve
-from .engine.solution import Callback, ConvergenceWarning, Solution
-from .engine.trajectory import normal, start
+from .engine.solution import ConvergenceWarning, Solution
+from .engine.trajectory import normal
 from .gradients.methods import check_table, named
 from .gradients.pullback import Gradient, Pullback
-from .network.model import Model, Network
-from .solvers.presets import Solver
+from .problem import Problem
 from .support.checks import check_callable, check_finite, check_generator, check_number
 
+OPTIMIZER_STEPS = 100
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -103,20 +100,17 @@ class _Best:
 class _Search:
     """The closure that the optimizer calls: sample, loss, gradient."""
 
-    def __init__(
-        self, network: Network, sample: Tensor, solver: Solver, options: Optimize, rtol: float, max_batch: int | None
-    ) -> None:
+    def __init__(self, problem: Problem, options: Optimize) -> None:
         gradient = named(options.gradient)
-        assert gradient is not None
-        check_table(gradient, network.table)
-        self.network, self.sample, self.solver, self.options = network, sample, solver, options
-        self.rtol, self.max_batch = rtol, max_batch
-        self.pullback = Pullback(network, gradient, rtol, max_batch)
-        self.noise = options.first(sample)
+        assert gradient is not None and problem.network is not None
+        check_table(gradient, problem.table)
+        self.problem, self.sample, self.options = problem, problem.first, options
+        self.pullback = Pullback(problem.network, gradient, problem.rtol, problem.max_batch)
+        self.noise = options.first(problem.first)
         self.noise.requires_grad_()
         self.last: Solution | None = None
         self.best: _Best | None = None
-        self.iterations, self.nfe = 0, torch.zeros(len(sample), dtype=torch.int64, device="cpu")
+        self.iterations, self.nfe = 0, torch.zeros(len(problem.first), dtype=torch.int64, device="cpu")
         self.history: list[Tensor] = []
         self.nfe_history: list[Tensor] = []
 
@@ -125,8 +119,7 @@ class _Search:
         """The loss at the noise as it is, with the gradient left in `noise.grad`."""
         noise = self.noise.detach()
         guess = None if self.last is None else self.last.trajectory
-        trajectory = start(self.network, noise, self.network.table, self.solver, guess=guess, max_batch=self.max_batch)
-        self.last = found = solve(trajectory, self.solver, rtol=self.rtol, dtype=noise.dtype)
+        self.last = found = replace(self.problem, first=noise, guess=guess).solve()
         with torch.enable_grad():
             value = found.value.detach().requires_grad_()
             losses = self._losses(value)
@@ -174,31 +167,19 @@ class _Search:
 
 
 @torch.inference_mode(False)  # where no loss would have a gradient
-def optimize(
-    model: Model,
-    sample: Tensor,  # (B, *shape)
-    schedule: NoiseSchedule,
-    num_inference_steps: int,
-    options: Optimize,
-    solver: Solver,
-    rtol: float,
-    max_iterations: int,
-    sigma_min: float | None,
-    model_kwargs: Mapping[str, Any],
-    max_batch: int | None,
-    callback: Callback | None,
-) -> Solution:
-    """See `invert`; the arguments are checked. Every solve starts from the states of the one before."""
-    sample = sample.clone()  # made in inference mode, it could not be differentiated with
-    network = Network(model, schedule.steps(num_inference_steps, sigma_min=sigma_min), model_kwargs, sample)
-    search = _Search(network, sample, solver, options, rtol, max_batch)
+def optimize(problem: Problem, options: Optimize) -> Solution:
+    """See `invert`; the chain of the problem is that of `sample`. A solve starts from the states of the one before."""
+    sample = problem.first.detach().clone()  # made in inference mode, it could not be differentiated with
+    limit, callback = problem.max_iterations or OPTIMIZER_STEPS, problem.callback
+    problem = replace(problem, first=sample, max_iterations=None, callback=None)
+    search = _Search(problem, options)
     optimizer = options.optimizer([search.noise])
     if not callable(getattr(optimizer, "step", None)):
         raise TypeError(f"optimizer must return a torch optimizer, got {type(optimizer).__name__}")
     steps = 0
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # of an inexact gradient on the way
-        while steps < max_iterations and not search.over:
+        while steps < limit and not search.over:
             optimizer.step(search)
             steps += 1
             if callback is not None:
@@ -220,5 +201,6 @@ def optimize(
         nfe_history=torch.stack(search.nfe_history),
         residual_history=best.loss.new_full((len(search.history), len(best.states) - 1, len(sample)), torch.nan),
         message=f"loss {float(best.loss.median()):.3g} (median), {float(best.loss.max()):.3g} (largest) after "
-        f"{steps} steps of the optimizer; {int(reached.sum())} of {len(sample)} samples converged (rtol {rtol:g})",
+        f"{steps} steps of the optimizer; {int(reached.sum())} of {len(sample)} samples converged "
+        f"(rtol {problem.rtol:g})",
     )

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
-from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .chain.schedule import NoiseSchedule
-from .engine.selection import thins
-from .network.model import Model, Network, arguments_of
-from .problem import check_arguments
+from .engine.selection import is_worth_thinning
+from .network.latency import Latencies, measure_latencies
+from .network.model import Model
+from .problem import Problem, check_schedule
 from .solvers.presets import THINNING, Solver, default, sequential
 from .support.checks import check_count, check_not_empty, check_number, is_int
 
@@ -32,8 +31,6 @@ USUAL_RTOL, LEAST_RTOL = 1e-2, 1e-7
 WINDOWS = {2: (1.1, 0.87), 4: (1.55, 0.69), 8: (2.4, 0.58)}
 # A smaller gain is none: timing scatters by as much, and the solver's own work is not counted.
 LEAST_GAIN = 1.1
-# The device is full where twice the rows take this many times as long, twice in a row; more rows are not measured.
-FULL = 1.8
 # Calls per size.
 REPEATS = 3
 
@@ -106,57 +103,61 @@ def plan(
     The model is called as it is, without gradients; the random state of torch stays as it was. Raises ValueError or
     TypeError as `sample` does, and what the model raises if already B rows are too many for the memory.
     """
-    check_arguments(model, "example", example, schedule, default(), rtol, None, model_kwargs, max_batch, None)
+    check_schedule(schedule)
     check_count("repeats", repeats)
-    table = schedule.steps(num_inference_steps, eta=eta, order=order)
-    network = Network(model, table, arguments_of(model, model_kwargs), example)
-    return planned(network, "example", example, eta, rtol, max_batch, iterations, evaluations, repeats)
+    problem = Problem.of_chain(
+        model,
+        example,
+        lambda: schedule.steps(num_inference_steps, eta=eta, order=order),
+        name="example",
+        solver=default(),
+        rtol=rtol,
+        max_batch=max_batch,
+        model_kwargs=model_kwargs,
+    )
+    return planned(problem, "example", iterations=iterations, evaluations=evaluations, repeats=repeats)
 
 
 def planned(
-    network: Network,
+    problem: Problem,
     name: str,
-    example: Tensor,  # (B, *shape)
-    eta: float,
-    rtol: float,
-    max_batch: int | None,
+    *,
     iterations: int | None = None,
     evaluations: float | None = None,
     repeats: int = REPEATS,
 ) -> Plan:
-    """`plan`, of arguments that are checked; `name` is the one that holds the example."""
+    """`plan` of a problem; `name` is the argument that holds its known state, the example."""
+    network, example, rtol, max_batch = problem.network, problem.first, problem.rtol, problem.max_batch
+    assert network is not None
     check_not_empty(name, example)
     steps, batch = len(network.table.a), len(example)
     counts = f"the shipped models need at rtol {rtol:g}, yours may differ"
     if iterations is not None or evaluations is not None:
         counts = "given"
-    count, evals = _effort(steps, eta, iterations, evaluations, rtol, network.table.order)
+    eta = float((network.table.n != 0).any())
+    count, evals = _effort(steps, eta, iterations, evaluations, rtol=rtol, order=network.table.order)
     devices = [example.device] if example.is_cuda else []
     with torch.no_grad(), torch.random.fork_rng(devices):
         most_rows = default().width(steps) * batch
-        latencies, out_of_memory = _measure(network, example, min(max_batch or most_rows, most_rows), repeats)
-        # The sequential chain takes the smallest S times: once more, for as long as the largest was measured.
-        fewest, most = min(latencies), max(latencies)
-        longer = min(latencies[most] / latencies[fewest], steps)
-        again = _latency(network, example, fewest, max(repeats, math.ceil(repeats * longer)))
-        latencies[fewest] = min(latencies[fewest], again)
+        most = min(max_batch or most_rows, most_rows)
+        latencies = measure_latencies(network, example, most, repeats=repeats, sequential_calls=steps)
 
-    one_by_one = steps * _seconds(latencies, batch, max_batch or batch)
-    ways = _ways(latencies, steps, batch, count, evals, max_batch)
+    one_by_one = steps * latencies.of(batch, max_batch or batch)
+    ways = _ways(latencies, steps, batch, iterations=count, evaluations=evals, max_batch=max_batch)
     best = _fastest(ways)
     speedup = one_by_one / best.seconds
     pays = speedup >= LEAST_GAIN
     return Plan(
-        latencies=latencies,
+        latencies=latencies.seconds,
         sequential_seconds=one_by_one,
         parallel_seconds=best.seconds,
         speedup=speedup,
         pays=pays,
         solver=(default() if best is ways[0] else default(window=best.window)) if pays else sequential(),
         max_batch=best.max_batch if pays else max_batch,
-        message=_message(latencies, steps, batch, one_by_one, best, pays, counts, out_of_memory),
+        message=_message(latencies, steps, batch, one_by_one=one_by_one, best=best, pays=pays, counts=counts),
         ways=tuple(ways),
-        out_of_memory=out_of_memory,
+        out_of_memory=latencies.out_of_memory,
     )
 
 
@@ -169,7 +170,7 @@ def _effort(
     order: int = 1,
 ) -> tuple[int, float]:
     """Iterations, and evaluations per sample, of the default solver."""
-    noiseless = (ITERATIONS, EVALUATIONS_THINNED if thins(steps, THINNING) else EVALUATIONS)
+    noiseless = (ITERATIONS, EVALUATIONS_THINNED if is_worth_thinning(steps, THINNING) else EVALUATIONS)
     usual = noiseless if eta == 0 else (ITERATIONS_WITH_NOISE, EVALUATIONS_WITH_NOISE)
     decades = max(math.log10(USUAL_RTOL / max(rtol, LEAST_RTOL)), 0.0)
     usual = (round(usual[0] + ITERATIONS_PER_DECADE * decades), usual[1] + EVALUATIONS_PER_DECADE * decades)
@@ -192,75 +193,11 @@ def _effort(
     return count, float(evaluations)
 
 
-def _measure(network: Network, example: Tensor, most: int, repeats: int) -> tuple[dict[int, float], int | None]:
-    """Seconds by rows, and the rows that did not fit into the memory."""
-    latencies: dict[int, float] = {}
-    rows, slower = min(len(example), most), 0
-    while True:
-        try:
-            seconds = _latency(network, example, rows, repeats)
-        except (RuntimeError, MemoryError) as error:
-            if not latencies or not is_out_of_memory(error):
-                raise
-            if example.is_cuda:
-                torch.cuda.empty_cache()
-            return latencies, rows
-        previous = latencies.get(rows // 2)
-        slower = slower + 1 if previous is not None and seconds >= FULL * previous else 0
-        latencies[rows] = seconds
-        if rows == most or slower == 2:
-            return latencies, None
-        rows = min(2 * rows, most)
-
-
-def _latency(network: Network, example: Tensor, rows: int, repeats: int) -> float:
-    index = torch.arange(rows, device=example.device)
-    steps, samples = index // len(example), index % len(example)
-    states = example[samples].to(torch.promote_types(example.dtype, torch.float32))
-    seconds = []
-    for _ in range(1 + repeats):
-        _wait(example)
-        started = perf_counter()
-        network(states, steps, samples)
-        _wait(example)
-        seconds.append(perf_counter() - started)
-    return min(seconds[1:])
-
-
-def _wait(example: Tensor) -> None:
-    if example.is_cuda:
-        torch.cuda.synchronize(example.device)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether it says that the memory was not enough."""
-    # Of a CPU, torch reports it as a plain RuntimeError.
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
-def _seconds(latencies: Mapping[int, float], rows: int, max_batch: int) -> float:
-    """The time of a call with `rows`, cut into parts of at most `max_batch`, a size that was measured."""
-    whole, rest = divmod(rows, max_batch)
-    return whole * _interpolated(latencies, max_batch) + (_interpolated(latencies, rest) if rest else 0.0)
-
-
-def _interpolated(latencies: Mapping[int, float], rows: int) -> float:
-    """Linear between sizes; fewer rows than the smallest take no less time, and beyond the largest each its share."""
-    sizes = sorted(latencies)
-    above = bisect_left(sizes, rows)
-    if above == len(sizes):
-        return latencies[sizes[-1]] * rows / sizes[-1]
-    if above == 0:
-        return latencies[sizes[0]]
-    low, high = sizes[above - 1], sizes[above]
-    share = (rows - low) / (high - low)
-    return (1 - share) * latencies[low] + share * latencies[high]
-
-
 def _ways(
-    latencies: Mapping[int, float],
+    latencies: Latencies,
     steps: int,
     batch: int,
+    *,
     iterations: int,
     evaluations: float,
     max_batch: int | None,
@@ -274,8 +211,8 @@ def _ways(
         count = min(round(iterations * more_iterations), steps)
         evals = min(max(evaluations * fewer_evaluations, steps), window * count)
         ways = []
-        for size in sorted(latencies, reverse=True):  # those that hold all rows, which are equal, then those that cut
-            seconds = sum(_seconds(latencies, rows, size) for rows in _rows(window, batch, count, evals))
+        for size in reversed(latencies.sizes):  # those that hold all rows, which are equal, then those that cut
+            seconds = sum(latencies.of(rows, size) for rows in _rows(window, batch, count, evals))
             limit = max_batch if size >= window * batch else size
             ways.append(Way(window, limit, count, evals, seconds))
         found.append(_fastest(ways))
@@ -300,16 +237,9 @@ def _fastest(ways: list[Way]) -> Way:
 
 
 def _message(
-    latencies: Mapping[int, float],
-    steps: int,
-    batch: int,
-    one_by_one: float,
-    best: Way,
-    pays: bool,
-    counts: str,
-    out_of_memory: int | None,
+    latencies: Latencies, steps: int, batch: int, *, one_by_one: float, best: Way, pays: bool, counts: str
 ) -> str:
-    fewest, most = min(latencies), max(latencies)
+    fewest, most = latencies.sizes[0], latencies.sizes[-1]
     cut = "" if best.max_batch is None else f", max_batch {best.max_batch}"
     parts = [
         f"{'Yes' if pays else 'No'}: parallel sampling {'pays' if pays else 'does not pay'} here.",
@@ -321,12 +251,11 @@ def _message(
     if not pays and best.seconds < one_by_one:
         parts.append(f"Less than {LEAST_GAIN} times is not counted as a gain.")
     if most > fewest:
-        ratio = latencies[most] / latencies[fewest]
-        parts.append(
-            f"A call with {_count(most, 'row')} takes {latencies[most]:.3g} s, {ratio:.2g} times that with {fewest}."
-        )
-    if out_of_memory is not None:
-        parts.append(f"With {_count(out_of_memory, 'row')} the memory was not enough.")
+        slowest = latencies.seconds[most]
+        ratio = slowest / latencies.seconds[fewest]
+        parts.append(f"A call with {_count(most, 'row')} takes {slowest:.3g} s, {ratio:.2g} times that with {fewest}.")
+    if latencies.out_of_memory is not None:
+        parts.append(f"With {_count(latencies.out_of_memory, 'row')} the memory was not enough.")
     parts.append("The solver's own work is not counted." if pays else "Use deqkern.solvers.sequential().")
     return " ".join(parts)
 

@@ -1,16 +1,26 @@
-"""What the public functions refuse in their arguments: each rule once, with the message that names the argument."""
+"""One validated problem: a chain, the state of it that is known, and how it is to be solved.
+
+The arguments of `sample`, `invert`, `plan` and the integrations are checked here, before the model is called: each
+rule once, with a message that names the argument.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .chain.schedule import NoiseSchedule
-from .network.model import Model
+from .chain.step_table import StepTable
+from .engine.loop import Solve, begin, run
+from .engine.solution import Callback, Solution
+from .engine.trajectory import Traits
+from .gradients.pullback import Gradient, Pullback
+from .network.model import Model, Network, arguments_of
 from .network.replication import is_replicated
 from .solvers.presets import Solver, check_solver
 from .support.checks import (
@@ -26,37 +36,133 @@ from .support.checks import (
 )
 
 
-def check_arguments(
-    model: Model,
-    name: str,
-    first: Tensor,
-    schedule: NoiseSchedule,
-    solver: Solver,
-    rtol: float,
-    max_iterations: int | None,
-    model_kwargs: Mapping[str, Any] | None,
-    max_batch: int | None,
-    callback: Callable[..., Any] | None,
-) -> None:
-    """What `sample` and `invert` share; `name` is the argument that holds the chain's known state `first`."""
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A chain of S steps, one state of which is known, and how the others are to be found.
+
+    Made by `of_chain`, which checks what it is given.
+
+    Attributes:
+        table: The steps of the chain, from the state that is known.
+        first: (B, *shape), that state.
+        network: The model along the chain; None where the caller evaluates it.
+        dtype: Of the states that the model is called at.
+
+    """
+
+    table: StepTable
+    first: Tensor
+    network: Network | None
+    dtype: torch.dtype
+    solver: Solver
+    rtol: float
+    max_iterations: int | None = None
+    max_batch: int | None = None
+    step_noise: Tensor | None = None  # (S, B, *shape)
+    generator: torch.Generator | None = None
+    guess: Tensor | None = None  # (S+1, B, *shape)
+    cuda_graph: bool = False
+    callback: Callback | None = None
+
+    @classmethod
+    @torch.inference_mode(False)  # where no table and no network could be differentiated
+    def of_chain(
+        cls,
+        model: Model | None,
+        first: Tensor,  # (B, *shape)
+        make_table: Callable[[], StepTable],
+        *,
+        name: str,
+        solver: Solver,
+        rtol: float,
+        eta: float = 0.0,
+        max_iterations: int | None = None,
+        max_batch: int | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        step_noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        guess: Tensor | None = None,
+        cuda_graph: bool = False,
+        callback: Callback | None = None,
+        by_caller: bool = False,
+        check: Callable[[StepTable], None] | None = None,
+    ) -> Problem:
+        """Check the arguments, which are those of `sample` unless said, and build the problem.
+
+        by_caller: the caller evaluates the model, which is None. first: the state that is known; `name` is what the
+        user calls it.
+        make_table: called once the other arguments are known to fit. eta: whether the steps of the table draw noise.
+        check: looks at the table before the tensors whose size depends on it are checked.
+
+        Raises TypeError or ValueError for an argument that does not fit; the message names it.
+        """
+        if not by_caller:
+            check_callable("model", model)
+        check_state(name, first, solver, model_kwargs)
+        check_options(rtol, max_iterations, max_batch)
+        check_callback(callback)
+        check_cuda_graph(cuda_graph, model, first, solver)
+        table = make_table()
+        if check is not None:
+            check(table)
+        check_step_noise(step_noise, generator, first, steps=len(table.a), eta=eta)
+        check_guess(guess, first, len(table.a))
+        network = None if model is None else Network(model, table, arguments_of(model, model_kwargs), first)
+        return cls(
+            table=table,
+            first=first,
+            network=network,
+            dtype=first.dtype if network is None else network.dtype,
+            solver=solver,
+            rtol=rtol,
+            max_iterations=max_iterations,
+            max_batch=max_batch,
+            step_noise=step_noise,
+            generator=generator,
+            guess=guess,
+            cuda_graph=cuda_graph,
+            callback=callback,
+        )
+
+    @torch.no_grad()
+    def begin(self) -> Solve:
+        """The solve, whose rows the caller evaluates."""
+        precision = torch.finfo(self.dtype).eps if self.network is None else self.network.precision
+        return begin(
+            self.first,
+            self.table,
+            self.solver,
+            Traits(dtype=self.dtype, precision=precision, max_batch=self.max_batch),
+            rtol=self.rtol,
+            max_iterations=self.max_iterations,
+            cuda_graph=self.cuda_graph,
+            guess=self.guess,
+            step_noise=self.step_noise,
+            generator=self.generator,
+        )
+
+    @torch.no_grad()
+    def solve(self) -> Solution:
+        """Evaluate the network until the solve is over."""
+        assert self.network is not None
+        return run(self.begin(), self.network, self.callback)
+
+    def differentiable(self, solution: Solution, gradient: Gradient) -> Solution:
+        """The `solution` of this problem, with a gradient at its value by the method `gradient`."""
+        assert self.network is not None
+        pullback = Pullback(self.network, gradient, self.rtol, self.max_batch)
+        value = pullback.attach(solution.value, solution.trajectory, self.first, self.step_noise)
+        return replace(solution, value=value)
+
+
+def check_schedule(schedule: NoiseSchedule) -> None:
+    """A `NoiseSchedule`."""
     if not isinstance(schedule, NoiseSchedule):
         raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
-    check_chain(model, name, first, solver, rtol, max_iterations, model_kwargs, max_batch, callback)
 
 
-def check_chain(
-    model: Model,
-    name: str,
-    first: Tensor,
-    solver: Solver,
-    rtol: float,
-    max_iterations: int | None,
-    model_kwargs: Mapping[str, Any] | None,
-    max_batch: int | None,
-    callback: Callable[..., Any] | None,
-) -> None:
-    """The same for a chain that is given by its table."""
-    check_callable("model", model)
+def check_state(name: str, first: Tensor, solver: Solver, model_kwargs: Mapping[str, Any] | None) -> None:
+    """The known state of a chain (B, *shape), the argument `name`, and what goes with it."""
     if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
         raise TypeError(f"model_kwargs must be a mapping, got {type(model_kwargs).__name__}")
     if not isinstance(first, Tensor):
@@ -66,18 +172,16 @@ def check_chain(
         raise ValueError(f"{name} must have shape (B, *shape) with a non-empty sample shape, got {tuple(first.shape)}")
     check_solver("solver", solver)
     check_finite(name, first)
-    check_options(rtol, max_iterations, max_batch)
-    check_callback(callback)
 
 
 def check_options(rtol: float, max_iterations: int | None, max_batch: int | None) -> None:
-    """Refuse what no solve can stop at or keep to."""
+    """Refuse a tolerance or a limit that means nothing."""
     check_rtol(rtol)
     check_count("max_iterations", max_iterations, optional=True)
     check_count("max_batch", max_batch, optional=True)
 
 
-def check_cuda_graph(cuda_graph: bool, model: Model, noise: Tensor, solver: Solver) -> None:
+def check_cuda_graph(cuda_graph: bool, model: Model | None, noise: Tensor, solver: Solver) -> None:
     """Refuse `cuda_graph` where nothing can be captured."""
     if not isinstance(cuda_graph, bool):
         raise TypeError(f"cuda_graph must be a bool, got {type(cuda_graph).__name__}")
@@ -90,7 +194,7 @@ def check_cuda_graph(cuda_graph: bool, model: Model, noise: Tensor, solver: Solv
 
 
 def check_auto(max_iterations: int | None, cuda_graph: bool, steps: int) -> None:
-    """Refuse with solver="auto" what one of the solvers that it may choose cannot keep to."""
+    """Refuse with solver="auto" what one of the solvers that it may choose cannot do."""
     if max_iterations is not None and max_iterations < steps:
         raise ValueError(
             f"max_iterations must be None or at least {steps} with solver='auto', which may choose the sequential "
@@ -112,7 +216,7 @@ def check_guess(guess: Tensor | None, noise: Tensor, steps: int) -> None:
 
 
 def check_step_noise(
-    step_noise: Tensor | None, generator: torch.Generator | None, noise: Tensor, steps: int, eta: float
+    step_noise: Tensor | None, generator: torch.Generator | None, noise: Tensor, *, steps: int, eta: float
 ) -> None:
     """Where steps draw noise at all: (S, B, *shape) where the noise (B, *shape) is, or a generator of it."""
     check_generator(generator)

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from .chain.schedule import NoiseSchedule
-from .engine.loop import solve
+from .chain.step_table import StepTable
+from .engine.loop import Solve
 from .engine.solution import Callback, Solution, warn_unless_converged
-from .engine.trajectory import start
 from .gradients.methods import check_table, named
-from .gradients.pullback import Gradient, Pullback
-from .network.model import Model, Network, arguments_of
+from .gradients.pullback import Gradient
+from .network.model import Model
 from .planning import planned
-from .problem import check_arguments, check_auto, check_cuda_graph, check_guess, check_step_noise
+from .problem import Problem, check_auto, check_schedule
 from .solvers.presets import Solver, default
 from .support.checks import check_not_empty
 
@@ -87,49 +87,108 @@ def sample(
     model returns another shape, or NaN. A sample that does not converge is reported in the `Solution` and by one
     `ConvergenceWarning`.
     """
-    auto = isinstance(solver, str) and solver == "auto"
-    chosen: Any = solver
-    if solver is None or auto:  # where a guess tells something of all states, none of them waits
-        chosen = default() if guess is None else default(window=None)
-    check_arguments(model, "noise", noise, schedule, chosen, rtol, max_iterations, model_kwargs, max_batch, callback)
-    check_cuda_graph(cuda_graph, model, noise, chosen)
-    method = named(gradient)
-    if method is not None:
+    auto, plan, method = isinstance(solver, str) and solver == "auto", None, named(gradient)
+    if method is not None and isinstance(noise, Tensor):
         check_not_empty("noise", noise)
-    table = schedule.steps(num_inference_steps, eta=eta, sigma_min=sigma_min, order=order)
-    check_table(method, table)
-    check_step_noise(step_noise, generator, noise, len(table.a), eta)
-    check_guess(guess, noise, len(table.a))
-    arguments, found = arguments_of(model, model_kwargs), None
+
+    def check(table: StepTable) -> None:
+        check_table(method, table)
+        if auto:
+            check_auto(max_iterations, cuda_graph, len(table.a))
+
+    # Where a guess tells something of all states, none of them waits.
+    usual = default() if guess is None else default(window=None)
+    check_schedule(schedule)
+    problem = Problem.of_chain(
+        model,
+        noise,
+        lambda: schedule.steps(num_inference_steps, eta=eta, sigma_min=sigma_min, order=order),
+        name="noise",
+        solver=usual if auto or solver is None else solver,  # type: ignore[arg-type]
+        rtol=rtol,
+        eta=eta,
+        max_iterations=max_iterations,
+        max_batch=max_batch,
+        model_kwargs=model_kwargs,
+        step_noise=step_noise,
+        generator=generator,
+        guess=guess,
+        cuda_graph=cuda_graph,
+        callback=callback,
+        check=check,
+    )
     if auto:
-        check_auto(max_iterations, cuda_graph, len(table.a))
-        found = planned(Network(model, table, arguments, noise), "noise", noise, eta, rtol, max_batch)
-        chosen, max_batch = found.solver, found.max_batch
-    network = Network(model, table, arguments, noise)
-    with torch.no_grad():
-        trajectory = start(
-            network,
-            noise,
-            table,
-            chosen,
-            guess=guess,
-            step_noise=step_noise,
-            generator=generator,
-            max_batch=max_batch,
-        )
-        solution = solve(
-            trajectory,
-            chosen,
-            rtol=rtol,
-            max_iterations=max_iterations,
-            callback=callback,
-            dtype=noise.dtype,
-            cuda_graph=cuda_graph,
-        )
-    solution = replace(solution, plan=found)
+        plan = planned(problem, "noise")
+        problem = replace(problem, solver=plan.solver, max_batch=plan.max_batch)
+    solution = replace(problem.solve(), plan=plan)
     warn_unless_converged(solution)
-    if method is not None:
-        pullback = Pullback(network, method, rtol, max_batch)
-        value = pullback.attach(solution.value, solution.trajectory, noise, step_noise)
-        solution = replace(solution, value=value)
-    return solution
+    return solution if method is None else problem.differentiable(solution, method)
+
+
+def begin(
+    noise: Tensor,  # (B, *shape)
+    schedule: NoiseSchedule,
+    num_inference_steps: int = 50,
+    *,
+    eta: float = 0.0,
+    order: int = 1,
+    solver: Solver | None = None,
+    rtol: float = 1e-2,
+    max_iterations: int | None = None,
+    step_noise: Tensor | None = None,  # (S, B, *shape)
+    generator: torch.Generator | None = None,
+    guess: Tensor | None = None,  # (S+1, B, *shape)
+    max_batch: int | None = None,
+    sigma_min: float | None = None,
+) -> Solve:
+    """Begin a solve like that of `sample` whose model you evaluate: behind a queue, in another process, by hand.
+
+    Args:
+        noise: (B, *shape) fp32, bf16, fp16 or fp64: the noisy end of the chain. The states are asked in its dtype.
+        schedule: Of the model.
+        num_inference_steps: S, the steps of the chain.
+        eta: As in `sample`.
+        order: As in `sample`.
+        solver: As in `sample`, without "auto".
+        rtol: As in `sample`.
+        max_iterations: As in `sample`.
+        step_noise: (S, B, *shape), as in `sample`.
+        generator: As in `sample`.
+        guess: (S+1, B, *shape), as in `sample`.
+        max_batch: The rows of each part that `rows.split()` gives.
+        sigma_min: As in `sample`.
+
+    Returns:
+        A `Solve`: while it is `open`, `ask()` for rows and `tell(outputs)` the model's outputs at them. Its
+        `solution()` is that of `sample`, except that it gives no warning.
+
+    Raises:
+        TypeError, ValueError: An argument does not fit.
+
+    Example:
+        >>> import torch, deqkern
+        >>> model = lambda x, t: 0.5 * x
+        >>> solve = deqkern.begin(torch.randn(2, 8), deqkern.NoiseSchedule.linear(), 20)
+        >>> while solve.open:
+        ...     rows = solve.ask()
+        ...     solve.tell(model(rows.states, rows.timesteps))
+        >>> solve.solution().converged.tolist()
+        [True, True]
+
+    """
+    check_schedule(schedule)
+    return Problem.of_chain(
+        None,
+        noise,
+        lambda: schedule.steps(num_inference_steps, eta=eta, sigma_min=sigma_min, order=order),
+        name="noise",
+        solver=(default() if guess is None else default(window=None)) if solver is None else solver,
+        rtol=rtol,
+        eta=eta,
+        max_iterations=max_iterations,
+        max_batch=max_batch,
+        step_noise=step_noise,
+        generator=generator,
+        guess=guess,
+        by_caller=True,
+    ).begin()

@@ -12,24 +12,24 @@ from .window import is_active
 BLOCK = 512  # four floats, one 16-byte access, per thread and entry
 
 
-@triton.jit(do_not_specialize=["head"])
+@triton.jit(do_not_specialize=["head", "count"])  # they change from iteration to iteration
 def anderson_mix_kernel(
     f_ring,
     gamma,
     window,
     out,
     head,
+    count,
     plane,  # S * B * D, from one entry of the ring to the next
     batch,
     size,
-    LENGTH: tl.constexpr,  # m + 1
-    COUNT: tl.constexpr,
+    M: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[s, b, :] = f[head, s, b, :] - sum_j gamma[s, b, j] (f[head-j] - f[head-j-1])[s, b, :],  j < COUNT
+    """out[s, b, :] = f[head, s, b, :] - sum_j gamma[s, b, j] (f[head-j] - f[head-j-1])[s, b, :],  j < count
 
-    f_ring (m+1, S, B, D), out (S, B, D), gamma (S, B, m): fp32. Grid (S * B * cdiv(D, BLOCK),), blocks of a row beside
-    each other. A program reads its block of each of the COUNT + 1 entries once. Accumulates in fp32.
+    f_ring (M+1, S, B, D), out (S, B, D), gamma (S, B, M): fp32. Grid (S * B * cdiv(D, BLOCK),), blocks of a row beside
+    each other. A program reads its block of each of the count + 1 entries once. Accumulates in fp32.
     """
     blocks = tl.cdiv(size, BLOCK)
     row = tl.program_id(0) // blocks
@@ -40,14 +40,14 @@ def anderson_mix_kernel(
     row = row.to(tl.int64)
     ages = ()
     weights = ()
-    for j in tl.static_range(COUNT + 1):
-        entry = ((head + LENGTH - j) % LENGTH).to(tl.int64)
-        ages += (tl.load(f_ring + (entry * plane + row * size) + d, mask=inside),)
-    for j in tl.static_range(COUNT):
-        weights += (tl.load(gamma + row * (LENGTH - 1) + j),)
+    for j in tl.static_range(M + 1):
+        entry = ((head + M + 1 - j) % (M + 1)).to(tl.int64)
+        ages += (tl.load(f_ring + (entry * plane + row * size) + d, mask=inside & (j <= count), other=0.0),)
+    for j in tl.static_range(M):
+        weights += (tl.load(gamma + row * M + j, mask=j < count, other=0.0),)
     mixed = ages[0]
-    for j in tl.static_range(COUNT):
-        mixed -= weights[j] * (ages[j] - ages[j + 1])
+    for j in tl.static_range(M):
+        mixed = tl.where(j < count, mixed - weights[j] * (ages[j] - ages[j + 1]), mixed)
     tl.store(out + row * size + d, mixed, mask=inside)
 
 
@@ -70,5 +70,5 @@ def anderson_mix(
     grid = (steps * batch * cdiv(size, block),)
     plane = steps * batch * size
     anderson_mix_kernel[grid](
-        f_ring, gamma, window, out, head, plane, batch, size, length, count, block, num_warps=warps
+        f_ring, gamma, window, out, head, count, plane, batch, size, length - 1, block, num_warps=warps
     )

@@ -87,6 +87,107 @@ def seeded(make: Callable[[bool], Any], guided: bool) -> tuple[Any, dict[str, An
     return make(guided)
 
 
+def ddim_pipeline(guided: bool) -> tuple[Any, dict[str, Any]]:
+    """It has no guidance: clipping instead."""
+    network = diffusers.UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8, 16), layers_per_block=1,
+        norm_num_groups=4, attention_head_dim=4, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    scheduler = diffusers.DDIMScheduler(prediction_type="v_prediction", clip_sample=guided)
+    return diffusers.DDIMPipeline(sharpened(network), scheduler), {
+        "batch_size": 2, "num_inference_steps": STEPS, "output_type": "pt",
+    }  # fmt: skip
+
+
+def stable_diffusion(guided: bool, kind: str = "StableDiffusionPipeline", channels: int = 4, **more: Any) -> Any:
+    pipe = getattr(diffusers, kind)(
+        vae=vae(), text_encoder=None, tokenizer=None, unet=unet(channels), scheduler=ddim(), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    call = prompts(guided) | more
+    if kind == "StableDiffusionPipeline":
+        call |= {"latents": noise(), "guidance_rescale": 0.7 if guided else 0.0}
+    return pipe, call
+
+
+def img2img(guided: bool) -> Any:
+    return stable_diffusion(guided, "StableDiffusionImg2ImgPipeline", image=picture(), strength=0.7)
+
+
+def masked() -> dict[str, Any]:
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[..., 4:] = 1
+    return {"image": picture(), "mask_image": mask, "strength": 0.9, "height": 8, "width": 8}
+
+
+def inpaint(guided: bool) -> Any:
+    return stable_diffusion(guided, "StableDiffusionInpaintPipeline", 9, **masked())
+
+
+def xl(guided: bool, kind: str = "StableDiffusionXLPipeline", channels: int = 4, **more: Any) -> Any:
+    network = unet(
+        channels,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=WIDTH + 24,
+    )
+    pipe = getattr(diffusers, kind)(
+        vae=vae(), text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=network,
+        scheduler=ddim(), add_watermarker=False,
+    )  # fmt: skip
+    call = prompts(guided, pooled_prompt_embeds=random(2, WIDTH, seed=5)) | more
+    return pipe, call if more else call | {"latents": noise()}
+
+
+def xl_img2img(guided: bool) -> Any:
+    return xl(guided, "StableDiffusionXLImg2ImgPipeline", image=picture(), strength=0.6)
+
+
+def xl_inpaint(guided: bool) -> Any:
+    return xl(guided, "StableDiffusionXLInpaintPipeline", 9, **masked())
+
+
+def dit(guided: bool) -> Any:
+    network = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+        norm_num_groups=4,
+    )  # fmt: skip
+    pipe = diffusers.DiTPipeline(sharpened(network), vae(), diffusers.DDIMScheduler(clip_sample=False))
+    scale = 4.0 if guided else 1.0
+    return pipe, {
+        "class_labels": [3, 7], "guidance_scale": scale, "num_inference_steps": STEPS, "output_type": "pt",
+    }  # fmt: skip
+
+
+def sd3(guided: bool, kind: str = "StableDiffusion3Pipeline", **more: Any) -> Any:
+    network = diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=1, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=WIDTH, caption_projection_dim=16, pooled_projection_dim=WIDTH,
+        pos_embed_max_size=8,
+    )  # fmt: skip
+    pipe = getattr(diffusers, kind)(
+        transformer=sharpened(network), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae(),
+        text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
+    )  # fmt: skip
+    call = prompts(guided, pooled_prompt_embeds=random(2, WIDTH, seed=5)) | more
+    return pipe, call if more else call | {"latents": noise()}
+
+
+def sd3_img2img(guided: bool) -> Any:
+    return sd3(guided, "StableDiffusion3Img2ImgPipeline", image=picture(), strength=0.6, height=8, width=8)
+
+
+PIPELINES: dict[str, Callable[[bool], Any]] = {
+    "ddim": ddim_pipeline, "sd": stable_diffusion, "img2img": img2img, "inpaint": inpaint, "xl": xl,
+    "xl_img2img": xl_img2img, "xl_inpaint": xl_inpaint, "dit": dit, "sd3": sd3, "sd3_img2img": sd3_img2img,
+}  # fmt: skip
+
+
+def pieces(name: str, guided: bool) -> tuple[Any, dict[str, Any]]:
+    return seeded(PIPELINES[name], guided)
+
+
 def result(pipe: Any, call: dict[str, Any], **more: Any) -> Tensor:
     """The images, videos or latents of a call whose generator begins anew."""
     return quiet(pipe)(**call, generator=torch.Generator().manual_seed(7), **more)[0]

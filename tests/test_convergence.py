@@ -1,6 +1,6 @@
 """The shipped models with the default solver: iterations as measured, true errors within bounds.
 
-Run with -s to see the figures. docs/convergence.md has all solvers and what was aimed for.
+Run with -s to see the figures. docs/records/convergence.md has all solvers and what was aimed for.
 """
 
 from __future__ import annotations

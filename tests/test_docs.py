@@ -17,7 +17,7 @@ import deqkern
 from deqkern.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 DIGITS = Path(deqkern.__file__).parent / "models" / "digits"
 BLOCK = re.compile(r"^(?:<!-- not run: (?P<reason>.+) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
 # Blocks that are marked as not run; each one is a promise that nobody keeps.
@@ -25,7 +25,7 @@ NOT_RUN: dict[str, int] = {}
 
 
 def page_id(path: Path) -> str:
-    return path.name
+    return str(path.relative_to(ROOT))
 
 
 def blocks(path: Path, *languages: str) -> list[tuple[int, str, str | None]]:

@@ -105,7 +105,7 @@ def test_what_the_joint_solve_leaves_goes_on_stepwise(monkeypatch: pytest.Monkey
     joint = deqkern.invert(model, sample, SCHEDULE, STEPS, **options)
     monkeypatch.setattr(inversion, "JOINT_LIMIT", 2)
     found = deqkern.invert(model, sample, SCHEDULE, STEPS, **options)
-    assert "3 of the samples went on step by step" in found.message
+    assert "3 of the samples continued step by step" in found.message
     assert found.converged.all() and found.history.shape == (found.iterations, 3)
     assert found.round_trip is not None and found.round_trip.max() <= 1e-4
     torch.testing.assert_close(found.value, joint.value, rtol=1e-3, atol=1e-3)
@@ -279,7 +279,7 @@ def test_what_all_samples_share_is_not_cut_when_some_go_on(monkeypatch: pytest.M
     sample = torch.stack([torch.zeros(4), torch.full((4,), 0.01), torch.linspace(-3, 3, 4)])
     given = {"table": torch.tensor([[0.0, 0.0], [0.1, 0.2]]), "label": torch.tensor([0, 1, 1])}
     found = deqkern.invert(model, sample, SCHEDULE, 6, model_kwargs=given, round_trip=True)
-    assert "samples went on step by step" in found.message and shapes == {torch.Size([2, 2])}
+    assert "samples continued step by step" in found.message and shapes == {torch.Size([2, 2])}
     assert found.round_trip is not None and found.round_trip[1:].max() <= 1e-3
 
 

@@ -28,13 +28,15 @@ ARCHITECTURES = (80, 90)
 TYPES = {
     **dict.fromkeys(("x", "e", "z", "a", "b", "c", "n", "slope", "f", "g", "f_ring", "gamma", "out"), "*fp32"),
     **dict.fromkeys(("dx", "e_prev", "g_ring", "image", "spectrum", "source", "target"), "*fp32"),
-    **dict.fromkeys(("moved", "held"), "*fp32"),
+    **dict.fromkeys(("last_change", "constant_x0"), "*fp32"),
     **dict.fromkeys(("matrix", "dct_h", "dct_w", "colour", "partial"), "*fp32"),
     **dict.fromkeys(
-        ("norms", "moments", "gram", "rhs", "low", "high", "scale", "errors", "path", "tolerance"), "*fp64"
+        ("norms", "moments", "gram", "rhs", "low", "high", "scale", "convergence", "path", "tolerance"), "*fp64"
     ),
-    **dict.fromkeys(("window", "bands", "rows", "place", "gap", "diverged", "before", "skip"), "*i64"),
-    **dict.fromkeys(("beta", "pull", "rtol", "contraction", "growth"), "fp32"),
+    **dict.fromkeys(
+        ("window", "bands", "rows", "place", "first_interpolated", "diverged", "previous_window", "skip"), "*i64"
+    ),
+    **dict.fromkeys(("beta", "prior_weight", "rtol", "best_contraction", "growth"), "fp32"),
 }
 ALIGNED = {"size", "plane", "height", "width", "length", "other"}  # integers divisible by 16 where a sample's sides are
 
@@ -47,6 +49,7 @@ class Case(NamedTuple):
     stores: int = 0
     types: dict[str, str] = {}  # noqa: RUF012
     aligned: bool = True
+    options: dict[str, str] = {}  # noqa: RUF012 (constants of its module)
 
 
 def scan(block: int, stages: int, implicit: bool, **constants: Any) -> dict[str, Any]:
@@ -65,12 +68,13 @@ def one_side(first: bool) -> dict[str, Any]:
     return {"FIRST": first, "PRECISION": "ieee", "BLOCK": 64, "DEPTH": 16, "stride" if first else "apart": 1}
 
 
+TILED = {"maxnreg": "REGISTERS"}
 BF16, FP16 = {"e": "*bf16"}, {"e": "*fp16"}
 CASES = [
-    Case("anderson_mix_kernel", {"LENGTH": 2, "COUNT": 0, "BLOCK": 512}, 4, 1, 1),
-    Case("anderson_mix_kernel", {"LENGTH": 6, "COUNT": 5, "BLOCK": 512}, 4, 6, 1),
-    Case("anderson_mix_kernel", {"LENGTH": 17, "COUNT": 16, "BLOCK": 512}, 4, 17, 1),
-    Case("anderson_mix_kernel", {"LENGTH": 17, "COUNT": 16, "BLOCK": 512}, 4, aligned=False),
+    Case("anderson_mix_kernel", {"M": 1, "BLOCK": 512}, 4, 2, 1),
+    Case("anderson_mix_kernel", {"M": 5, "BLOCK": 512}, 4, 6, 1),
+    Case("anderson_mix_kernel", {"M": 16, "BLOCK": 512}, 4, 17, 1),
+    Case("anderson_mix_kernel", {"M": 16, "BLOCK": 512}, 4, aligned=False),
     Case("ddim_scan_kernel", scan(128, 8, False), 1, 25, 2),  # 8 x (x, e, z), and the first state
     Case("ddim_scan_kernel", scan(128, 8, True, z=None), 1, 17, 2),
     Case("ddim_scan_kernel", scan(256, 4, False), 1, 26, 4),
@@ -87,18 +91,20 @@ CASES = [
     Case("band_moments_kernel", {"BLOCK": 256, "BANDS": 32}, 1, 4, 0, FP16),
     Case("band_moments_finish_kernel", {"BLOCK": 256, "BANDS": 32, "PARTIALS": 8}, 1),
     Case("secant_slope_kernel", {"BLOCK": 512}, 4),
-    Case("fill_gaps_kernel", {"BLOCK": 512}, 4, 5, 1),
-    Case("fill_gaps_kernel", {"BLOCK": 512}, 4, aligned=False),
-    Case("extend_kernel", {"IMPLICIT": False, "BLOCK": 512}, 4, 5, 2),
-    Case("extend_kernel", {"IMPLICIT": True, "BLOCK": 512, "z": None}, 4, 3, 2),
-    Case("extend_kernel", {"IMPLICIT": False, "BLOCK": 512}, 4, aligned=False),
-    Case("progress_kernel", {"IMPLICIT": False, "BLOCK": 64}, 1),
-    Case("progress_kernel", {"IMPLICIT": True, "BLOCK": 256, "gap": None}, 1),
-    Case("anderson_gram_kernel", {"LENGTH": 6, "COUNT": 1, "BLOCK": 512}, 1, 8),
-    Case("anderson_gram_kernel", {"LENGTH": 6, "COUNT": 4, "BLOCK": 512}, 1, 20),
-    Case("anderson_gram_kernel", {"LENGTH": 17, "COUNT": 16, "BLOCK": 256}, 1, 34),
-    Case("anderson_gram_finish_kernel", {"M": 5, "COUNT": 1, "SIDE": 8, "SUMS": 2, "PARTIALS": 32}, 4),
-    Case("anderson_gram_finish_kernel", {"M": 16, "COUNT": 16, "SIDE": 16, "SUMS": 32, "PARTIALS": 32}, 4),
+    Case("interpolate_outputs_kernel", {"BLOCK": 512}, 4, 5, 1),
+    Case("interpolate_outputs_kernel", {"BLOCK": 512}, 4, aligned=False),
+    Case("extrapolate_states_kernel", {"IMPLICIT": False, "BLOCK": 512}, 4, 5, 2),
+    Case("extrapolate_states_kernel", {"IMPLICIT": True, "BLOCK": 512, "z": None}, 4, 3, 2),
+    Case("extrapolate_states_kernel", {"IMPLICIT": False, "BLOCK": 512}, 4, aligned=False),
+    Case("update_convergence_kernel", {"IMPLICIT": False, "BLOCK": 64}, 1),
+    Case("update_convergence_kernel", {"IMPLICIT": True, "BLOCK": 256, "first_interpolated": None}, 1),
+    Case("anderson_gram_kernel", {"M": 1, "BLOCK": 512}, 1, 8),
+    Case("anderson_gram_kernel", {"M": 4, "BLOCK": 512}, 1, 20),
+    Case("anderson_gram_kernel", {"M": 5, "BLOCK": 256}, 1, 12),
+    Case("anderson_gram_kernel", {"M": 16, "BLOCK": 256}, 1, 34),
+    Case("anderson_gram_finish_kernel", {"M": 1, "SIDE": 1, "SUMS": 2, "PARTIALS": 32}, 4),
+    Case("anderson_gram_finish_kernel", {"M": 5, "SIDE": 8, "SUMS": 16, "PARTIALS": 32}, 4),
+    Case("anderson_gram_finish_kernel", {"M": 16, "SIDE": 16, "SUMS": 32, "PARTIALS": 32}, 4),
     Case("dct2_kernel", transform(64), 4, 36),  # rows of both halves, and the matrices
     Case("dct2_kernel", transform(64, colour=None), 4, 8),
     Case("dct2_kernel", transform(32), 1, 16, types={"image": "*bf16"}),
@@ -107,9 +113,9 @@ CASES = [
     Case("dct2_inverse_kernel", transform(64, ROWS=16, colour=None), 4, 4, 2),
     Case("dct2_inverse_kernel", transform(32, ROWS=16), 1, 6, types={"image": "*fp16"}),
     Case("dct2_inverse_kernel", transform(32, ROWS=16), 1, aligned=False),
-    Case("dct2_side_kernel", one_side(True), 8, 1),
-    Case("dct2_side_kernel", one_side(True), 8, types={"image": "*bf16"}),
-    Case("dct2_side_kernel", one_side(False), 8, 2),
+    Case("dct2_side_kernel", one_side(True), 8, 1, options=TILED),
+    Case("dct2_side_kernel", one_side(True), 8, types={"image": "*bf16"}, options=TILED),
+    Case("dct2_side_kernel", one_side(False), 8, 2, options=TILED),
     Case("dct2_side_inverse_kernel", one_side(True), 8, 1),
     Case("dct2_side_inverse_kernel", one_side(False), 8, 2),
     Case("dct2_side_inverse_kernel", one_side(False), 8, types={"image": "*bf16"}),
@@ -123,7 +129,8 @@ def compiled(case: Case, architecture: int) -> tuple[dict[str, Any], bytes]:
     from triton.compiler import ASTSource
 
     op = next(path.stem for path in KERNELS if case.kernel.startswith(path.stem))
-    kernel = getattr(importlib.import_module(f"deqkern.kernels.{op}"), case.kernel)
+    module = importlib.import_module(f"deqkern.kernels.{op}")
+    kernel = getattr(module, case.kernel)
     types = {name: (TYPES | case.types).get(name, "i32") for name in kernel.arg_names}
     aligned = {name for name, kind in types.items() if kind[0] == "*" or (case.aligned and name in ALIGNED)}
     source = ASTSource(
@@ -134,7 +141,8 @@ def compiled(case: Case, architecture: int) -> tuple[dict[str, Any], bytes]:
             (i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if name in aligned - set(case.constants)
         },
     )
-    binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": case.warps})
+    options = {"num_warps": case.warps} | {name: getattr(module, value) for name, value in case.options.items()}
+    binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     listing = printed(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file=binary.asm["cubin"])
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", listing)
     assert found, listing[:1000]
@@ -186,10 +194,17 @@ def outcome(architecture: int) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.fixture(scope="module")
-def results() -> dict[str, dict[str, Any]]:
-    pytest.importorskip("triton")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TRITON_INTERPRET": "0"}
+@pytest.fixture(scope="module", params=["installed", "other"])
+def results(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
+    """By the Triton that is installed, and by another version in the folder OTHER_TRITON."""
+    paths, folder = list(sys.path), os.environ.get("OTHER_TRITON", "")
+    if request.param == "installed":
+        pytest.importorskip("triton")
+    elif folder:
+        paths.insert(0, folder)
+    else:
+        pytest.skip("no folder OTHER_TRITON; for one: pip install --no-deps --target FOLDER triton==3.6.0")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import deqkern
 from deqkern import NoiseSchedule, Optimize, models, optimization, solvers
-from deqkern.engine.loop import solve
 from deqkern.gradients import Implicit
 from deqkern.gradients.pullback import Pullback
+from deqkern.problem import Problem
 
 SCHEDULE, SHAPE, STEPS = NoiseSchedule.linear(), (1, 6, 6), 15
 HALF = (torch.arange(6) < 3).float()
@@ -72,8 +72,10 @@ def test_each_sample_keeps_its_best_noise_and_what_its_solve_said(monkeypatch: p
     noises, solves = [start, start + 0.1, start - 0.1], list[deqkern.Solution]()
     losses = [[3.0, 1.0], [2.0, 5.0], [4.0, 4.0]]
 
-    def recorded(*arguments: Any, **options: Any) -> deqkern.Solution:
-        solves.append(solve(*arguments, **options))
+    solve = Problem.solve
+
+    def recorded(self: Problem) -> deqkern.Solution:
+        solves.append(solve(self))
         return solves[-1]
 
     class Scripted:
@@ -101,7 +103,7 @@ def test_each_sample_keeps_its_best_noise_and_what_its_solve_said(monkeypatch: p
         return model(x, t)
 
     pulls: list[Any] = []
-    monkeypatch.setattr(optimization, "solve", recorded)
+    monkeypatch.setattr(Problem, "solve", recorded)
     monkeypatch.setattr(optimization, "Pullback", Counted)
     method: Any = Optimize(loss=loss, noise=start, optimizer=Scripted, gradient="exact")  # type: ignore[arg-type]
     options: Any = {

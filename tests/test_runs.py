@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 import typer
+from folders import save_tiny_model
 from problems import gaussian, mixture
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_cli import plain, run
-from test_models import save_tiny_model
+from terminal import plain, run
 from torch import Tensor
 
 import deqkern

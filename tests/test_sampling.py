@@ -19,9 +19,8 @@ from torch import Tensor
 import deqkern
 from deqkern import NoiseSchedule, models, solvers
 from deqkern.chain.step_table import StepTable
-from deqkern.engine.loop import Solve
-from deqkern.engine.trajectory import Trajectory, start
-from deqkern.network.model import Network, model_dtype
+from deqkern.engine.trajectory import Trajectory
+from deqkern.network.model import model_dtype
 
 SCHEDULE = NoiseSchedule.linear()
 SHAPE = (3, 8, 8)
@@ -447,7 +446,7 @@ def test_a_diverging_solver_falls_back_and_says_so() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         solution = deqkern.sample(model, noise, SCHEDULE, 50, solver=solver, rtol=1e-3)
-    assert "diverged and went on with plain iteration" in solution.message and solution.iterations <= 30
+    assert "diverged and continued with plain iteration" in solution.message and solution.iterations <= 30
     assert relative_error(solution.value, problems.chain(model, noise, SCHEDULE, 50)).max() <= 3e-3
 
 
@@ -613,7 +612,7 @@ def test_a_model_that_fails_at_states_off_the_chain_is_not_blamed(solver: solver
 
     expected = deqkern.sample(narrow, noise, SCHEDULE, 50, solver=solvers.sequential(), rtol=0.0).value
     found = deqkern.sample(narrow, noise, SCHEDULE, 50, solver=solver, rtol=1e-3)
-    assert found.converged.all() and "diverged and went on with plain iteration" in found.message
+    assert found.converged.all() and "diverged and continued with plain iteration" in found.message
     assert found.iterations <= 40 and relative_error(found.value, expected).max() <= 3e-3
 
 
@@ -735,14 +734,14 @@ def test_states_go_to_the_model_in_its_own_dtype_where_the_transform_writes_it(
     conv, noise = torch.nn.Conv2d(3, 3, 3, padding=1, dtype=torch.bfloat16), torch.randn(2, 3, 8, 6)
     half = Plain(conv)
     usual = deqkern.sample(half, noise, SCHEDULE, 12, order=order)
-    taken, construct = [], Trajectory.__post_init__
+    taken, construct = [], Trajectory.__init__
 
-    def direct(self: Trajectory) -> None:
-        construct(self)
+    def direct(self: Trajectory, *arguments: Any, **options: Any) -> None:
+        construct(self, *arguments, **options)
         self.casts = True
         taken.append(self)
 
-    monkeypatch.setattr(Trajectory, "__post_init__", direct)
+    monkeypatch.setattr(Trajectory, "__init__", direct)
     found = deqkern.sample(half, noise, SCHEDULE, 12, order=order)
     assert torch.equal(found.value, usual.value) and torch.equal(found.nfe, usual.nfe)
     assert (torch.bfloat16 in taken[0]._images) is (order == 1), "what converts outputs reads the states as they are"
@@ -781,11 +780,57 @@ def test_weights_that_are_stored_in_eight_bits() -> None:
 
 
 def test_the_solution_of_a_solve_is_taken_once() -> None:
-    table, noise = SCHEDULE.steps(4), torch.randn(1, 3, 4, 4)
-    solver = solvers.default()
-    solving = Solve(start(Network(lambda x, t: 0 * x, table, {}, noise), noise, table, solver), solver, rtol=0.0)
-    while solving.open:
-        solving.iterate()
-    solving.solution(torch.float32)
+    solve = deqkern.begin(torch.randn(1, 3, 4, 4), SCHEDULE, 4, rtol=0.0)
+    while solve.open:
+        solve.tell(0 * solve.ask().states)
+    solve.solution()
     with pytest.raises(RuntimeError, match="taken before"):
-        solving.solution(torch.float32)
+        solve.solution()
+
+
+@pytest.mark.parametrize("options", [{}, {"eta": 1.0}, {"order": 2}, {"max_batch": 7}, {"rtol": 0.0}], ids=str)
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_loop_of_ones_own_does_what_sample_does(clip: bool, options: dict[str, Any]) -> None:
+    """Also of a model that writes into its input, and told in parts or all at once."""
+    schedule = NoiseSchedule.linear(clip_sample=clip)
+    noise = torch.randn(2, 3, 4, 4)
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return x.sin_().mul_(0.3) + 1e-4 * t.view(-1, 1, 1, 1)
+
+    torch.manual_seed(0)
+    expected = deqkern.sample(model, noise, schedule, 20, **options)
+    torch.manual_seed(0)
+    solve = deqkern.begin(noise, schedule, 20, **options)
+    while solve.open:
+        rows = solve.ask()
+        assert solve.ask() is rows and len(rows.states) == len(rows)
+        if "max_batch" in options:
+            solve.tell(model(part.states, part.timesteps) for part in rows.split())
+        else:
+            solve.tell(model(rows.states, rows.timesteps))
+    found = solve.solution()
+    assert torch.equal(found.trajectory, expected.trajectory) and torch.equal(found.history, expected.history)
+    assert found.iterations == expected.iterations and torch.equal(found.nfe, expected.nfe)
+
+
+def test_a_loop_of_ones_own_that_breaks_the_rules() -> None:
+    solve = deqkern.begin(torch.randn(2, 3, 4, 4), SCHEDULE, 6)
+    with pytest.raises(RuntimeError, match="ask for rows"):
+        solve.tell(torch.zeros(1))
+    rows = solve.ask()
+    wrong: list[tuple[Any, type[Exception], str]] = [
+        (rows.states[:-1].clone(), ValueError, "one row for each"),
+        (torch.zeros(len(rows), 3), ValueError, "shape"),
+        ([None], TypeError, "outputs"),
+        (torch.zeros(len(rows), 3, 4, 4, dtype=torch.int64), ValueError, "int64"),
+    ]
+    for outputs, error, message in wrong:
+        with pytest.raises(error, match=message):
+            solve.tell(outputs)
+    solve.tell(0 * rows.states)  # it is not lost
+    while solve.open:
+        solve.tell(0 * solve.ask().states)
+    with pytest.raises(RuntimeError, match="over"):
+        solve.ask()
+    assert solve.solution().converged.all()

@@ -17,19 +17,19 @@ Nothing else here assumes that a step begins where the one before it ended. All 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from ..ops.state import ConstantX0
 from ..support.checks import is_int
-
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow")
+from .output import Clipping, ConversionRows, OutputConversion, estimates, output_mix
 
 _MAX_LOG_SNR = 32.0
 _SMALLEST_SIGMA = 1e-12  # stands for 0 at a timestep without noise: sample prediction divides by it
 _IDLE = 1e-9  # a step whose b is no larger stays where it is
-_QUANTILE_ELEMENTS = 1 << 23  # torch.quantile refuses inputs of more than 16 million elements
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,14 +54,10 @@ class StepTable:
     n: Tensor
     slope_0: Tensor
     slope_1: Tensor
-    u: Tensor  # of the model's own output
-    w: Tensor
-    direction: Tensor
-    clip_sample_range: float | None = None
-    thresholding: tuple[float, float] | None = None  # ratio and largest value of dynamic thresholding
+    prediction_type: str = "epsilon"  # of the model's own output
+    clipping: Clipping | None = None  # of x0
     order: int = 1  # 2: the chain is written for x0, and steps use that of the step before
     implicit: bool = False  # a step takes the model's output at its own end: see `reversed`
-    _device_rows: dict[tuple[torch.device, torch.dtype], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def build(
@@ -73,27 +69,24 @@ class StepTable:
         alpha_next: Tensor,  # the clean end
         sigma_next: Tensor,
         n: Tensor,
-        clip_sample_range: float | None = None,
-        thresholding: tuple[float, float] | None = None,
+        clipping: Clipping | None = None,
         order: int = 1,
         lower_order_final: bool = False,
     ) -> StepTable:
         """The table of steps between these noise levels.
 
-        order: 1 is DDIM. 2 is DPM-Solver++ 2M, where the first step is first order, and the last one if it ends without
-        noise or if `lower_order_final`; n must be that of eta = 0 or 1, and each step begin where the last one ended.
-
         A table that clips is written for the velocity alpha eps - sigma x0 (arXiv 2202.00512, appendix D), whatever the
         model predicts: its a and b lie within -1 .. 1 at any noise level, while those of epsilon grow with 1 / alpha
-        would lose in rounding what clipping keeps. Raises ValueError for an unknown `prediction_type`, and with order 2
-        for a step between equal noise levels.
+        and would lose in rounding what clipping keeps.
+
+        order: 1 is DDIM. 2 is DPM-Solver++ 2M, where the first step is first order, and the last one if it ends without
+        noise or if `lower_order_final`; n must be that of eta = 0 or 1, and each step begin where the last one ended.
+        Raises ValueError for an unknown `prediction_type`, and with order 2 for a step between equal noise levels.
         """
         sigma = sigma.clamp_min(_SMALLEST_SIGMA)
-        u, w = _output_mix(prediction_type, alpha, sigma)
-        clips = clip_sample_range is not None or thresholding is not None
-        chain = _stand_in(order, clips) or prediction_type
-        chain_u, chain_w = _output_mix(chain, alpha, sigma)
-        direction = (sigma_next**2 - n**2).clamp_min(0).sqrt()
+        output_mix(prediction_type, alpha, sigma)  # refuses an unknown one
+        chain_u, chain_w = output_mix(_entering(order, clipping) or prediction_type, alpha, sigma)
+        direction = _direction(sigma_next, n)
         det = alpha * chain_w - sigma * chain_u
         a = (alpha_next * chain_w - direction * chain_u) / det
         b = (direction * alpha - alpha_next * sigma) / det
@@ -113,13 +106,15 @@ class StepTable:
             if lower_order_final or sigma_next[-1] == 0:
                 extrapolation[-1] = 0
             b, c = b * (1 + extrapolation), -b * extrapolation
-        elif clips:  # a step that stays where it is (b = 0) still clips: give its output a way in, and no slope
-            idle = b.abs() <= _IDLE
+        elif clipping is not None:  # a step that stays where it is (b = 0) still clips: give its output a way in, and
+            idle = b.abs() <= _IDLE  # no slope
             b = torch.where(idle, 1.0, b)
             slope_0, slope_1 = torch.where(idle, 0.0, slope_0), torch.where(idle, 0.0, slope_1)
-        ends = (alpha, sigma, alpha_next, sigma_next)
-        clipping = (clip_sample_range, thresholding)
-        return cls(timesteps, *ends, a, b, c, n, slope_0, slope_1, u, w, direction, *clipping, order)
+        return cls(
+            timesteps=timesteps, alpha=alpha, sigma=sigma, alpha_next=alpha_next, sigma_next=sigma_next,
+            a=a, b=b, c=c, n=n, slope_0=slope_0, slope_1=slope_1,
+            prediction_type=prediction_type, clipping=clipping, order=order,
+        )  # fmt: skip
 
     def reversed(self) -> StepTable:
         """The same chain from its clean end to its noise: y[j] = x[S-j], an implicit chain.
@@ -137,7 +132,7 @@ class StepTable:
             raise ValueError("schedule has a step that forgets its state (a = 0): it cannot be undone")
         flipped = {name: getattr(self, name).flip(0) for name in _PER_STEP}
         flipped |= {"a": 1 / flipped["a"], "b": -flipped["b"] / flipped["a"]}
-        return StepTable(**flipped, implicit=not self.implicit)
+        return replace(self, **flipped, implicit=not self.implicit)
 
     def transposed(self) -> StepTable:
         """The chain of the gradient: y[0] = dL/dx[S], y[j] belongs to state S-j, J is that of the map at its states.
@@ -154,22 +149,16 @@ class StepTable:
         flipped["n"] = torch.zeros_like(self.n)
         if self.implicit:
             flipped["a"] = torch.cat([torch.ones_like(self.a[:1]), flipped["a"][:-1]])
-        return replace(self, **flipped)
+        return replace(self, **flipped, clipping=None)  # VJPs enter it as they are
 
-    def held_x0(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """How a chain goes on while x0 stays what it is: keep, pull, of_x, of_out (S,) with
-
-        x[i+1] = keep[i] x[i] + pull[i] x0 + n[i] z[i],      x0 = of_x[j] x + of_out[j] out
-
-        for the output out of step j at the state x that it is called with; both as they enter the chain.
-        """
-        chain = _stand_in(self.order, self.clips)
-        u, w = _output_mix(chain, self.alpha, self.sigma) if chain else (self.u, self.w)
-        det = self.alpha * w - self.sigma * u
+    def constant_x0(self) -> ConstantX0[Tensor]:
+        """How the chain goes on while x0 stays what it is."""
+        entering = _entering(self.order, self.clipping) or self.prediction_type
+        x0 = estimates(entering, self.alpha, self.sigma)
         noisy, clean = (self.alpha, self.sigma), (self.alpha_next, self.direction.clamp_min(_SMALLEST_SIGMA))
-        begin, end = (clean, noisy) if self.implicit else (noisy, clean)
-        keep = end[1] / begin[1]
-        return keep, end[0] - keep * begin[0], w / det, -self.sigma / det
+        (alpha_begin, sigma_begin), (alpha_end, sigma_end) = (clean, noisy) if self.implicit else (noisy, clean)
+        keep = sigma_end / sigma_begin
+        return ConstantX0(keep, alpha_end - keep * alpha_begin, of_x=x0.x0_of_x, of_out=x0.x0_of_out)
 
     def part(self, span: range) -> StepTable:
         """The chain of the steps `span` alone: its first one is of first order, as it has none before it."""
@@ -189,14 +178,29 @@ class StepTable:
         return len(self.timesteps)
 
     @property
+    def u(self) -> Tensor:
+        """Of the model's own output, u x0 + w eps."""
+        return output_mix(self.prediction_type, self.alpha, self.sigma)[0]
+
+    @property
+    def w(self) -> Tensor:
+        """Of the model's own output, u x0 + w eps."""
+        return output_mix(self.prediction_type, self.alpha, self.sigma)[1]
+
+    @property
+    def direction(self) -> Tensor:
+        """How much of eps the clean end of a step has, beside fresh noise."""
+        return _direction(self.sigma_next, self.n)
+
+    @property
     def clips(self) -> bool:
         """Whether x0 is clipped or thresholded."""
-        return self.clip_sample_range is not None or self.thresholding is not None
+        return self.clipping is not None
 
     @property
     def converts(self) -> bool:
         """Whether `effective_output` stands for the model's output: the table clips, or is written for x0."""
-        return _stand_in(self.order, self.clips) is not None
+        return _entering(self.order, self.clipping) is not None
 
     @property
     def log_snr(self) -> Tensor:
@@ -224,8 +228,7 @@ class StepTable:
         It is clipped if the table clips: the pred_original_sample of diffusers' DDIMScheduler (arXiv 2010.02502,
         eq. 12). Do not call it with an `effective_output`.
         """
-        x, out, rows = self._gather(x, out, index)
-        return self._clip((rows[0] * x).addcmul_(rows[1], out))
+        return self._conversion.original_sample(x, out, index)
 
     def effective_output(
         self,
@@ -241,43 +244,17 @@ class StepTable:
         """
         if not self.converts:
             raise ValueError("effective_output is for a table that converts")
-        if self.order == 2:
-            return self.original_sample(x, out, index)
-        x, out, rows = self._gather(x, out, index)
-        x0 = rows[0] * x + rows[1] * out
-        eps = rows[2] * x + rows[3] * out
-        clipped = self._clip(x0)
-        moved = rows[6] * clipped + rows[7] * eps - rows[8] * x
-        # the same number wherever nothing was clipped, without the cancellation: secants live on its small differences
-        return torch.where(clipped == x0, rows[4] * x0 + rows[5] * eps, moved)
+        return self._conversion.effective_output(x, out, index)
 
-    def _gather(self, x: Tensor, out: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        key = (x.device, dtype)
-        if key not in self._device_rows:
-            self._device_rows[key] = self._rows().to(*key)
-        rows = self._device_rows[key][:, index]
-        return x.to(dtype), out.to(dtype), rows.view(len(rows), -1, *[1] * (x.ndim - 1))  # rows (R, N, 1, ..)
-
-    def _rows(self) -> Tensor:  # (R, S)
-        det = self.alpha * self.w - self.sigma * self.u
-        rows = [self.w / det, -self.sigma / det, -self.u / det, self.alpha / det]  # x0, eps of (x, out)
-        if self.clips and self.order == 1:
-            idle = (self.direction * self.alpha - self.alpha_next * self.sigma).abs() <= _IDLE  # see build
-            rows += [torch.where(idle, 0.0, -self.sigma), torch.where(idle, 0.0, self.alpha)]
-            rows += [self.alpha_next / self.b, self.direction / self.b, self.a / self.b]
-        return torch.stack(rows)
-
-    def _clip(self, x0: Tensor) -> Tensor:  # (N, *shape)
-        if self.thresholding is not None:
-            ratio, largest = self.thresholding
-            flat = x0.flatten(1)
-            parts = torch.split(flat.abs(), max(1, _QUANTILE_ELEMENTS // flat.shape[1]))
-            bound = torch.cat([torch.quantile(part, ratio, dim=1) for part in parts]).clamp(1, largest)[:, None]
-            return (flat.clamp(-bound, bound) / bound).view_as(x0)
-        if self.clip_sample_range is not None:
-            return x0.clamp(-self.clip_sample_range, self.clip_sample_range)
-        return x0
+    @cached_property
+    def _conversion(self) -> OutputConversion:
+        own = estimates(self.prediction_type, self.alpha, self.sigma)
+        if self.clipping is None or self.order == 2:
+            return OutputConversion(ConversionRows(*own, *[torch.zeros_like(self.a)] * 5), self.clipping, to_x0=True)
+        idle = (self.direction * self.alpha - self.alpha_next * self.sigma).abs() <= _IDLE  # see build
+        velocity = (torch.where(idle, 0.0, -self.sigma), torch.where(idle, 0.0, self.alpha))
+        clipped = (self.alpha_next / self.b, self.direction / self.b, self.a / self.b)
+        return OutputConversion(ConversionRows(*own, *velocity, *clipped), self.clipping, to_x0=False)
 
 
 def check_order(order: int) -> None:
@@ -289,20 +266,10 @@ def check_order(order: int) -> None:
 _PER_STEP = tuple(item.name for item in fields(StepTable) if item.type == "Tensor")
 
 
-def _stand_in(order: int, clips: bool) -> str | None:
-    """What such a chain is written for where it is not the model's own output: see `StepTable.build`."""
-    return "sample" if order == 2 else "v_prediction" if clips else None
+def _entering(order: int, clipping: Clipping | None) -> str | None:
+    """What enters such a chain where it is not the model's own output: see `StepTable.build`."""
+    return "sample" if order == 2 else "v_prediction" if clipping is not None else None
 
 
-def _output_mix(prediction_type: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """(u, w) (S,) of out = u x0 + w eps."""
-    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
-    if prediction_type == "epsilon":
-        return zero, one
-    if prediction_type == "sample":
-        return one, zero
-    if prediction_type == "v_prediction":
-        return -sigma, alpha
-    if prediction_type == "flow":
-        return -one, one
-    raise ValueError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
+def _direction(sigma_next: Tensor, n: Tensor) -> Tensor:
+    return (sigma_next**2 - n**2).clamp_min(0).sqrt()

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..engine.solution import Callback
 from ..models import SHIPPED
-from ..planning import Plan, is_out_of_memory
+from ..network.latency import is_out_of_memory
+from ..planning import Plan
 
 # Options of several commands.
 ModelOption = Annotated[str, typer.Option(help="digits, photos, or the folder of a diffusers UNet2DModel.")]

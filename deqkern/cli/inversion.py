@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 from torch import Tensor
 
-from .. import inversion, models, plots, runs, sampling
+from .. import inversion, models, optimization, plots, runs, sampling
 from ..engine.solution import Callback, ConvergenceWarning, relative_error
 from ..interpolation import slerp
 from ..optimization import Optimize
@@ -106,7 +106,7 @@ class Chain:
         """Iterations after which `invert` ends, where it does not hand on to another method."""
         joint, stepwise = inversion.JOINT_LIMIT, inversion.STEP_LIMIT * self.steps
         limits = {Method.joint: joint, Method.stepwise: stepwise, Method.naive: self.steps}
-        return max_iterations or limits.get(method, inversion.OPTIMIZER_STEPS)
+        return max_iterations or limits.get(method, optimization.OPTIMIZER_STEPS)
 
 
 def invert(

@@ -66,7 +66,7 @@ class Preset(StrEnum):
 
 
 class Spacing(StrEnum):
-    """Where the steps lie: the names of `deqkern.schedule.TIMESTEP_SPACINGS`."""
+    """Where the steps lie: the names of `deqkern.chain.timesteps.TIMESTEP_SPACINGS`."""
 
     leading = "leading"
     linspace = "linspace"

@@ -1,41 +1,62 @@
-"""The only iteration loop of deqkern."""
+"""The only iteration loop of deqkern: `Solve` asks for evaluations of a map and is told their outputs."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..chain.step_table import StepTable
+from ..ops.state import Status
 from ..solvers.presets import Solver
 from ..support.eager import uncompiled
 from .capture import CapturedIterations
-from .host import Bools, Ints, Mailbox
+from .host import Ints, Mailbox, Upload
 from .iteration import Iteration
-from .selection import PATIENCE, Thinning, active, moves, thins
-from .solution import Callback, Solution
-from .trajectory import Trajectory
+from .rows import Rows
+from .selection import Selection, Thinning, is_worth_thinning, relative_changes
+from .solution import Callback, Record, Solution
+from .stopping import Stopping
+from .trajectory import Traits, Trajectory, start
 
 
-def _residuals(norms: Tensor, evaluated: Tensor) -> Tensor:
-    """`Solution.residual_history` from the norms (iterations, S, B, 3) of scans, and what was evaluated for them."""
-    residual, _, state = norms.sqrt().unbind(-1)
-    relative = torch.where(residual == 0, 0.0, (residual / state).nan_to_num(torch.inf, torch.inf))
-    return torch.where(evaluated.to(norms.device), relative, torch.nan)
+class Map(Protocol):
+    """What a chain is linear in: states (N, *shape) of steps (N,) and samples (N,) to outputs (N, *shape)."""
+
+    def __call__(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
+        """Evaluate; the result may be of any floating dtype."""
 
 
-def _stacked(values: list[Tensor], like: Tensor) -> Tensor:
-    """`values`, of the shape of `like`, as one tensor; also if there are none."""
-    return torch.stack(values) if values else like.new_zeros(0, *like.shape)
+class Evaluation:
+    """The outputs of a map at some rows, in parts, evaluated while they are iterated over; each time anew."""
+
+    def __init__(self, map: Map, rows: Rows) -> None:
+        self.map, self.rows = map, rows
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for part in self.rows.split():
+            yield self.map(part.states, part.steps, part.samples)
 
 
 class Solve:
-    """A solve in progress: the only iteration loop is `while solve.open: solve.iterate()`.
+    """A solve in progress, whose caller evaluates the map.
 
-    Who calls the map otherwise does, in place of `iterate`: `select`, the outputs of `trajectory.rows` into
-    `iteration.outputs(k)`, `iteration.update(k)`, `settle`, with k = `solve.count`.
+    The only iteration loop is
+
+        while solve.open:
+            rows = solve.ask()
+            solve.tell(map(rows.states, rows.steps, rows.samples))
+
+    Each turn evaluates the states of all open steps in one batch and moves all of them (arXiv 2210.12867).
+
+    Attributes:
+        window: (B, 2), on the host: the open steps of each sample, from the first that has not converged to the end of
+            its window.
+
     """
 
     def __init__(
@@ -44,37 +65,54 @@ class Solve:
         solver: Solver,
         *,
         rtol: float,
+        dtype: torch.dtype,
         max_iterations: int | None = None,
         patience: int | None = None,
         cuda_graph: bool = False,
     ) -> None:
-        self.trajectory, self.rtol = trajectory, rtol
-        thinned = trajectory.thins and thins(trajectory.steps, solver.thinning) and not cuda_graph
-        self.thinning: Thinning | None = None
-        self.iteration = Iteration(trajectory, solver, rtol)
-        work = self.iteration.work
-        self.mailbox = Mailbox(work.status, work.norms) if thinned else Mailbox(work.status)
-        if thinned:
-            self.thinning = Thinning(trajectory.table, solver.thinning, rtol)
-            self.iteration.path = self.thinning.path.to(trajectory.x.device)
-            trajectory.reserve(self.iteration.size * trajectory.batch)
-        self.captured = CapturedIterations(self.iteration, trajectory.x.device) if cuda_graph else None
-        self.history: list[Tensor] = []
-        self.nfe: list[Tensor] = []
-        self.norms: list[Tensor] = []
-        self.evaluated: list[Bools] = []  # (S, B)
-        self.limit = trajectory.steps if max_iterations is None else max_iterations
+        """Begin.
+
+        Args:
+            trajectory: The states, moved in place.
+            solver: What an iteration does.
+            rtol: Until every sample's estimated remaining error is at most this; 0 until every step is exact.
+            dtype: Of the result.
+            max_iterations: At most that many; the S of the chain if None, which always suffices.
+            patience: End when the window of no open sample moved in that many iterations.
+            cuda_graph: Launch iterations as graphs. The outputs that are told must then be an iterable that evaluates
+                the map anew each time (`Evaluation`).
+
+        """
+        steps, batch, device = trajectory.steps, trajectory.batch, trajectory.x.device
+        self.trajectory, self.rtol, self.dtype = trajectory, rtol, dtype
+        thinned = trajectory.can_thin and is_worth_thinning(steps, solver.thinning) and not cuda_graph
+        thinning = Thinning(trajectory.table, solver.thinning, rtol) if thinned else None
+        stopping = Stopping(trajectory, solver.width(steps), rtol)
+        self.iteration = Iteration(trajectory, solver, stopping)
+        if thinning is not None:
+            self.iteration.path = thinning.path.to(device)
+            trajectory.reserve(stopping.width * batch)
+        self.mailbox = Mailbox(stopping.flat, self.iteration.norms) if thinned else Mailbox(stopping.flat)
+        self.upload = Upload(device)
+        whole = trajectory.traits.whole_batch
+        self.selection = Selection(steps, batch, thinning=thinning, whole_batch=whole, for_graph=cuda_graph)
+        self.captured = CapturedIterations(self.iteration, device) if cuda_graph else None
+        self.record = Record(batch)
+        self.limit = steps if max_iterations is None else max_iterations
         self.patience = math.inf if patience is None else patience
-        self.waited = np.zeros(trajectory.batch)  # iterations since the window of a sample moved
-        self.ages = np.zeros((trajectory.steps, trajectory.batch), dtype=np.int64)  # iterations that a step was open
-        self.plain = np.zeros(trajectory.batch, dtype=bool)  # samples that fell back
-        self.window: Ints = np.tile([0, self.iteration.size], (trajectory.batch, 1))
-        self.moved = moves(np.zeros((trajectory.steps, trajectory.batch, 3)))
+        self.waited = np.zeros(batch)  # iterations since the window of a sample moved
+        self.window: Ints = np.tile([0, stopping.width], (batch, 1))
+        self._told = True  # whether the outputs of the rows have been told
 
     @property
     def count(self) -> int:
         """Iterations that are done."""
-        return len(self.history)
+        return self.record.count
+
+    @property
+    def history(self) -> list[Tensor]:
+        """The error estimates (B,) fp64 after each iteration."""
+        return self.record.errors
 
     @property
     def open(self) -> bool:
@@ -83,129 +121,158 @@ class Solve:
         return self.count < self.limit and bool(going.any())
 
     @uncompiled
-    def iterate(self) -> None:
-        """One iteration."""
-        self.select()
-        (self.captured or self.iteration).run(self.count)
-        self.settle()
+    def ask(self) -> Rows:
+        """The rows to evaluate next; asked again before `tell`, the same ones.
 
-    def select(self) -> None:
-        """Choose the rows that the next iteration evaluates."""
-        steps = self.trajectory.steps
-        evaluated = active(self.window, steps)
-        if self.thinning is not None:
-            evaluated = self._thin(self.thinning, evaluated)
-        self.evaluated.append(evaluated)
-        if self.captured is None:
-            self.trajectory.select(np.flatnonzero(evaluated))
-            return
-        # a graph goes on evaluating the rows it was captured with, new steps among them
-        rows = np.flatnonzero(np.arange(steps)[:, None] >= self.window[:, 0])
-        if 2 * len(rows) <= self.trajectory.selected or not self.count:
-            self.trajectory.select(rows)
-            self.captured.renew()
+        Raises:
+            RuntimeError: The solve is over: it is not `open`.
 
-    def _thin(self, thinning: Thinning, open_steps: Bools) -> Bools:
-        """Which of the open steps (S, B) the next iteration evaluates."""
-        moved = self.moved
-        moved[:, self.plain] = 0.0  # plain iteration evaluates all of its steps
-        moved[self.ages >= PATIENCE] = 0.0
-        self.ages += open_steps
-        evaluated = thinning.evaluated(open_steps, moved)
-        measured = evaluated & self.evaluated[-1] if self.evaluated else evaluated
-        self.iteration.thin(open_steps, evaluated, open_steps & ~measured)
-        return evaluated
+        """
+        if self._told:
+            if not self.open:
+                raise RuntimeError("the solve is over: ask while it is open")
+            if self.selection.choose(self.window, first=not self.count):
+                timesteps = self.trajectory.table.timesteps.numpy()
+                sent, self.iteration.gaps = self.selection.send(self.upload, timesteps, self.iteration.no_gaps)
+                self._rows = Rows(self.trajectory, *sent)
+                if self.captured is not None:
+                    self.captured.renew()
+            self._told = False
+        return self._rows
 
-    def settle(self) -> None:
-        """Wait for what the iteration reached, and take note of it."""
-        self.trajectory.count()
-        before = self.window
-        diverged = self._read()
+    @uncompiled
+    def tell(self, outputs: Tensor | Iterable[Tensor]) -> None:
+        """Do one iteration with what the map gave at the rows that were asked for.
+
+        Args:
+            outputs: (N, *shape) of any floating dtype, a model's own output for each row; or the parts of it in their
+                order, which are taken one after the other.
+
+        Raises:
+            RuntimeError: Nothing was asked for.
+            TypeError, ValueError: They are no such tensors, or NaN or infinite at states that were no overshoot.
+
+        """
+        if self._told:
+            raise RuntimeError("ask for rows before their outputs are told")
+        k, before = self.count, self.window
+        (self.captured or self.iteration).run(k, self._rows, [outputs] if isinstance(outputs, Tensor) else outputs)
+        self._told = True
+        # Wait for what the iteration reached, and take note of it.
+        flat, *norms = self.mailbox.read()
+        self.window, diverged = Status.view(flat)
+        diverged = diverged != 0
+        selection, evaluated = self.selection, self.selection.evaluated
+        if norms:
+            selection.changes = relative_changes(norms[0])
+        selection.plain |= diverged
         self.waited = np.where(self.window[:, 0] > before[:, 0], 0, self.waited + 1)
         if diverged.any():
-            self.iteration.fall_back(diverged, before, self.evaluated[-1], self.count)
-        self.history.append(self.iteration.work.errors[:, 0].clone())
-        self.nfe.append(self.trajectory.nfe.clone())
-        self.norms.append(self.iteration.work.norms.clone())
+            self.iteration.fall_back(diverged, before, evaluated, k)
+        counts = torch.from_numpy(selection.counts)
+        error = self.iteration.stopping.convergence.estimate
+        self.record.note(error, counts, self.iteration.norms, torch.from_numpy(evaluated))
 
-    def _read(self) -> Bools:
-        """Take note of the windows (B, 2), and of how far the states moved; which samples diverged (B,)."""
-        status, *norms = self.mailbox.read()
-        batch = len(status) // 3
-        self.window = status[: 2 * batch].reshape(batch, 2)
-        if norms:
-            self.moved = moves(norms[0])
-        diverged: Bools = status[2 * batch :] != 0
-        self.plain |= diverged
-        return diverged
+    def correct_first(self, first: Tensor) -> None:
+        """Give the known state (B, *shape) again, in more digits than the solve began with."""
+        self.trajectory.basis.forward(first, self.trajectory.x[0], self.iteration.samples)
 
     @uncompiled
-    def value(self, dtype: torch.dtype) -> Tensor:
-        """The last state as it is now (B, *shape); where no window has come to it, a guess from what is known."""
-        self.iteration.complete(self.count)
+    def value(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The clean end of the chain as it is now (B, *shape), where no window has reached it a guess.
+
+        Args:
+            dtype: Of the result; that of the solve if None.
+
+        """
+        return self.state(self.trajectory.steps, dtype)
+
+    @uncompiled
+    def state(self, step: int, dtype: torch.dtype | None = None) -> Tensor:
+        """State `step` of 0 .. S as it is now (B, *shape)."""
+        self.iteration.fill_unreached(self.count)
         trajectory = self.trajectory
-        first, batch = trajectory.steps * trajectory.batch, trajectory.batch
-        rows = torch.arange(first, first + batch, device=trajectory.x.device)
-        return trajectory.images(rows).to(dtype, copy=True)
+        rows = step * trajectory.batch + self.iteration.samples
+        return trajectory.images(rows).to(dtype or self.dtype, copy=True)
 
     @uncompiled
-    def solution(self, dtype: torch.dtype) -> Solution:
-        """The result, once: it gives the memory of the iteration back, and the solve is over."""
+    def solution(self, dtype: torch.dtype | None = None) -> Solution:
+        """The result, once: it gives the memory of the iteration back, and the solve is over.
+
+        Args:
+            dtype: Of its `value`; that of the solve if None.
+
+        Raises:
+            RuntimeError: It was taken before.
+
+        """
         if not hasattr(self, "iteration"):
             raise RuntimeError("the solution of this solve was taken before, which ended it")
-        self.iteration.complete(self.count)
-        trajectory, history, errors = self.trajectory, self.history, self.iteration.work.errors
+        self.iteration.fill_unreached(self.count)
+        trajectory, record, stopping = self.trajectory, self.record, self.iteration.stopping
         steps, batch = trajectory.steps, trajectory.batch
         converged = torch.from_numpy(self.window[:, 0] >= steps).to(trajectory.x.device)
-        estimate, residual = errors[:, 0].clone(), errors[:, 4].clone()
-        norms = _stacked(self.norms, self.iteration.work.norms)
-        evaluated = torch.from_numpy(np.stack([active(self.window, steps), *self.evaluated])[1:])
-        fallen_back = int(self.plain.sum())
-        del self.iteration, self.captured, self.mailbox, errors  # their memory makes room for the states
+        estimate, residual = stopping.convergence.estimate.clone(), stopping.convergence.residual.clone()
+        histories = record.histories(estimate, self.iteration.norms)
+        fallen_back = int(self.selection.plain.sum())
+        # Their memory makes room for the states.
+        del self.iteration, self.captured, self.mailbox, stopping
         states = trajectory.x.new_empty(steps + 1, batch, *trajectory.basis.shape)
         rows = torch.arange((steps + 1) * batch, device=states.device)
         trajectory.basis.inverse(trajectory.x.flatten(0, 1), states.flatten(0, 1), rows)
         missed = int((~converged).sum())
-        message = f"{batch - missed} of {batch} samples converged in {len(history)} iterations (rtol {self.rtol:g})"
+        message = f"{batch - missed} of {batch} samples converged in {record.count} iterations (rtol {self.rtol:g})"
         if fallen_back:
-            message += f"; {fallen_back} diverged and went on with plain iteration"
+            message += f"; {fallen_back} diverged and continued with plain iteration"
         return Solution(
-            value=states[-1].to(dtype, copy=True),
+            value=states[-1].to(dtype or self.dtype, copy=True),
             trajectory=states,
             converged=converged,
             error_estimate=estimate,
             residual=residual,
-            iterations=len(history),
-            nfe=trajectory.nfe,
-            history=_stacked(history, estimate),
-            nfe_history=_stacked(self.nfe, trajectory.nfe),
-            residual_history=_residuals(norms, evaluated),
+            iterations=record.count,
+            nfe=record.nfe,
             message=message,
+            **histories,
         )
 
 
+def run(solve: Solve, map: Map, callback: Callback | None = None) -> Solution:
+    """Evaluate `map` for a solve until it is over; `callback` is called after each iteration."""
+    while solve.open:
+        solve.tell(Evaluation(map, solve.ask()))
+        if callback is not None:
+            callback(solve.count, solve.value(), solve.history[-1].clone())
+    return solve.solution()
+
+
 @uncompiled
-def solve(
-    trajectory: Trajectory,
+def begin(
+    first: Tensor,  # (B, *shape)
+    table: StepTable,
     solver: Solver,
+    traits: Traits,
     *,
     rtol: float,
+    dtype: torch.dtype | None = None,
     max_iterations: int | None = None,
     patience: int | None = None,
-    callback: Callback | None = None,
-    dtype: torch.dtype = torch.float32,
     cuda_graph: bool = False,
-) -> Solution:
-    """Iterate `solver` on `trajectory` in place until every sample's estimated remaining error is at most rtol.
-
-    rtol = 0 goes on until every step is exact. patience: end when no open sample has settled a step in so many
-    iterations. cuda_graph: launch iterations as graphs; no solver.window of so many steps then. Raises ValueError if
-    the map gives NaN.
-    """
-    options: dict[str, Any] = {"rtol": rtol, "max_iterations": max_iterations, "patience": patience}
-    running = Solve(trajectory, solver, **options, cuda_graph=cuda_graph)
-    while running.open:
-        running.iterate()
-        if callback is not None:
-            callback(running.count, running.value(dtype), running.history[-1].clone())
-    return running.solution(dtype)
+    guess: Tensor | None = None,  # (S+1, B, *shape)
+    step_noise: Tensor | None = None,  # (S, B, *shape)
+    generator: torch.Generator | None = None,
+    noisy: bool = True,
+) -> Solve:
+    """A solve of the chain `table` from the state `first` that is known of it. Options as in `start` and `Solve`."""
+    trajectory = start(
+        first, table, solver, traits, guess=guess, step_noise=step_noise, generator=generator, noisy=noisy
+    )
+    return Solve(
+        trajectory,
+        solver,
+        rtol=rtol,
+        dtype=dtype or first.dtype,
+        max_iterations=max_iterations,
+        patience=patience,
+        cuda_graph=cuda_graph,
+    )

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.state import Norms
+
 Callback = Callable[[int, Tensor, Tensor], None]
 
 # Whose frames a warning passes over: torch's stand between a layer, or a backward pass, and who calls it.
@@ -77,3 +79,50 @@ def relative_error(value: Tensor, reference: Tensor) -> Tensor:
     """|value - reference| / |reference| (B,) per sample (B, *shape), in float64."""
     value, reference = value.double().flatten(1), reference.double().flatten(1)
     return (value - reference).norm(dim=1) / reference.norm(dim=1)
+
+
+class Record:
+    """What a solve notes down of each iteration, for the histories of its `Solution`."""
+
+    def __init__(self, batch: int) -> None:
+        self.nfe = torch.zeros(batch, dtype=torch.int64, device="cpu")
+        self.errors: list[Tensor] = []  # (B,) fp64
+        self.evaluations: list[Tensor] = []  # (B,) int64
+        self.norms: list[Tensor] = []  # (S, B, 3) fp64
+        self.evaluated: list[Tensor] = []  # (S, B) bool, on the CPU
+
+    @property
+    def count(self) -> int:
+        """Iterations that are done."""
+        return len(self.errors)
+
+    def note(self, error: Tensor, counts: Tensor, norms: Tensor, evaluated: Tensor) -> None:
+        """One iteration: the estimates (B,), the evaluations (B,), the norms (S, B, 3), and what was evaluated."""
+        self.nfe = self.nfe + counts
+        self.errors.append(error.clone())
+        self.evaluations.append(self.nfe)
+        self.norms.append(norms.clone())
+        self.evaluated.append(evaluated)
+
+    def histories(self, error: Tensor, norms: Tensor) -> dict[str, Tensor]:
+        """The histories of a `Solution`; `error` and `norms` give the shapes where no iteration was done."""
+        all_norms = _stacked(self.norms, norms)
+        evaluated = _stacked(self.evaluated, norms[..., 0].cpu().bool())
+        return {
+            "history": _stacked(self.errors, error),
+            "nfe_history": _stacked(self.evaluations, self.nfe),
+            "residual_history": _residuals(all_norms, evaluated),
+        }
+
+
+def _residuals(norms: Tensor, evaluated: Tensor) -> Tensor:
+    """`Solution.residual_history` from the norms (iterations, S, B, 3) of scans, and what was evaluated for them."""
+    squares = Norms.view(norms.sqrt())
+    relative = (squares.residual / squares.state).nan_to_num(torch.inf, torch.inf)
+    relative = torch.where(squares.residual == 0, 0.0, relative)
+    return torch.where(evaluated.to(norms.device), relative, torch.nan)
+
+
+def _stacked(values: list[Tensor], like: Tensor) -> Tensor:
+    """`values`, of the shape of `like`, as one tensor; also if there are none."""
+    return torch.stack(values) if values else like.new_zeros(0, *like.shape)

@@ -1,83 +1,76 @@
-"""The joint system: all states of a chain in the solver's basis, and a map that is evaluated at them in one batch."""
+"""The states of a chain in the solver's basis, and what goes between them and the samples that a map sees."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..chain.schedule import StepTable
+from ..chain.step_table import StepTable
 from ..solvers.basis import Basis
 from ..solvers.presets import Solver
 from ..solvers.slopes import initial_shrinkage, slope_of
-from ..support.eager import uncompiled
-from .host import Ints, on_device
-
-# No step need be settled better than this many roundings, in its one-step residual relative to the state.
-ROUNDINGS = 1.7
-# Nor better than this many roundings of the map, by the weight of its output: where those of the shipped models come to
-# rest in bf16 and fp16, at 0.3 to 0.7.
-MAP_ROUNDINGS = 0.75
 
 
-class Map(Protocol):
-    """What the chain is linear in, at states (N, *shape) of steps (N,) and samples (N,): (N, *shape)."""
+@dataclass(frozen=True)
+class Traits:
+    """What the engine knows of the map that is evaluated outside of it.
 
-    what: str  # how an error about the result begins
+    Attributes:
+        dtype: Of the states that it is given; None for their own.
+        precision: The eps of its arithmetic, as far as it is known before the first outputs.
+        error_prefix: How an error about its outputs begins.
+        max_batch: The most states that it is given at once; None for all.
+        whole_batch: It is evaluated at all samples each time, also where they have converged.
+        rounding: The one-step residual, relative to the state, at which a step has converged; None for one that
+            follows from rtol.
 
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """Of the states that it is called at; None: their own."""
-
-    @property
-    def precision(self) -> float:
-        """The eps of the arithmetic behind it, as far as the calls until now have shown."""
-
-    def __call__(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
-        """Evaluate; the result may be of any floating dtype."""
-
-
-@runtime_checkable
-class Reserving(Protocol):
-    """A map that holds a copy of the states it is called at."""
-
-    def reserve(self, rows: int) -> None:
-        """The most rows of a call to come."""
-
-
-@dataclass
-class Trajectory:
-    """States x[0] .. x[S] of B chains; `evaluate` calls the map at the rows that `select` chose, in one batch.
-
-    Rows are flat indices i * B + b of (step, sample); step i takes the map at x[i], or at x[i+1] if the table is
-    implicit. The map sees and gives samples, in space; the states are kept in the basis, fp32 or fp64.
     """
 
-    map: Map
-    table: StepTable
-    basis: Basis
-    x: Tensor  # (S+1, B, D), in the basis
-    z: Tensor | None  # (S, B, D), in the basis
+    dtype: torch.dtype | None = None
+    precision: float = 0.0
+    error_prefix: str = "model returned"
     max_batch: int | None = None
-    guess: str = "none"  # of states that a window comes to, unless they have one: "chain", "constant" or "none"
-    nfe: Tensor = field(init=False)  # (B,) int64, on the CPU
-    rows: Tensor = field(init=False)  # (N,) int64, the selected ones, on the device; and here and below
-    row_steps: Tensor = field(init=False)  # their steps
-    row_samples: Tensor = field(init=False)  # and samples
-    scale: Tensor = field(init=False)  # (B,) float64, what corrections are relative to where a state is larger: |x[0]|
+    whole_batch: bool = False
+    rounding: float | None = None
 
-    def __post_init__(self) -> None:
-        self.nfe = torch.zeros(self.batch, dtype=torch.int64, device="cpu")
-        self.rows = self.row_steps = self.row_samples = torch.empty(0, dtype=torch.int64, device="cpu")
-        self.scale = self.x[0].double().norm(dim=-1)
-        self._images: dict[torch.dtype, Tensor] = {}  # (rows, *shape)
-        # whether the op between states and samples reads and writes the map's own dtype in its one pass
-        self.casts = self.x.is_cuda and self.basis.dct_h is not None
-        self._counts = torch.zeros_like(self.nfe)
+
+class Trajectory:
+    """States x[0] .. x[S] of B chains, fp32 or fp64, in the basis.
+
+    A row is the flat index i * B + b of a step and a sample. Step i takes the map at x[i], or at x[i+1] if the table
+    is implicit. The map sees and gives samples, in space.
+
+    Attributes:
+        x: (S+1, B, D), the states, in the basis.
+        z: (S, B, D), the step noise, in the basis; None without.
+        guess: Of states that a window reaches, unless they have one: "chain", "constant" or "none".
+        scale: (B,) fp64, what corrections are relative to where a state is larger.
+        precision: The largest eps of the map's arithmetic that is known.
+        casts: Whether the op between states and samples reads and writes the map's own dtype in its one pass.
+
+    """
+
+    def __init__(
+        self,
+        table: StepTable,
+        basis: Basis,
+        x: Tensor,  # (S+1, B, D)
+        *,
+        z: Tensor | None = None,  # (S, B, D)
+        traits: Traits = Traits(),
+        guess: str = "none",
+        scale: Tensor | None = None,  # (B,) fp64; None for |x[0]|
+    ) -> None:
+        self.table, self.basis, self.x, self.z, self.traits, self.guess = table, basis, x, z, traits, guess
+        self.scale = x[0].double().norm(dim=-1) if scale is None else scale
+        self.casts = x.is_cuda and basis.dct_h is not None
+        self.precision = traits.precision
+        self._images: dict[torch.dtype, Tensor] = {}  # (N, *shape)
+        self._inputs: Tensor | None = None  # (N, *shape), where the map gets a copy of the images
+        self._imaged = (0, 0)  # the rows of the images that the map was given: where they lie, and their number
 
     @property
     def steps(self) -> int:
@@ -90,23 +83,9 @@ class Trajectory:
         return self.x.shape[1]
 
     @property
-    def thins(self) -> bool:
+    def can_thin(self) -> bool:
         """Whether outputs can be interpolated: along an explicit chain without noise, of states that start from it."""
         return self.guess == "chain" and not self.table.implicit and self.z is None
-
-    def settled(self, rtol: float) -> Tensor:
-        """A step whose one-step residual, relative to its state, is at most this (S,) is not evaluated again.
-
-        With rtol > 0 no less than what the map's own rounding makes of it, which no iteration can take away.
-        """
-        rounding = torch.finfo(self.x.dtype).eps
-        precision = self.map.precision if rtol and self.map.precision > rounding else 0.0
-        weight = MAP_ROUNDINGS * (self.table.b.abs() + self.table.c.abs())
-        return (precision * weight).clamp_min(max(rtol / (2 * self.steps), ROUNDINGS * rounding))
-
-    def where(self, steps: Tensor) -> str:
-        """What an error about the map says of `steps` (N,) bool or int64."""
-        return f", timesteps {self.table.timesteps[steps].tolist()}"
 
     def images(self, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The states `rows` (N,) of all S+1, as samples (N, *shape), in the dtype of the states if None is given.
@@ -118,74 +97,93 @@ class Trajectory:
             self._images[dtype] = self.x.new_empty(count, *self.basis.shape, dtype=dtype)
         image = self._images[dtype][:count]
         self.basis.inverse(self.x.flatten(0, 1), image, rows)
+        self._imaged = (0, 0)
         return image
 
+    def inputs(self, rows: Tensor) -> Tensor:
+        """What the map is given at the rows (N,): their states (N, *shape), in memory that it may write into."""
+        if self.traits.whole_batch:
+            return self.x[int(self.table.implicit)].view(-1, *self.basis.shape)
+        asked = self.traits.dtype or self.x.dtype
+        copies = self.table.converts or (asked != self.x.dtype and not self.casts)
+        image = self._images_at(rows, self.x.dtype if copies else asked)
+        if not copies:
+            return image
+        if self._inputs is None or len(self._inputs) < len(image):
+            most = len(self._images[self.x.dtype])  # for which the images took their memory
+            self._inputs = image.new_empty(most, *image.shape[1:], dtype=asked)
+        return self._inputs[: len(image)].copy_(image)
+
+    def _images_at(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """The states at which the map is evaluated at the rows (N,)."""
+        image = self.images(rows + self.batch if self.table.implicit else rows, dtype)
+        self._imaged = (rows.data_ptr(), len(rows))
+        return image
+
+    def receive(self, rows: Tensor, steps: Tensor, output: Tensor, out: Tensor) -> None:
+        """Put what the map gave at the rows (N,), which are of `steps` (N,), into `out` (S, B, D), in the basis."""
+        self.precision = max(self.precision, torch.finfo(output.dtype).eps)
+        if self.traits.whole_batch:
+            out[0] = output.view(out[0].shape)
+            return
+        if self.table.converts:
+            if self._imaged != (rows.data_ptr(), len(rows)):
+                self._images_at(rows, self.x.dtype)
+            output = self.table.effective_output(self._images[self.x.dtype][: len(rows)], output, steps)
+        if output.dtype != self.x.dtype and not self.casts:  # the images are not needed any more
+            output = self._images[self.x.dtype][: len(rows)].copy_(output)
+        self.basis.forward(output, out.flatten(0, 1), rows)
+
+    def check(self, output: Tensor) -> int:
+        """The number of rows in what the map gave. Raises where it is nothing that a map gives."""
+        if not isinstance(output, Tensor):
+            raise TypeError(f"outputs must be a tensor, or several one after the other, got {type(output).__name__}")
+        prefix, device = self.traits.error_prefix, self.x.device
+        if output.shape[1:] != self.basis.shape:
+            raise ValueError(f"{prefix} shape {tuple(output.shape)} for samples of shape {self.basis.shape}")
+        if output.device != device or not output.is_floating_point():
+            raise ValueError(f"{prefix} {output.dtype} on {output.device} for an input on {device}")
+        if output.layout is not torch.strided:
+            raise ValueError(f"{prefix} a tensor of layout {output.layout}, not a dense one")
+        return len(output)
+
+    def describe(self, steps: Tensor) -> str:
+        """What an error about the map says of `steps` (N,) int64."""
+        return "" if self.traits.whole_batch else f", timesteps {self.table.timesteps[steps].tolist()}"
+
     def reserve(self, rows: int) -> None:
-        """The memory for calls with so many rows, though the first ones have fewer."""
-        most = min(rows, self.max_batch or rows)
-        dtype = self._image_dtype
-        self._images[dtype] = self.x.new_empty(most, *self.basis.shape, dtype=dtype)
-        if isinstance(self.map, Reserving):
-            self.map.reserve(most)
+        """The memory for calls with up to that number of rows, though the first ones have fewer."""
+        asked = self.traits.dtype or self.x.dtype
+        dtype = asked if self.casts and not self.table.converts else self.x.dtype
+        rows = min(rows, int(self.traits.max_batch or rows))
+        self._images[dtype] = self.x.new_empty(rows, *self.basis.shape, dtype=dtype)
 
-    @property
-    def selected(self) -> int:
-        """The number of selected rows."""
-        return len(self.rows)
-
-    def select(self, rows: Ints) -> None:
-        """Choose the states `rows` (N,) that `evaluate` calls the map at."""
-        steps, samples = np.divmod(rows, self.batch)  # here: no kernels for it in an iteration
-        self._counts = torch.from_numpy(np.bincount(samples, minlength=self.batch))
-        places = on_device(np.stack([rows, steps, samples]), self.x.device)
-        self.rows, self.row_steps, self.row_samples = places.unbind()
-
-    def count(self) -> None:
-        """Add the selected rows to `nfe`: once per evaluation, also where a captured one is replayed."""
-        self.nfe += self._counts
-
-    def evaluate(self, out: Tensor) -> None:
-        """Call the map at the selected states; what it gives goes to `out` (S, B, D), in the basis."""
-        places = (self.rows, self.row_steps, self.row_samples)
-        for part, steps, samples in zip(*(calls(values, self.max_batch) for values in places), strict=True):
-            image = self.images(part + self.batch if self.table.implicit else part, self._image_dtype)
-            output = self.map(image, steps, samples)
-            if output.dtype != image.dtype and not self.casts:
-                output = image.copy_(output)  # the images are not needed any more
-            self.basis.forward(output, out.flatten(0, 1), part)
-
-    @property
-    def _image_dtype(self) -> torch.dtype:
-        return self.map.dtype or self.x.dtype if self.casts else self.x.dtype
-
-    def held(self) -> Tensor | None:
-        """What the op `extend` holds (4, S), on the CPU: x0, or with the guess "constant" the state (ParaDiGMS)."""
+    def constant_x0(self) -> Tensor | None:
+        """What `Extension` keeps constant (4, S), on the CPU: x0, or with the guess "constant" the state."""
         if self.guess == "none":
             return None
-        held = torch.stack(self.table.held_x0())
+        kept = torch.stack(self.table.constant_x0())
         if self.guess == "constant":
-            held[0], held[1:] = 1.0, 0.0
-        return held
+            kept[0], kept[1:] = 1.0, 0.0
+        return kept
 
 
-@uncompiled
 def start(
-    map: Map,
     first: Tensor,  # (B, *shape), the state that is known
     table: StepTable,
     solver: Solver,
+    traits: Traits,
     *,
     guess: Tensor | None = None,  # (S+1, B, *shape)
     step_noise: Tensor | None = None,  # (S, B, *shape)
     generator: torch.Generator | None = None,
-    max_batch: int | None = None,
     noisy: bool = True,
 ) -> Trajectory:
-    """The chain of `table` from its first state, in the solver's basis, with a first guess of the others.
+    """The chain of `table` from its first state, in the solver's basis, with an initial guess of the others.
 
     The guess is the solver's own if none is given; the first state of a given one is not looked at. Step noise that is
     not given is drawn from `generator`, in the order of the sequential chain. noisy: states are alpha x0 + sigma eps,
-    unlike those of a gradient.
+    unlike those of a gradient, which may grow along the chain.
     """
     shape, device, steps, batch = tuple(first.shape[1:]), first.device, len(table.a), len(first)
     spectral = solver.basis == "spectral" and len(shape) == 3
@@ -208,7 +206,8 @@ def start(
     elif batch:
         _scan_from_zero(x, z, table, basis, initial_slope(solver, table, basis, x))
     guesses = guess is None and (noisy or solver.start == "constant")
-    return Trajectory(map, table, basis, x, z, max_batch, solver.start if guesses else "none")
+    scale = None if noisy else torch.full((batch,), torch.inf, dtype=torch.float64, device=device)
+    return Trajectory(table, basis, x, z=z, traits=traits, guess=solver.start if guesses else "none", scale=scale)
 
 
 def initial_slope(solver: Solver, table: StepTable, basis: Basis, x: Tensor) -> Tensor:
@@ -229,16 +228,24 @@ def _scan_from_zero(
     e = x.new_zeros(steps, batch, size)
     if not table.implicit:
         e[0] = slope[0].repeat_interleave(basis.bands.diff(), dim=-1, output_size=size) * x[0]
+    a, b, c, n = table.coefficients(x)
     ops.ddim_scan(
-        *(x, e, z, *table.coefficients(x), slope, basis.bands),
-        torch.tensor([[0, steps]], device="cpu").expand(batch, -1).contiguous().to(x.device),
-        *(1.0, table.implicit, x[1:], torch.empty_like(e), x.new_empty(steps, batch, 3, dtype=torch.float64)),
+        x,
+        e,
+        z,
+        a=a,
+        b=b,
+        c=c,
+        n=n,
+        slope=slope,
+        bands=basis.bands,
+        window=torch.tensor([[0, steps]], device="cpu").expand(batch, -1).contiguous().to(x.device),
+        beta=1.0,
+        implicit=table.implicit,
+        f=x[1:],
+        g=torch.empty_like(e),
+        norms=x.new_empty(steps, batch, 3, dtype=torch.float64),
     )
-
-
-def calls(rows: Tensor, max_batch: int | None) -> tuple[Tensor, ...]:
-    """The rows (N, ..) of each call of the model: at most `max_batch`."""
-    return rows.split(int(max_batch or max(len(rows), 1)))
 
 
 def normal(like: Tensor, generator: torch.Generator | None, dtype: torch.dtype | None = None) -> Tensor:

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from ..chain.step_table import StepTable
-from ..engine.host import Ints
-from ..engine.loop import solve
+from ..engine.loop import Map, Solve, run
 from ..engine.solution import Callback, Solution, warn_unless_converged
-from ..engine.trajectory import Map, Trajectory
+from ..engine.trajectory import Traits, Trajectory
 from ..gradients.autograd import attach
 from ..gradients.linearized import LinearizedChain, Pulled
 from ..gradients.methods import Implicit, check_table, named
@@ -40,9 +39,6 @@ STEP = StepTable(  # x[1] = f(x[1])
     n=_ZERO,
     slope_0=_ZERO,
     slope_1=_ZERO,
-    u=_ZERO,
-    w=_ONE,
-    direction=_ONE,
     implicit=True,
 )
 
@@ -152,35 +148,8 @@ def _check_plain(name: str, solver: Solver) -> None:
         raise ValueError(f"{name} of a fixed point must have no window, got {solver.window}")
 
 
-class _Step(Trajectory):
-    """One implicit step x[1] = a x[0] + f(x[1]). The map is called on the whole batch, also where it has converged."""
-
-    def __init__(self, map: Map, table: StepTable, first: Tensor, rounding: float) -> None:
-        self.rounding = rounding
-        basis = Basis.identity(tuple(first.shape[1:]), first.device)
-        super().__init__(map, table, basis, torch.stack([first, first]), None)
-        self.scale.fill_(torch.inf)
-
-    def settled(self, rtol: float) -> Tensor:
-        # a small residual alone says nothing of the error where f hardly contracts
-        return torch.full_like(self.table.b, self.rounding)
-
-    def where(self, steps: Tensor) -> str:
-        return ""
-
-    def select(self, rows: Ints) -> None:
-        super().select(rows)
-        self._counts = torch.ones_like(self.nfe)  # the map sees all of the batch
-
-    def evaluate(self, out: Tensor) -> None:
-        samples = torch.arange(self.batch, device=out.device)
-        out[0] = self.map(self.x[1], torch.zeros_like(samples), samples)
-
-
 class _Called:
     """f as the map of `STEP`."""
-
-    what, dtype, precision = "f returned", None, 0.0
 
     def __init__(self, f: Function, flattening: Flattening) -> None:
         self.f, self.flattening = f, flattening
@@ -207,23 +176,46 @@ def solved(
         def follow(iteration: int, rows: Tensor, estimate: Tensor) -> None:
             told(iteration, flattening.state(rows), estimate)
 
-    step = _Step(_Called(f, flattening), STEP, first, flattening.rounding)
+    traits = Traits(error_prefix="f returned", whole_batch=True, rounding=flattening.rounding)
     with torch.no_grad():
-        return solve_step(step, solver, rtol, max_iterations=max_iterations, callback=follow)
+        return solve_step(
+            _Called(f, flattening),
+            first,
+            STEP,
+            traits=traits,
+            solver=solver,
+            rtol=rtol,
+            max_iterations=max_iterations,
+            callback=follow,
+        )
 
 
 def solve_step(
-    step: _Step, solver: Solver, rtol: float, *, max_iterations: int, callback: Callback | None = None
+    map: Map,
+    first: Tensor,  # (B, D)
+    table: StepTable,
+    *,
+    traits: Traits,
+    solver: Solver,
+    rtol: float,
+    max_iterations: int,
+    callback: Callback | None = None,
 ) -> Solution:
-    """The engine, for one implicit step."""
-    options: dict[str, Any] = {"rtol": rtol, "max_iterations": max_iterations, "callback": callback}
-    return solve(step, solver, **options, dtype=step.x.dtype)
+    """The engine, for one implicit step x[1] = a x[0] + map(x[1]), for which the map sees the whole batch each time.
+
+    Its residual has to be rounding: a small one alone says nothing of the error where the map hardly contracts.
+    """
+    basis = Basis.identity(tuple(first.shape[1:]), first.device)
+    scale = torch.full((len(first),), torch.inf, dtype=torch.float64, device=first.device)
+    trajectory = Trajectory(table, basis, torch.stack([first, first]), traits=traits, scale=scale)
+    solve = Solve(trajectory, solver, rtol=rtol, max_iterations=max_iterations, dtype=first.dtype)
+    return run(solve, map, callback)
 
 
 class LinearizedMap:
     """f around one state, under autograd, with its transposed Jacobian J^T; as a map, that of the transposed step."""
 
-    what, dtype, precision = "f has a gradient with", None, 0.0
+    precision = 0.0
     table = STEP
 
     def __init__(self, f: Function, flattening: Flattening, rows: Tensor) -> None:
@@ -262,8 +254,16 @@ class _LinearizedStep(LinearizedChain):
         self.linear, self.solver, self.max_iterations = linear, solver, max_iterations
 
     def _solve(self, cotangent: Tensor, solver: Solver | None, rtol: float, max_iterations: int | None) -> Solution:
-        step = _Step(self.linear, self.transposed, cotangent, self.linear.flattening.rounding)
-        return solve_step(step, solver or self.solver, rtol, max_iterations=max_iterations or self.max_iterations)
+        rounding = self.linear.flattening.rounding
+        return solve_step(
+            self.linear,
+            cotangent,
+            self.transposed,
+            traits=Traits(error_prefix="f has a gradient with", whole_batch=True, rounding=rounding),
+            solver=solver or self.solver,
+            rtol=rtol,
+            max_iterations=max_iterations or self.max_iterations,
+        )
 
     def collect(self, cotangents: Tensor, vjps: int | Tensor = 0) -> Pulled:
         self._sums = [cotangents[-1]]  # without a VJP by z, which gets no gradient

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..engine.solution import Solution
-from ..engine.trajectory import ROUNDINGS
+from ..engine.stopping import ROUNDINGS
 from ..support.checks import check_dtype, check_finite
 
 State = Any  # a tensor (B, *shape), or a tuple or list of tensors that share B

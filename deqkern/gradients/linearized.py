@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from ..chain.step_table import StepTable
-from ..engine.loop import solve
+from ..engine.loop import begin, run
 from ..engine.solution import Solution, warn_unless_converged
-from ..engine.trajectory import Map, calls, start
+from ..engine.trajectory import Traits
 from ..solvers.presets import Solver, default
+from ..support.tensors import split_rows
 
 # Iterations at most on an implicit chain, which may take more than it has steps.
 IMPLICIT_LIMIT = 40
@@ -112,7 +113,7 @@ class LinearizedChain:
         """
         samples = torch.arange(self.batch, device=cotangent.device)
         steps, by_states = torch.full_like(samples, step), torch.empty_like(cotangent)
-        for part in calls(samples, self.max_batch):
+        for part in split_rows(samples, self.max_batch):
             arguments = (cotangent[part], steps[part], samples[part])
             by_states[part] = self.vjp_rows(*arguments) if weight is None else self._add(*arguments, weight=weight)
         return by_states
@@ -143,7 +144,7 @@ class LinearizedChain:
         """J^T of all steps of the transposed chain at once, of cotangents (S, B, *shape)."""
         rows = torch.arange(self.steps * self.batch, device=cotangents.device)
         transposed, by_states = TransposedMap(self), torch.empty_like(cotangents)
-        for part in calls(rows, self.max_batch):
+        for part in split_rows(rows, self.max_batch):
             steps, samples = part // self.batch, part % self.batch
             by_states.flatten(0, 1)[part] = transposed(cotangents.flatten(0, 1)[part], steps, samples)
         return by_states
@@ -169,15 +170,17 @@ class LinearizedChain:
         return solution
 
     def _solve(self, cotangent: Tensor, solver: Solver | None, rtol: float, max_iterations: int | None) -> Solution:
-        return solve_chain(
-            TransposedMap(self),
+        precision, prefix = self.network.precision, "model has a gradient with"
+        solve = begin(
             cotangent,
             self.transposed,
-            solver=default(window=None) if solver is None else solver,
+            default(window=None) if solver is None else solver,
+            Traits(precision=precision, error_prefix=prefix, max_batch=self.max_batch),
             rtol=rtol,
             max_iterations=max_iterations or max(self.steps, IMPLICIT_LIMIT),
-            max_batch=self.max_batch,
+            noisy=False,
         )
+        return run(solve, TransposedMap(self))
 
     def collect(self, cotangents: Tensor, vjps: int | Tensor = 0) -> Pulled:
         """The result of `pull_back` from the states of the transposed chain, `cotangents` (S+1, B, *shape)."""
@@ -186,7 +189,7 @@ class LinearizedChain:
         if self.inputs:
             rows = torch.arange(steps * batch, device=cotangents.device)
             weights = table.b.to(cotangents)[:, None].expand(-1, batch).flatten()  # of row i * B + b
-            for part in calls(rows, self.max_batch):
+            for part in split_rows(rows, self.max_batch):
                 own, samples = part // batch, part % batch
                 place = (steps - 1 - own + int(table.implicit)) * batch + samples
                 weighted = weights[part].view(-1, *shape) * cotangents.flatten(0, 1)[place]
@@ -214,30 +217,8 @@ class LinearizedChain:
 class TransposedMap:
     """J^T of the steps of the transposed chain, as a map of the engine."""
 
-    what, dtype = "model has a gradient with", None
-
     def __init__(self, chain: LinearizedChain) -> None:
         self.chain, self._last = chain, chain.steps - 1
 
-    @property
-    def precision(self) -> float:
-        return self.chain.network.precision
-
     def __call__(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
         return self.chain.vjp_rows(states, self._last - steps, samples)
-
-
-def solve_chain(
-    map: Map,
-    first: Tensor,
-    table: StepTable,
-    *,
-    solver: Solver,
-    rtol: float,
-    max_iterations: int,
-    max_batch: int | None,
-) -> Solution:
-    """The engine, for the chain of a gradient, which may grow from step to step."""
-    trajectory = start(map, first, table, solver, max_batch=max_batch, noisy=False)
-    trajectory.scale.fill_(torch.inf)
-    return solve(trajectory, solver, rtol=rtol, max_iterations=max_iterations, dtype=first.dtype)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..chain.step_table import StepTable
-from ..engine.solution import warn_unless_converged
 from ..solvers.presets import Solver
 from ..support.checks import check_callable, is_int
 from .chain import Chain
@@ -38,27 +37,59 @@ def ddim_sample_loop(
     max_iterations: int | None = None,
     max_batch: int | None = None,
 ) -> Tensor:
-    """`diffusion.ddim_sample_loop(model, shape, ...)`, all steps at once: the clean samples (B, *shape).
+    """`diffusion.ddim_sample_loop(model, shape, ...)`, all steps at once.
 
-    diffusion: an object with `alphas_cumprod` (S,) and `model_mean_type` EPSILON or START_X; also with `timestep_map`
-        (spaced) and `rescale_timesteps`.
-    model: `model(x, t, **model_kwargs)` with N rows, N up to S * B, gives C channels, or 2 C with a learned variance.
-    shape: of the noise, which is drawn from torch's global generator on `device`, by default the model's, unless given.
-    denoised_fn, cond_fn: called with N rows of x0, and of x, t and model_kwargs; a row may depend on that row alone.
-    model_kwargs: tensors in it whose first dimension is B are repeated for every step.
-    eta: the noise of each step is drawn as the sequential loop draws it. progress: a bar of tqdm, if that is installed.
-    solver, rtol, max_iterations, max_batch: as in `deqkern.sample`.
+    Args:
+        diffusion: An object with `alphas_cumprod` (S,) and `model_mean_type` EPSILON or START_X; also with
+            `timestep_map` (spaced) and `rescale_timesteps`.
+        model: `model(x, t, **model_kwargs)` with N rows, N up to S * B, gives C channels, or 2 C with a learned
+            variance.
+        shape: Of the noise, (B, *shape).
+        noise: (B, *shape); drawn from torch's global generator unless given.
+        clip_denoised: Whether x0 is clipped to -1 .. 1.
+        denoised_fn: Called with N rows of x0; a row may depend on that row alone.
+        cond_fn: Called with N rows of x, t and model_kwargs; a row may depend on that row alone.
+        model_kwargs: Tensors in it whose first dimension is B are repeated for every step.
+        device: Where noise is drawn, by default the model's.
+        progress: Whether to show a bar of tqdm, if that is installed.
+        eta: The noise of each step is drawn as the sequential loop draws it.
+        solver: As in `deqkern.sample`.
+        rtol: As in `deqkern.sample`.
+        max_iterations: As in `deqkern.sample`.
+        max_batch: As in `deqkern.sample`.
 
-    Raises ValueError or TypeError for an argument that does not fit. Samples that do not converge are reported by one
-    `ConvergenceWarning`.
+    Returns:
+        The clean samples (B, *shape).
+
+    Raises:
+        ValueError: For an argument that does not fit.
+        TypeError: For one of another type.
+
+    Warns:
+        ConvergenceWarning: Once, if a sample did not converge.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from deqkern.integrations.guided_diffusion import ddim_sample_loop
+        >>> diffusion = SimpleNamespace(alphas_cumprod=torch.linspace(0.99, 0.01, 20))  # or a GaussianDiffusion
+        >>> ddim_sample_loop(diffusion, lambda x, t: 0.1 * x, (2, 3, 8, 8)).shape
+        torch.Size([2, 3, 8, 8])
     """
-    chain = _sampling(
-        *(diffusion, model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, eta),
-        *(solver, rtol, max_iterations, max_batch),
+    denoiser = _Denoiser(diffusion, model, clip_denoised, denoised_fn=denoised_fn, cond_fn=cond_fn)
+    chain = Chain(
+        denoiser,
+        denoiser.table(eta),
+        model,
+        name="noise",
+        first=_noise(model, shape, noise, device=device),
+        model_kwargs=model_kwargs,
+        solver=solver,
+        rtol=rtol,
+        max_iterations=max_iterations,
+        max_batch=max_batch,
     )
-    solution = chain.solve(not progress)
-    warn_unless_converged(solution)
-    return solution.value
+    return chain.solve(not progress).value
 
 
 def ddim_sample_loop_progressive(
@@ -79,23 +110,43 @@ def ddim_sample_loop_progressive(
     max_iterations: int | None = None,
     max_batch: int | None = None,
 ) -> Iterator[dict[str, Tensor]]:
-    """The same, iteration by iteration: dicts with `sample` (B, *shape), the clean samples as they are then.
+    """`ddim_sample_loop`, iteration by iteration.
 
-    `pred_xstart` is the estimate of x0 at the last step, which the chain ends at: the same numbers. Arguments are
-    checked at the call, not at the first iteration.
+    Arguments are those of `ddim_sample_loop`, and are checked at the call, not at the first iteration.
+
+    Yields:
+        Dicts with `sample` (B, *shape), the clean samples as they are then, and `pred_xstart`, the estimate of x0 at
+        the last step, which the chain ends at: the same numbers.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from deqkern.integrations.guided_diffusion import ddim_sample_loop_progressive
+        >>> diffusion = SimpleNamespace(alphas_cumprod=torch.linspace(0.99, 0.01, 20))
+        >>> for now in ddim_sample_loop_progressive(diffusion, lambda x, t: 0.1 * x, (2, 3, 8, 8)):
+        ...     preview = now["sample"]
     """
-    chain = _sampling(
-        *(diffusion, model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, eta),
-        *(solver, rtol, max_iterations, max_batch),
+    denoiser = _Denoiser(diffusion, model, clip_denoised, denoised_fn=denoised_fn, cond_fn=cond_fn)
+    chain = Chain(
+        denoiser,
+        denoiser.table(eta),
+        model,
+        name="noise",
+        first=_noise(model, shape, noise, device=device),
+        model_kwargs=model_kwargs,
+        solver=solver,
+        rtol=rtol,
+        max_iterations=max_iterations,
+        max_batch=max_batch,
     )
     return _iterations(chain, progress)
 
 
 def _iterations(chain: Chain, progress: bool) -> Iterator[dict[str, Tensor]]:
     for _ in chain.run(not progress):
-        value = chain.state(chain.table.num_inference_steps)
+        value = chain.state(chain.problem.table.num_inference_steps)
         yield {"sample": value, "pred_xstart": value.clone()}
-    warn_unless_converged(chain.solution())
+    chain.solution()
 
 
 def ddim_reverse_sample_loop(
@@ -112,52 +163,69 @@ def ddim_reverse_sample_loop(
     max_iterations: int | None = None,
     max_batch: int | None = None,
 ) -> Tensor:
-    """`diffusion.ddim_reverse_sample` for t = 0 .. S-1, all steps at once: the noise (B, *shape) of the samples x.
+    """`diffusion.ddim_reverse_sample` for t = 0 .. S-1, all steps at once.
 
     Each step takes the model at its clean end, the noisier state does not enter: naive inversion, wrong by percents
     (arXiv 2010.02502, section 4.3). `deqkern.invert` finds the noise that gives x back. The last step leads to
-    abar = 0. Arguments as in `ddim_sample_loop`; eta must be 0.
+    abar = 0. Other arguments are those of `ddim_sample_loop`.
+
+    Returns:
+        The noise (B, *shape) of the samples x (B, *shape).
+
+    Raises:
+        ValueError: For an argument that does not fit; eta must be 0.
+        TypeError: For one of another type.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from deqkern.integrations.guided_diffusion import ddim_reverse_sample_loop
+        >>> diffusion = SimpleNamespace(alphas_cumprod=torch.linspace(0.99, 0.01, 20))
+        >>> ddim_reverse_sample_loop(diffusion, lambda x, t: 0.1 * x, torch.rand(2, 3, 8, 8)).shape
+        torch.Size([2, 3, 8, 8])
     """
     if eta != 0:
         raise ValueError(f"eta must be 0, got {eta}: steps that draw noise have no reverse")
-    denoiser = _Denoiser(diffusion, model, clip_denoised, denoised_fn, None)
+    denoiser = _Denoiser(diffusion, model, clip_denoised, denoised_fn=denoised_fn, cond_fn=None)
     abar = denoiser.abar
     after = torch.cat([abar[1:], abar.new_zeros(1)])
-    ends = (abar.sqrt(), (1 - abar).sqrt(), after.sqrt(), (1 - after).sqrt(), torch.zeros_like(abar))
-    table = StepTable.build("sample", torch.arange(len(abar), device="cpu"), *ends)
-    chain = Chain(denoiser, table, model, "x", x, model_kwargs, solver, rtol, max_iterations, max_batch)
-    solution = chain.solve()
-    warn_unless_converged(solution)
-    return solution.value
+    table = StepTable.build(
+        "sample",
+        torch.arange(len(abar), device="cpu"),
+        alpha=abar.sqrt(),
+        sigma=(1 - abar).sqrt(),
+        alpha_next=after.sqrt(),
+        sigma_next=(1 - after).sqrt(),
+        n=torch.zeros_like(abar),
+    )
+    chain = Chain(
+        denoiser,
+        table,
+        model,
+        name="x",
+        first=x,
+        model_kwargs=model_kwargs,
+        solver=solver,
+        rtol=rtol,
+        max_iterations=max_iterations,
+        max_batch=max_batch,
+    )
+    return chain.solve().value
 
 
-def _sampling(
-    diffusion: Any,
-    model: Callable[..., Tensor],
-    shape: Sequence[int],
-    noise: Tensor | None,
-    clip_denoised: bool,
-    denoised_fn: Callable[[Tensor], Tensor] | None,
-    cond_fn: Callable[..., Tensor] | None,
-    model_kwargs: Mapping[str, Any] | None,
-    device: torch.device | str | None,
-    eta: float,
-    solver: Solver | None,
-    rtol: float,
-    max_iterations: int | None,
-    max_batch: int | None,
-) -> Chain:
-    denoiser = _Denoiser(diffusion, model, clip_denoised, denoised_fn, cond_fn)
-    table = ddim_table("sample", torch.arange(len(denoiser.abar), device="cpu"), denoiser.abar, eta)
+def _noise(
+    model: Callable[..., Tensor], shape: Sequence[int], noise: Tensor | None, device: torch.device | str | None
+) -> Tensor:
+    """The noise given, or drawn."""
     if not isinstance(shape, Sequence) or not all(map(is_int, shape)):
         raise TypeError(f"shape must be a sequence of ints, got {shape!r}")
     if noise is None:
         if device is None and isinstance(model, torch.nn.Module):
             device = next((parameter.device for parameter in model.parameters()), None)
-        noise = torch.randn(*shape, device=device)
-    elif isinstance(noise, Tensor) and tuple(noise.shape) != tuple(shape):
+        return torch.randn(*shape, device=device)
+    if isinstance(noise, Tensor) and tuple(noise.shape) != tuple(shape):
         raise ValueError(f"noise must have the shape given, {tuple(shape)}, got {tuple(noise.shape)}")
-    return Chain(denoiser, table, model, "noise", noise, model_kwargs, solver, rtol, max_iterations, max_batch)
+    return noise
 
 
 class _Denoiser:
@@ -193,6 +261,10 @@ class _Denoiser:
             timesteps = timesteps.float() * (1000.0 / total)
         self.abar, self.timesteps, self.predicts_x0 = abar, timesteps, kind == "START_X"
         self.levels = torch.stack([1 / abar.sqrt(), (1 / abar - 1).sqrt(), (1 - abar) / abar.sqrt()])
+
+    def table(self, eta: float) -> StepTable:
+        """The chain of its sampling loop."""
+        return ddim_table("sample", torch.arange(len(self.abar), device="cpu"), self.abar, eta=eta)
 
     def __call__(self, x: Tensor, index: Tensor, **model_kwargs: Any) -> Tensor:
         t = self.timesteps.to(x.device)[index]

@@ -26,7 +26,12 @@ _NEEDS_DIFFUSERS = "loading a model needs diffusers: pip install 'deqkern[demo]'
 class Pretrained:
     """A model and all that `deqkern.sample` needs to know of it.
 
-    model: in evaluation mode, on the CPU. shape: of one sample, (C, H, W). profile: its measured slopes, where known.
+    Attributes:
+        model: In evaluation mode, on the CPU.
+        schedule: Its noise schedule.
+        shape: Of one sample, (C, H, W).
+        profile: Its measured slopes, where known.
+        name: That it was loaded by, or of its folder.
     """
 
     model: torch.nn.Module
@@ -39,11 +44,23 @@ class Pretrained:
 def load(name_or_path: str | PathLike[str]) -> Pretrained:
     """A shipped model ("digits", "photos") or one from a folder, from local files only.
 
-    The folder is a diffusers `UNet2DModel` folder with `scheduler_config.json` beside its `config.json`, or that of an
-    unconditional pipeline, with `unet/` and `scheduler/`. A `profile.safetensors` beside `config.json` is the model's
-    `SlopeProfile`.
+    Args:
+        name_or_path: A name, or a diffusers `UNet2DModel` folder with `scheduler_config.json` beside its `config.json`,
+            or that of an unconditional pipeline, with `unet/` and `scheduler/`. A `profile.safetensors` beside
+            `config.json` is the model's `SlopeProfile`.
 
-    Raises ValueError for an unknown name or a folder that holds something else, ImportError without diffusers.
+    Returns:
+        The model, its schedule, shape and profile.
+
+    Raises:
+        ValueError: For an unknown name or a folder that holds something else.
+        ImportError: Without diffusers.
+
+    Example:
+        >>> from deqkern import models
+        >>> digits = models.load("digits")
+        >>> digits.shape, digits.schedule.num_train_timesteps
+        ((1, 16, 16), 1000)
     """
     folder = _find(name_or_path)
     unet, scheduler = (folder / "unet", folder / "scheduler") if (folder / "unet").is_dir() else (folder, folder)

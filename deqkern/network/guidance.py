@@ -80,15 +80,35 @@ def guided(
     Both are evaluated in one batch of 2 N rows; with scale = 1 only the first, in one of N. `Solution.nfe` and
     `max_batch` count rows of the guided model, N.
 
-    model: as for `sample`. The result is a Module with its parameters, and differentiable.
-    cond, uncond: the keyword arguments of the two, with the same names. A tensor in them, also inside dicts, lists and
-        tuples, has one row per sample, or one for all; anything else must be equal in both. `sample` and `invert`
-        repeat the rows for every step, and differentiate by them. `model_kwargs={"cond": ...}` replaces one of them.
-    rescale: phi of arXiv 2305.08891, section 3.4: moves the standard deviation of each sample's output towards that of
-        out_cond; 0 leaves it alone.
+    Args:
+        model: As for `sample`.
+        scale: The guidance scale.
+        cond: The keyword arguments of the conditional output. A tensor in them, also inside dicts, lists and tuples,
+            has one row per sample, or one for all. `sample` and `invert` repeat the rows for every step, and
+            differentiate by them. `model_kwargs={"cond": ...}` replaces them.
+        uncond: Those of the unconditional output, with the same names; what is no tensor must be equal in both.
+        rescale: phi of arXiv 2305.08891, section 3.4: moves the standard deviation of each sample's output towards that
+            of out_cond; 0 leaves it alone.
 
-    Raises TypeError or ValueError for a bad argument, and for conditions that do not fit together, when it is called,
-    before the model.
+    Returns:
+        A Module with the parameters of `model`, differentiable.
+
+    Raises:
+        TypeError: For an argument of another type.
+        ValueError: For a bad argument, and for conditions that do not fit together, when it is called, before the
+            model.
+
+    Example:
+        >>> import torch, deqkern
+        >>> def model(x, t, label):
+        ...     return 0.1 * label.view(-1, 1, 1, 1) * x
+        >>> one, none = {"label": torch.ones(2)}, {"label": torch.zeros(2)}
+        >>> schedule = deqkern.NoiseSchedule.linear()
+        >>> deqkern.sample(deqkern.guided(model, 4.0, one, none), torch.randn(2, 3, 8, 8), schedule, 20).value.shape
+        torch.Size([2, 3, 8, 8])
+
+    Reference:
+        arXiv 2207.12598.
     """
     if not callable(model):
         raise TypeError(f"model must be callable, got {type(model).__name__}")

@@ -55,11 +55,13 @@ class Network:
     """`model` at states of the chain `table`: (states (N, *shape), steps (N,), samples (N,)) -> (N, *shape).
 
     The model sees the states in its own dtype, timesteps `(N,)`, and those tensors of `model_kwargs` whose first
-    dimension is B, one row per state. What comes back is what enters the chain: the model's output, or the table's
-    `effective_output` where it converts.
-    """
+    dimension is B, one row per state.
 
-    what = "model returned"
+    Attributes:
+        dtype: That of the states that the model is called at.
+        precision: The eps of its arithmetic, as far as the calls until now have shown.
+
+    """
 
     def __init__(
         self,
@@ -69,13 +71,10 @@ class Network:
         example: Tensor,  # (B, *shape)
     ) -> None:
         self.model, self.table, self.model_kwargs = model, table, model_kwargs
-        self.batch, self._computes = len(example), model_dtype(model, example.dtype)
-        self.dtype = None if table.converts else self._computes  # what converts is read as it is
+        self.batch, self.dtype = len(example), model_dtype(model, example.dtype)
         self.timesteps = table.timesteps.to(example.device)
-        self._inputs: Tensor | None = None  # (rows, *shape), states that are converted, in the model's dtype
-        self._most = 0  # rows of a call to come
         self._autocast = autocast_of(example.device)
-        arithmetic = [self._computes, *([self._autocast["dtype"]] if self._autocast["enabled"] else [])]
+        arithmetic = [self.dtype, *([self._autocast["dtype"]] if self._autocast["enabled"] else [])]
         self.precision = max(torch.finfo(dtype).eps for dtype in arithmetic)
         if isinstance(model, Guided):
             with torch.no_grad():
@@ -84,15 +83,14 @@ class Network:
         self._leaves = {id(v): v.detach().requires_grad_() for v in tensors_in(model_kwargs) if v.requires_grad}
 
     def __call__(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
-        return self._evaluate(states, steps, samples, self.model_kwargs)
+        """The model's own output. It may write into the states, unless they are of another dtype than its own."""
+        return self._call(states.to(self.dtype), self.timesteps[steps], samples, self.model_kwargs)
 
-    def _evaluate(self, states: Tensor, steps: Tensor, samples: Tensor, model_kwargs: Mapping[str, Any]) -> Tensor:
-        if not self.table.converts:
-            return self._call(self._input(states), self.timesteps[steps], samples, model_kwargs)
-        given = self._input(states)
-        given = given.clone() if given is states else given  # the model may write into it, and states are read after
-        output = self._call(given, self.timesteps[steps], samples, model_kwargs)
-        return self.table.effective_output(states, output, steps)
+    def _converted(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
+        """What enters the chain, under autograd: the output, or the table's `effective_output` where it converts."""
+        given = states.to(self.dtype, copy=True)  # the model may write into it, which a leaf does not allow
+        output = self._call(given, self.timesteps[steps], samples, rebuilt(self.model_kwargs, self._leaf))
+        return self.table.effective_output(states, output, steps) if self.table.converts else output
 
     def vjp(
         self,
@@ -108,9 +106,9 @@ class Network:
         """
         with torch.enable_grad(), torch.autocast(**self._autocast):
             states = states.detach().requires_grad_()
-            output = self._evaluate(states, steps, samples, rebuilt(self.model_kwargs, self._leaf))
+            output = self._converted(states, steps, samples)
         inputs = [self._leaves.get(id(value), value) for value in inputs]
-        if inputs or self._computes is not torch.float16:
+        if inputs or self.dtype is not torch.float16:
             # what a function holds may have a graph of its own, which every other call needs as well
             again = bool(inputs) and self._holds
             return scaled_vjp(output, states, cotangents, inputs, retain_graph=again)
@@ -149,24 +147,8 @@ class Network:
         cut = {name: _detached(value) for name, value in self.model_kwargs.items()}
         one = torch.zeros(1, dtype=torch.int64, device=example.device)
         with torch.enable_grad():
-            return leaves(self._call(self._input(example[:1].detach()), self.timesteps[one], one, cut))
-
-    def reserve(self, rows: int) -> None:
-        """The most rows of a call to come, for which the first one takes the memory."""
-        self._most = rows
-
-    def _input(self, states: Tensor) -> Tensor:
-        """The states (N, *shape) in the model's dtype; without autograd in memory that the next call reuses.
-
-        Under autograd in memory of their own: the model may write into it, which a leaf does not allow.
-        """
-        if torch.is_grad_enabled():
-            return states.to(self._computes, copy=True)
-        if states.dtype == self._computes:
-            return states
-        if self._inputs is None or len(self._inputs) < len(states):
-            self._inputs = states.new_empty(max(self._most, len(states)), *states.shape[1:], dtype=self._computes)
-        return self._inputs[: len(states)].copy_(states)
+            one_row = example[:1].detach().to(self.dtype, copy=True)
+            return leaves(self._call(one_row, self.timesteps[one], one, cut))
 
     def _call(self, states: Tensor, timesteps: Tensor, samples: Tensor, model_kwargs: Mapping[str, Any]) -> Tensor:
         if isinstance(self.model, Replicated):

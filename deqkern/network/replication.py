@@ -100,14 +100,26 @@ def replicated(model: torch.nn.Module, devices: Sequence[torch.device | str | in
     model's own device; the samples are the same as without. `max_batch` counts the rows of all devices together, and
     `deqkern.plan` measures all of them.
 
-    model: a module, all on one device. It stays what it is, and serves its device; the others hold copies, which are
-        made again when its parameters, its buffers or plain attributes of its modules, such as the mode, have changed;
-        after a change through `.data` call `refresh()`. Inside `guided`, not around it. Gradients reach its
-        parameters, at the price of copying them in each call. Of a model that was compiled in place
-        (`model.compile()`) the copies are not: give `torch.compile(model)`.
-    devices: the model's own among them; all GPUs if None. CUDA graphs cannot span them: `cuda_graph` is refused.
+    Args:
+        model: A module, all on one device. It stays what it is, and serves its device; the others hold copies, which
+            are made again when its parameters, its buffers or plain attributes of its modules, such as the mode, have
+            changed; after a change through `.data` call `refresh()`. Inside `guided`, not around it. Gradients reach
+            its parameters, at the price of copying them in each call. Of a model that was compiled in place
+            (`model.compile()`) the copies are not: give `torch.compile(model)`.
+        devices: The model's own among them; all GPUs if None. CUDA graphs cannot span them: `cuda_graph` is refused.
 
-    Raises TypeError or ValueError for an argument that does not fit.
+    Returns:
+        A Module: `model(x, t, ..)` is the output as one tensor, where x is.
+
+    Raises:
+        TypeError: For an argument of another type.
+        ValueError: For one that does not fit.
+
+    Example:
+        >>> import torch, deqkern
+        >>> model = deqkern.replicated(torch.nn.Conv2d(3, 3, 1), ["cpu", "cpu"])  # or None: all GPUs
+        >>> model(torch.randn(4, 3, 8, 8)).shape
+        torch.Size([4, 3, 8, 8])
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, which can be copied, got {type(model).__name__}")

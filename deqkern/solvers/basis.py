@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,12 +89,12 @@ class Basis:
         sizes = torch.bincount(keys, minlength=channels * count)
         return cls(
             shape,
-            torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).to(device),
-            dct_matrix(height, dtype).to(device),
-            dct_matrix(width, dtype).to(device),
-            colour,
-            order.to(device),
-            order.argsort().to(device),
+            bands=torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).to(device),
+            dct_h=dct_matrix(height, dtype).to(device),
+            dct_w=dct_matrix(width, dtype).to(device),
+            colour=colour,
+            order=order.to(device),
+            place=order.argsort().to(device),
         )
 
     @property
@@ -102,19 +103,31 @@ class Basis:
         return math.prod(self.shape)
 
     def forward(self, image: Tensor, spectrum: Tensor, rows: Tensor) -> None:
-        """spectrum[rows] = V image; image (N, *shape) of any float dtype, spectrum (R, D), rows (N,) int64."""
+        """spectrum[rows] = V image; image (N, *shape) of any float dtype, spectrum (R, D), rows (N,) int64.
+
+        The tensors are not looked at once more: who calls this allocated or checked them.
+        """
         if self.dct_h is None:
             spectrum.index_copy_(0, rows, image.reshape(len(rows), -1).to(spectrum.dtype))
         else:
-            assert self.dct_w is not None and self.order is not None and self.place is not None
-            ops.dct2(
-                image.contiguous(), spectrum, rows, self.dct_h, self.dct_w, self.colour, self.order, self.place, False
-            )
+            self._transform(ops.unchecked.dct2.forward, image.resolve_neg().contiguous(), spectrum, rows, inverse=False)
 
     def inverse(self, spectrum: Tensor, image: Tensor, rows: Tensor) -> None:
         """Image = V^T spectrum[rows]; shapes as in `forward`, image is written. The identity keeps the dtype."""
         if self.dct_h is None:
             torch.index_select(spectrum, 0, rows, out=image.view(len(rows), -1))
         else:
-            assert self.dct_w is not None and self.order is not None and self.place is not None
-            ops.dct2(image, spectrum, rows, self.dct_h, self.dct_w, self.colour, self.order, self.place, True)
+            self._transform(ops.unchecked.dct2.inverse, image, spectrum, rows, inverse=True)
+
+    def _transform(self, op: Any, image: Tensor, spectrum: Tensor, rows: Tensor, *, inverse: bool) -> None:
+        op(
+            image,
+            spectrum,
+            rows,
+            dct_h=self.dct_h,
+            dct_w=self.dct_w,
+            colour=self.colour,
+            order=self.order,
+            place=self.place,
+            inverse=inverse,
+        )

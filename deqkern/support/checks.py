@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, TypeGuard
 
@@ -77,3 +79,29 @@ def check_not_empty(name: str, first: Tensor) -> None:
     """At least one sample."""
     if len(first) == 0:
         raise ValueError(f"{name} must hold at least one sample")
+
+
+def to_int(name: str, value: Any) -> int:
+    """`value`, which is an int or acts as one."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
+
+
+def to_float(name: str, value: Any) -> float:
+    """`value`, which is a number or acts as one."""
+    if isinstance(value, bool | str):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    try:
+        return float(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """One of the `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

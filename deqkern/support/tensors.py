@@ -1,4 +1,4 @@
-"""Tensors inside dicts, lists and tuples."""
+"""Tensors in parts, and tensors inside dicts, lists and tuples."""
 
 from __future__ import annotations
 
@@ -29,3 +29,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for entry in value:
             yield from tensors_in(entry)
+
+
+def split_rows(rows: Tensor, max_batch: int | None) -> tuple[Tensor, ...]:
+    """The rows (N, ..) of each call of the model: at most `max_batch`."""
+    return rows.split(int(max_batch or max(len(rows), 1)))

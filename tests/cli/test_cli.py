@@ -11,26 +11,14 @@ from typing import Any
 import pytest
 import torch
 from asserts import assert_close
-from test_models import save_tiny_model, save_tiny_profile
-from typer.testing import CliRunner
+from folders import save_tiny_model, save_tiny_profile
+from terminal import plain, run
 
 import deqkern
 from deqkern import models, plots, runs
 from deqkern.chain.schedule import TIMESTEP_SPACINGS
-from deqkern.cli import app
 from deqkern.cli.sampling import Chains, Preset, Spacing, median, spread
 from deqkern.engine.solution import relative_error
-
-
-def run(*arguments: object, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
-
-
-def plain(text: str) -> str:
-    """What rich printed, without its frames and line breaks."""
-    return " ".join("".join(c if c.isascii() else " " for c in text).split())
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from asserts import assert_close
+from folders import save_tiny_model
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_cli import plain, run
-from test_models import save_tiny_model
+from terminal import plain, run
 from torch import Tensor
 
 import deqkern

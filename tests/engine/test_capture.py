@@ -15,9 +15,8 @@ from problems import gaussian, mixture
 from torch import Tensor
 
 import deqkern
-from deqkern import NoiseSchedule, sampling, solvers
-from deqkern.engine import capture
-from deqkern.engine import loop as solve
+from deqkern import NoiseSchedule, problem, sampling, solvers
+from deqkern.engine import capture, loop
 from deqkern.solvers.presets import Solver
 
 SCHEDULE = NoiseSchedule.linear()
@@ -28,32 +27,48 @@ SOLVERS = pytest.mark.parametrize(
 
 
 class FakeGraph:
-    """Launches nothing between `capture_begin` and `capture_end`; a replay runs the iteration that was captured."""
+    """Launches nothing between `capture_begin` and `capture_end`; a replay runs the iteration that was captured.
+
+    A pool counts the graphs that use it. As in torch, one that its last graph has left takes no other.
+    """
 
     recording: FakeGraph | None = None
     captured = 0
     replayed = 0
+    broken = False  # capture_begin fails
     log: ClassVar[list[str]] = []  # of captures and waits
+    uses: ClassVar[dict[str, int]] = {}  # pool -> graphs in it
 
     def __init__(self) -> None:
         self.iteration: Any = None
-        self.k = -1
+        self.arguments: tuple[Any, ...] = ()
+        self.pool: str | None = None
+
+    def __del__(self) -> None:
+        if self.pool is not None:
+            FakeGraph.uses[self.pool] -= 1
 
     def capture_begin(self, pool: str = "its own", capture_error_mode: str = "global") -> None:
         assert FakeGraph.recording is None and capture_error_mode == "relaxed"
+        if FakeGraph.broken and pool != "its own":
+            raise RuntimeError("no capture begins")
+        if FakeGraph.uses.get(pool) == 0 and pool != "its own":
+            raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
+        self.pool, FakeGraph.uses[pool] = pool, FakeGraph.uses.get(pool, 0) + 1
         FakeGraph.recording = self
         FakeGraph.captured += 1
         FakeGraph.log.append(f"begin in {pool}")
 
     def capture_end(self) -> None:
-        assert FakeGraph.recording is self
+        if FakeGraph.recording is not self:
+            raise RuntimeError("no capture to end")
         FakeGraph.recording = None
         FakeGraph.log.append("end")
 
     def replay(self) -> None:
-        assert self.k >= 0, "nothing was captured"
+        assert self.arguments, "nothing was captured"
         FakeGraph.replayed += 1
-        self.iteration.run(self.k)
+        self.iteration.run(*self.arguments)
 
 
 class FakeStream:
@@ -70,30 +85,34 @@ class Recorded:
     def __init__(self, iteration: Any) -> None:
         self.iteration, self.phase = iteration, iteration.phase
 
-    def run(self, k: int) -> None:
+    def run(self, *arguments: Any) -> None:
         if FakeGraph.recording is None:
-            self.iteration.run(k)
+            self.iteration.run(*arguments)
         else:
-            FakeGraph.recording.iteration, FakeGraph.recording.k = self.iteration, k
+            FakeGraph.recording.iteration, FakeGraph.recording.arguments = self.iteration, arguments
 
 
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    handles = itertools.count()
     cuda = types.SimpleNamespace(
         CUDAGraph=FakeGraph,
         Stream=lambda device: FakeStream("side"),
         current_stream=lambda device: FakeStream("current"),
         stream=lambda stream: contextlib.nullcontext(),
         device=lambda device: contextlib.nullcontext(),
-        graph_pool_handle=lambda: "one pool",
+        graph_pool_handle=lambda: f"pool {next(handles)}",
     )
+    capture.capture_stream.cache_clear()
     monkeypatch.setattr(capture, "torch", types.SimpleNamespace(cuda=cuda, zeros=torch.zeros))
     real = capture.CapturedIterations
-    monkeypatch.setattr(solve, "CapturedIterations", lambda iteration, device: real(Recorded(iteration), device))
-    monkeypatch.setattr(sampling, "check_cuda_graph", lambda *arguments: None)
+    monkeypatch.setattr(loop, "CapturedIterations", lambda iteration, device: real(Recorded(iteration), device))
+    monkeypatch.setattr(problem, "check_cuda_graph", lambda *arguments: None)
     FakeGraph.captured = FakeGraph.replayed = 0
     FakeGraph.log.clear()
+    FakeGraph.uses.clear()
     yield
+    capture.capture_stream.cache_clear()
 
 
 def both(solver: Solver, device: str = "cpu", **options: Any) -> tuple[deqkern.Solution, deqkern.Solution]:
@@ -184,7 +203,7 @@ class Iteration:
     def phase(self, k: int) -> tuple[int, ...]:
         return (k % 2,)
 
-    def run(self, k: int) -> None:
+    def run(self, k: int, rows: Any = None, outputs: Any = ()) -> None:
         if k == 1 and self.error is not None:
             raise self.error("from the model")
 
@@ -193,8 +212,35 @@ def test_a_capture_keeps_its_place_among_what_is_launched(fake_cuda: None) -> No
     """On a stream of its own, and in the memory of all the others."""
     captured = capture.CapturedIterations(Recorded(Iteration()), torch.device("cpu"))
     for k in range(6):
-        captured.run(k)
-    assert FakeGraph.log == 2 * ["side waits for current", "begin in one pool", "end", "current waits for side"]
+        captured.run(k, None, ())
+    assert FakeGraph.log == 2 * ["side waits for current", "begin in pool 0", "end", "current waits for side"]
+
+
+def test_new_graphs_take_a_new_pool(fake_cuda: None) -> None:
+    """The old one is gone with its last graph: torch asserts where a graph is captured into it again."""
+    captured = capture.CapturedIterations(Recorded(Iteration()), torch.device("cpu"))
+    for k in range(4):
+        captured.run(k, None, ())
+    first = captured.pool
+    captured.renew()
+    assert FakeGraph.uses[first] == 0
+    for k in range(4, 8):
+        captured.run(k, None, ())
+    assert captured.pool != first and FakeGraph.uses[captured.pool] == 2
+
+
+def test_all_captures_of_a_device_share_a_stream(fake_cuda: None) -> None:
+    one, other = (capture.CapturedIterations(Recorded(Iteration()), torch.device("cpu")) for _ in range(2))
+    assert one.stream is other.stream
+
+
+def test_a_capture_that_does_not_begin_is_ended(fake_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeGraph, "broken", True)
+    captured = capture.CapturedIterations(Recorded(Iteration()), torch.device("cpu"))
+    captured.run(0, None, ())
+    with pytest.raises(RuntimeError, match="cuda_graph=False: no capture begins"):
+        captured.run(1, None, ())
+    assert FakeGraph.captured == 1, "a capture that ends well comes after it, for torch's generator"
 
 
 @pytest.mark.parametrize(
@@ -207,9 +253,9 @@ def test_a_capture_keeps_its_place_among_what_is_launched(fake_cuda: None) -> No
 )
 def test_any_error_ends_the_capture(error: type[BaseException], words: str, fake_cuda: None) -> None:
     captured = capture.CapturedIterations(Iteration(error), torch.device("cpu"))
-    captured.run(0)
+    captured.run(0, None, ())
     with pytest.raises(error, match=words):
-        captured.run(1)
+        captured.run(1, None, ())
     assert FakeGraph.recording is None
     assert FakeGraph.captured == 2, "a capture that ends well comes after it, for torch's generator"
 

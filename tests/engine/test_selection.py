@@ -18,7 +18,17 @@ from torch import Tensor
 import deqkern
 from deqkern import NoiseSchedule, solvers
 from deqkern.chain.step_table import StepTable
-from deqkern.engine.selection import APPROACH, LARGEST_MOVE, LEAST_MOVE, PATIENCE, Thinning, active, gaps, moves, thins
+from deqkern.engine.selection import (
+    APPROACH,
+    LARGEST_MOVE,
+    LEAST_MOVE,
+    PATIENCE,
+    Thinning,
+    active,
+    gaps,
+    is_worth_thinning,
+    relative_changes,
+)
 from deqkern.ops import reference
 from deqkern.solvers.presets import Solver
 
@@ -50,7 +60,7 @@ def test_the_ends_are_evaluated_and_no_gap_is_longer_than_it_may_be(data: st.Dat
     window = np.array([[first, data.draw(st.integers(first, steps))] for first in begin])
     moved = np.random.default_rng(3).random((steps, batch)) ** 4
     moved[np.random.default_rng(4).random((steps, batch)) < 0.1] = np.inf
-    evaluated = thin.evaluated(active(window, steps), moved)
+    evaluated = thin.choose_steps(active(window, steps), moved)
     assert evaluated.shape == (steps, batch) and evaluated.dtype == bool
     for b, (first, end) in enumerate(window.tolist()):
         places = np.flatnonzero(evaluated[:, b]).tolist()
@@ -67,9 +77,9 @@ def test_the_ends_are_evaluated_and_no_gap_is_longer_than_it_may_be(data: st.Dat
 def test_steps_that_move_little_are_all_evaluated() -> None:
     opened, rtol = active(np.array([[0, 100], [3, 90]]), 100), 1e-3
     for move in (0.0, 0.9 * LEAST_MOVE * rtol, (2 / (0.2 * 100)) ** 2 * 0.99):
-        evaluated = thinning(100, rtol=rtol).evaluated(opened, np.full((100, 2), move))
+        evaluated = thinning(100, rtol=rtol).choose_steps(opened, np.full((100, 2), move))
         assert evaluated.sum(0).tolist() == [100, 87]
-    evaluated = thinning(100).evaluated(opened, np.full((100, 2), np.inf))
+    evaluated = thinning(100).choose_steps(opened, np.full((100, 2), np.inf))
     assert np.flatnonzero(evaluated[:, 0]).tolist()[:8] == [0, 1, 2, 4, 7, 11, 17, 23]
 
 
@@ -78,7 +88,7 @@ def test_no_share_is_too_large() -> None:
     moved = np.full((40, 1), np.inf)
     moved[[0, 9]] = 0.0
     for share in (1e3, 1e308):
-        evaluated = thinning(40, share).evaluated(active(np.array([[0, 40]]), 40), moved)
+        evaluated = thinning(40, share).choose_steps(active(np.array([[0, 40]]), 40), moved)
         assert np.flatnonzero(evaluated).tolist() == [0, 1, 2, 4, 7, 11, 17, 26, 39]
 
 
@@ -86,14 +96,14 @@ def test_each_sample_is_thinned_by_its_own_moves() -> None:
     """Beside one that has converged, and one that rests."""
     window, moved = np.array([[40, 40], [3, 30], [10, 20], [0, 40]]), np.full((40, 4), np.inf)
     moved[:, 1] = 0.0
-    evaluated = thinning(40, 1e3).evaluated(active(window, 40), moved)
+    evaluated = thinning(40, 1e3).choose_steps(active(window, 40), moved)
     places = [np.flatnonzero(evaluated[:, b]).tolist() for b in range(4)]
     assert places == [[], list(range(3, 30)), [10, 11, 12, 14, 17, 19], [0, 1, 2, 4, 7, 11, 17, 26, 39]]
 
 
 def test_a_short_chain_is_not_thinned() -> None:
-    assert [thins(steps, 0.2) for steps in (1, 10, 31, 32, 1000)] == [False, False, False, True, True]
-    assert not thins(1000, 0.0)
+    assert [is_worth_thinning(steps, 0.2) for steps in (1, 10, 31, 32, 1000)] == [False, False, False, True, True]
+    assert not is_worth_thinning(1000, 0.0)
     model = problems.mixture(SCHEDULE, SHAPE, torch.Generator().manual_seed(3))
     for steps, whole in ((42, True), (43, False)):
         solution = deqkern.sample(model, torch.randn(1, *SHAPE), SCHEDULE, steps, solver=solvers.default(window=None))
@@ -116,15 +126,15 @@ def test_how_far_states_moved() -> None:
     """Where a step begins: the state after the step before it."""
     norms = np.array([[9.0, 4.0, 16.0], [9.0, 0.0, 0.0], [9.0, 1.0, 0.0], [9.0, np.nan, 1.0], [9.0, 0.0, 4.0], [0] * 3])
     with np.errstate(all="raise"):
-        assert moves(norms[:, None])[:, 0].tolist() == [0.0, 0.5, np.inf, np.inf, np.inf, 0.0]
+        assert relative_changes(norms[:, None])[:, 0].tolist() == [0.0, 0.5, np.inf, np.inf, np.inf, 0.0]
 
 
 def walked(table: StepTable, x: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
     """The states (S+1, D) of the chain along which the model says that x0 is clean[i], and its outputs (S, D)."""
-    keep, pull, of_x, of_out = table.held_x0()
+    keep, x0_gain, of_x, of_out = table.constant_x0()
     states = [x]
     for i in range(table.num_inference_steps):
-        states.append(keep[i] * states[-1] + pull[i] * clean[i])
+        states.append(keep[i] * states[-1] + x0_gain[i] * clean[i])
     outputs = [(clean[i] - of_x[i] * states[i]) / of_out[i] for i in range(table.num_inference_steps)]
     return torch.stack(states), torch.stack(outputs)
 
@@ -144,7 +154,9 @@ def test_where_x0_is_linear_in_log_snr_nothing_is_lost(name: str, drift: float) 
     filled[left + 1 : right] = torch.nan
     slope = torch.randn(table.num_inference_steps, 1, 1, dtype=torch.float64)
     path = Thinning(table, 0.2, 1e-2).path
-    reference.fill_gaps(x[:, None], slope, torch.tensor([0, 5]), torch.from_numpy(rows), path, filled[:, None])
+    reference.interpolate_outputs(
+        x[:, None], slope, torch.tensor([0, 5]), torch.from_numpy(rows), path, filled[:, None]
+    )
     expected = e.clone()
     expected[14] += slope[14, 0]
     assert_close(filled, expected, 1e-9)

@@ -69,11 +69,11 @@ def iterations(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> list[in
     done: list[int] = []
     run: Callable[..., None] = Iteration.run
 
-    def watched_run(self: Iteration, k: int) -> None:
+    def watched_run(self: Iteration, k: int, *arguments: Any) -> None:
         if k == 0 and device.type == "cuda":
-            return run(self, k)
+            return run(self, k, *arguments)
         with watched(device):
-            run(self, k)
+            run(self, k, *arguments)
         done.append(k)
 
     monkeypatch.setattr(Iteration, "run", watched_run)

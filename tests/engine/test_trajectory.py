@@ -14,8 +14,7 @@ import deqkern
 from deqkern import NoiseSchedule, slopes, solvers
 from deqkern.chain.schedule import StepTable
 from deqkern.engine.loop import Solve
-from deqkern.engine.trajectory import start
-from deqkern.network.model import Network
+from deqkern.engine.trajectory import Traits, start
 from deqkern.solvers.slopes import slope_of
 
 SHAPE, STEPS = (2, 3, 4), 12
@@ -89,9 +88,10 @@ def begun(solver: solvers.Solver, **options: Any) -> tuple[Solve, Tensor]:
     schedule = SCHEDULES["epsilon"]
     model = gaussian(schedule, SHAPE, torch.Generator().manual_seed(1))
     noise, table = torch.randn(2, *SHAPE), schedule.steps(STEPS)
-    trajectory = start(Network(model, table, {}, noise), noise, table, solver, **options)
-    before, solving = trajectory.x.clone(), Solve(trajectory, solver, rtol=0.0)
-    solving.iterate()
+    trajectory = start(noise, table, solver, Traits(), **options)
+    before, solving = trajectory.x.clone(), Solve(trajectory, solver, rtol=0.0, dtype=noise.dtype)
+    rows = solving.ask()
+    solving.tell(model(rows.states, rows.timesteps))
     return solving, before
 
 
@@ -128,8 +128,7 @@ def test_the_first_guess_is_the_chain_of_the_initial_slope(eta: float, order: in
     table = table.reversed() if implicit else table
     solver, noise = solvers.Solver(slopes.Gaussian(0.5), basis="identity"), torch.randn(2, *SHAPE).double()
     step_noise = torch.randn(STEPS, *noise.shape).double() if eta else None
-    zero = Network(lambda x, t: 0 * x, table, {}, noise)
-    found = start(zero, noise, table, solver, step_noise=step_noise)
+    found = start(noise, table, solver, Traits(), step_noise=step_noise)
     slope = slope_of(table, solver.slope.initial(table, found.basis))[:, 0].tolist()
     states, output = [noise.flatten(1)], torch.zeros(2, 24).double()
     for i in range(STEPS):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import deqkern
 from deqkern import solvers
-from deqkern.engine.trajectory import ROUNDINGS
+from deqkern.engine.stopping import ROUNDINGS
 from deqkern.fixed_point.state import Flattening
 from deqkern.gradients import Implicit
 from deqkern.slopes import Frozen, Gaussian, Secant
@@ -188,7 +188,7 @@ def test_divergence_is_flagged(solver: Solver) -> None:
 
 
 def test_growth_starts_again_from_z0() -> None:
-    with pytest.warns(deqkern.ConvergenceWarning, match="1 diverged and went on with plain iteration"):
+    with pytest.warns(deqkern.ConvergenceWarning, match="1 diverged and continued with plain iteration"):
         solution = deqkern.fixed_point(
             lambda z: 20 * z + 1, torch.ones(1, 2), solver=solvers.picard(), max_iterations=4
         )
@@ -311,6 +311,6 @@ def test_plain_iteration_converges_after_mixing_diverged() -> None:
         callback=lambda k, z, error: seen.append(float(z)),
     )  # fmt: skip
     plain = deqkern.fixed_point(f, start, solver=solvers.picard(), rtol=1e-7, max_iterations=80, gradient=None)
-    assert "1 diverged and went on with plain iteration" in found.message and seen.count(0.0) == 1
+    assert "1 diverged and continued with plain iteration" in found.message and seen.count(0.0) == 1
     assert found.converged.all() and plain.converged.all()
     torch.testing.assert_close(found.value, plain.value, rtol=1e-6, atol=0)

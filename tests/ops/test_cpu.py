@@ -63,8 +63,8 @@ for size in (1, 5, 17, 255, 257, 3072):
     for noise in (True, False):
         inputs.check("ddim_scan", inputs.ddim_scan(7, 3, size, 5, noise=noise), "cpu")
     inputs.check("band_moments", inputs.band_moments(7, 3, size, 5), "cpu")
-    inputs.check("fill_gaps", inputs.fill_gaps(7, 3, size, 5), "cpu")
-    inputs.check("extend", inputs.extend(7, 6, size), "cpu")
+    inputs.check("interpolate_outputs", inputs.interpolate_outputs(7, 3, size, 5), "cpu")
+    inputs.check("extrapolate_states", inputs.extrapolate_states(7, 6, size), "cpu")
     for count in (1, 2, 5, 16):
         inputs.check("anderson_gram", inputs.anderson_gram(2, 3, size, 16, 3, count), "cpu")
         inputs.check("anderson_mix", inputs.anderson_mix(2, 3, size, 16, 3, count), "cpu")
@@ -122,7 +122,7 @@ except RuntimeError as error:
 
 
 @pytest.mark.parametrize("wrong", [[1, 4, 8, 10], [0, 4, 8, 11], [0, 8, 4, 10], [0, -4, 8, 10], [0, 4, 8, 9]], ids=str)
-@pytest.mark.parametrize("op", ["ddim_scan", "band_moments", "fill_gaps"])
+@pytest.mark.parametrize("op", ["ddim_scan", "band_moments", "interpolate_outputs"])
 def test_bands_that_lead_out_of_bounds(op: str, wrong: list[int]) -> None:
     with ops.use_backend("cpu"), pytest.raises(ValueError, match="bands"):
         getattr(ops, op)(**inputs.example(op) | {"bands": torch.tensor(wrong)})
@@ -139,13 +139,15 @@ def test_rows_and_order_that_lead_out_of_bounds(name: str, wrong: int) -> None:
 @pytest.mark.parametrize("wrong", [-1, 4])
 @pytest.mark.parametrize("kind", [0, 1, 2])
 def test_gaps_that_lead_out_of_bounds(kind: int, wrong: int) -> None:
-    arguments = inputs.example("fill_gaps")
+    arguments = inputs.example("interpolate_outputs")
     arguments["rows"][kind, 0] = wrong
     with ops.use_backend("cpu"), pytest.raises(ValueError, match="rows"):
-        ops.fill_gaps(**arguments)
+        ops.interpolate_outputs(**arguments)
 
 
-@pytest.mark.parametrize("op", [op for op in inputs.WRITTEN if op not in ("dct2", "secant_slope", "fill_gaps")])
+@pytest.mark.parametrize(
+    "op", [op for op in inputs.WRITTEN if op not in ("dct2", "secant_slope", "interpolate_outputs")]
+)
 def test_windows_that_lead_out_of_bounds_are_cut(op: str) -> None:
     """No error: they live on the device, and nothing waits to look at them."""
     arguments = inputs.example(op) | {"window": torch.tensor([[0, 1000]])}

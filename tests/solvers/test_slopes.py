@@ -18,7 +18,7 @@ from torch import Tensor
 
 import deqkern
 from deqkern import NoiseSchedule, SlopeProfile, calibration, slopes, solvers
-from deqkern.engine.trajectory import start
+from deqkern.engine.trajectory import Traits, start
 from deqkern.solvers.basis import Basis
 from deqkern.solvers.slopes import slope_of
 from deqkern.support import storage
@@ -283,7 +283,7 @@ def test_iterations_on_a_gaussian_of_one_variance(chain: str, start: Any, mean: 
 )
 def test_bands_of_a_solve(basis: str, shape: tuple[int, ...], bands: int) -> None:
     solver = solvers.Solver(slopes.Secant(), basis=basis)
-    started = start(problems.digits_density(SCHEDULE), torch.randn(2, *shape), SCHEDULE.steps(5), solver)
+    started = start(torch.randn(2, *shape), SCHEDULE.steps(5), solver, Traits())
     assert len(started.basis.bands) == bands + 1
 
 

@@ -6,13 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...chain.schedule import NoiseSchedule
+from ...chain.schedulers import (
+    FLOW_OPTION,
+    Noise,
+    SchedulerRow,
+    default_row,
+    defining_class,
+    own_options,
+    replaced_methods,
+    row_by_step,
+)
 from .loops import LOOPS, Loop
 
-# The schedulers whose update rule is the chain that is solved.
-FLOW_SCHEDULER, MULTISTEP_SCHEDULER = "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler"
-SCHEDULERS = ("DDIMScheduler", FLOW_SCHEDULER, MULTISTEP_SCHEDULER)
-# What the last of them must be set to: DPM-Solver++ 2M, as an ODE or an SDE.
-MULTISTEP = {"solver_order": (2,), "solver_type": ("midpoint",), "algorithm_type": ("dpmsolver++", "sde-dpmsolver++")}
 # What the config of a pipeline says where each step has its own denoiser or, in one, each token its own timestep.
 TWO_STAGES = ("boundary_ratio", "expand_timesteps")
 
@@ -33,20 +38,8 @@ _RESIDUALS = (
 )
 
 
-def _defined(owner: Any, method: str) -> str | None:
-    """The class of diffusers in which the type of `owner` has its `method`."""
-    function = getattr(type(owner), method, None)
-    if not getattr(function, "__module__", "").startswith("diffusers."):
-        return None
-    return getattr(function, "__qualname__", "").rpartition(".")[0]
-
-
 def loop_name(pipe: Any) -> str | None:
-    return _defined(pipe, "__call__")
-
-
-def rule_name(scheduler: Any) -> str | None:
-    return _defined(scheduler, "step")
+    return defining_class(pipe, "__call__")
 
 
 def loop_of(pipe: Any) -> Loop:
@@ -138,65 +131,57 @@ def check_denoiser_call(given: Mapping[str, Any]) -> None:
         )
 
 
-def draws_noise(scheduler: Any) -> bool:
-    """Whether each step draws noise without being told an eta."""
-    return rule_name(scheduler) == MULTISTEP_SCHEDULER and scheduler.config.algorithm_type == "sde-dpmsolver++"
-
-
-def check_scheduler(scheduler: Any) -> None:
-    rule, config = rule_name(scheduler), scheduler.config
-    if rule not in SCHEDULERS:
+def check_scheduler(scheduler: Any) -> SchedulerRow:
+    """The row of a scheduler whose steps are a chain."""
+    row, config = row_by_step(scheduler), scheduler.config
+    if row is None:
         raise ValueError(unknown_rule(scheduler))
-    changed = _changed(scheduler, rule)
+    changed = replaced_methods(scheduler, row)
     if changed:
         raise ValueError(
-            f"pipe.scheduler is a {rule} with {', '.join(changed)} of its own; parallel() solves diffusers'"
+            f"pipe.scheduler is a {row.name} with {', '.join(changed)} of its own; parallel() solves diffusers'"
         )
-    if rule == MULTISTEP_SCHEDULER:
-        if config.get("use_flow_sigmas"):
-            raise ValueError(unknown_rule(scheduler))
-        for option, values in MULTISTEP.items():
-            if config[option] not in values:
-                raise ValueError(
-                    f"pipe.scheduler is a {rule} with {option}={config[option]!r}; parallel() solves "
-                    f"{option}={' or '.join(map(repr, values))}"
-                )
-        if config.final_sigmas_type != "zero" and (config.euler_at_final or not config.lower_order_final):
+    if own_options(scheduler, config).get(FLOW_OPTION):
+        raise ValueError(unknown_rule(scheduler))
+    for option, values in row.accepted.items():
+        if config[option] not in values:
             raise ValueError(
-                f"pipe.scheduler is a {rule} whose last step parallel() does not know; leave "
-                "euler_at_final and lower_order_final at their defaults"
+                f"pipe.scheduler is a {row.name} with {option}={config[option]!r}; parallel() solves "
+                f"{option}={' or '.join(map(repr, values))}"
             )
+    final = row.accepted_final
+    if final and config.final_sigmas_type != "zero" and any(config[name] not in final[name] for name in final):
+        raise ValueError(
+            f"pipe.scheduler is a {row.name} whose last step parallel() does not know; leave "
+            f"{' and '.join(final)} at their defaults"
+        )
     NoiseSchedule.from_diffusers(scheduler)
+    return row
 
 
-def _changed(scheduler: Any, rule: str) -> list[str]:
-    """The methods of diffusers' class `rule` that a subclass, or the object itself, replaces."""
-    kinds = type(scheduler).__mro__
-    at = next(i for i, kind in enumerate(kinds) if kind.__name__ == rule)
-    names = {name for owner in (*kinds[:at], scheduler) for name in vars(owner) if not name.startswith("__")}
-    return sorted(names & {name for name in dir(kinds[at]) if callable(getattr(kinds[at], name))})
-
-
-def check_pair(pipe: Any, scheduler: Any) -> None:
-    loop = loop_name(pipe) or ""
-    if loop == "DDIMPipeline" and rule_name(scheduler) == MULTISTEP_SCHEDULER:
+def check_pair(pipe: Any, scheduler: Any, row: SchedulerRow) -> None:
+    """Whether the loop of the pipeline gives the scheduler's steps what they take."""
+    loop, name, noise = loop_of(pipe), loop_name(pipe), row.noise_of(scheduler)
+    if loop.eta and noise.eta is not None:
         raise ValueError(
-            f"pipe.scheduler is a {MULTISTEP_SCHEDULER}, whose step does not take the eta that DDIMPipeline gives it; "
-            "use a DDIMScheduler, or deqkern.sample(..., order=2)"
+            f"pipe.scheduler is a {row.name}, whose step does not take the eta that {name} gives it; use a "
+            f"{default_row(flow=False).name}, or deqkern.sample(..., order={row.order_of(scheduler)})"
         )
-    if draws_noise(scheduler) and not loop_of(pipe).generator:
-        raise ValueError(
-            f"pipe.scheduler is of algorithm_type='sde-dpmsolver++', to which {loop} gives no generator; use "
-            "'dpmsolver++'"
-        )
+    if noise.eta and not loop.generator:
+        how, silent = f"is a {row.name}", "a scheduler whose steps draw no noise"
+        if not isinstance(row.noise, Noise):
+            how = f"is of algorithm_type={scheduler.config['algorithm_type']!r}"
+            silent = " or ".join(repr(kind) for kind, other in row.noise.items() if not other.eta)
+        raise ValueError(f"pipe.scheduler {how}, to which {name} gives no generator; use {silent}")
 
 
 def unknown_rule(scheduler: Any) -> str:
+    """That the steps of a scheduler are not those of a chain, and which scheduler to use."""
     config = scheduler.config
     flow = "FlowMatch" in type(scheduler).__name__ or getattr(scheduler, "alphas_cumprod", None) is None
-    use = f"{FLOW_SCHEDULER if flow else SCHEDULERS[0]}.from_config(pipe.scheduler.config)"
-    if config.get("use_flow_sigmas"):  # its shift has another name
-        use = f"{FLOW_SCHEDULER}(shift={config.get('flow_shift', 1.0)})"
+    use = f"{default_row(flow).name}.from_config(pipe.scheduler.config)"
+    if config.get(FLOW_OPTION):  # its shift has another name
+        use = f"{default_row(flow=True).name}(shift={config.get('flow_shift', 1.0)})"
     return (
         f"pipe.scheduler is a {type(scheduler).__name__}, whose steps are not the chain that is solved; set "
         f"pipe.scheduler = {use}"

@@ -54,6 +54,29 @@ class Packing:
         return cut.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
+@dataclass(frozen=True)
+class LatentFormat:
+    """How a denoiser is given the latents of a loop.
+
+    batch: B, samples. copies: how often it is given each, for guidance.
+    own: channels of its input that are latents, or tokens of them; others are conditioning.
+    packing: of latents that are tokens.
+    """
+
+    batch: int
+    copies: int
+    own: int
+    packing: Packing | None
+
+    def pack(self, images: Tensor) -> Tensor:
+        """Latents (N, C, H, W) as the loop has them."""
+        return images if self.packing is None else self.packing.pack(images)
+
+    def unpack(self, latents: Tensor) -> Tensor:
+        """Latents of the loop as images."""
+        return latents if self.packing is None else self.packing.unpack(latents)
+
+
 def _grid_of_ids(given: Mapping[str, Any]) -> tuple[int, int]:
     """h and w, of the positions (k, row, column, ..) of all tokens; k is 0 for those of the latents."""
     ids = given["img_ids"]
@@ -79,7 +102,7 @@ class Loop:
 
     denoiser: the attribute that holds it.
     doubled: guidance is one call at twice the batch, if it is on. Else it is calls of its own, or embedded.
-    generator: `scheduler.step` is given the generator of the call.
+    generator: `scheduler.step` is given the generator of the call. eta: it is always given an eta.
     timestep: what the denoiser is given for the scheduler's timesteps.
     grid: h and w of packed latents, of the arguments of a call of the denoiser. patch: p, see `Packing`.
     shared: arguments of the denoiser that have no row per sample; of a list, the first entry stands for all samples.
@@ -88,13 +111,22 @@ class Loop:
     denoiser: str = "transformer"
     doubled: bool = True
     generator: bool = False
+    eta: bool = False
     timestep: Timestep = _as_it_is
     grid: Callable[[Mapping[str, Any]], tuple[int, int]] | None = None
     patch: int = 2
     shared: tuple[str, ...] = ()
 
-    def packing(self, given: Mapping[str, Any]) -> Packing | None:
-        return None if self.grid is None else Packing(*self.grid(given), self.patch)
+    def latents(self, x: Tensor, given: Mapping[str, Any], config: Mapping[str, Any], copies: int) -> LatentFormat:
+        """How x (N, channels or tokens, ..) holds latents: the denoiser's input, its other arguments and its config."""
+        packing = None if self.grid is None else Packing(*self.grid(given), self.patch)
+        if packing is not None:
+            own = packing.h * packing.w
+        elif x.ndim == 3:
+            own = x.shape[1]
+        else:  # less conditioning, less learned sigma
+            own = min(int(config["in_channels"]), int(config.get("out_channels") or config["in_channels"]))
+        return LatentFormat(len(x) // copies, copies, own, packing=packing)
 
 
 _UNET = Loop("unet", generator=True)
@@ -103,7 +135,7 @@ _QWEN = Loop(doubled=False, timestep=_rounded_thousandth, grid=_grid_of_shapes, 
 
 # The pipelines that can run in parallel. A subclass that keeps the loop is as good.
 LOOPS = {
-    "DDIMPipeline": _UNET,
+    "DDIMPipeline": replace(_UNET, eta=True),
     "DiTPipeline": Loop(),
     "StableDiffusionPipeline": _UNET,
     "StableDiffusionImg2ImgPipeline": _UNET,

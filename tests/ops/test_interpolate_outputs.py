@@ -5,21 +5,23 @@ import pytest
 import torch
 from asserts import assert_close
 
-BACKENDS = inputs.backends("fill_gaps")
+from deqkern.ops.state import OutputPath
+
+BACKENDS = inputs.backends("interpolate_outputs")
 
 
 @BACKENDS
 @pytest.mark.parametrize(("steps", "batch", "size", "count"), inputs.SIZES)
 def test_equals_the_reference(backend: str, steps: int, batch: int, size: int, count: int) -> None:
     inputs.skip_slow(backend, steps, batch, size)
-    inputs.check("fill_gaps", inputs.fill_gaps(steps, batch, size, count), backend)
+    inputs.check("interpolate_outputs", inputs.interpolate_outputs(steps, batch, size, count), backend)
 
 
 @BACKENDS
 def test_nothing_is_missing(backend: str) -> None:
-    arguments = inputs.fill_gaps(5, 2, 7, 3)
+    arguments = inputs.interpolate_outputs(5, 2, 7, 3)
     arguments["rows"] = arguments["rows"][:, :0].contiguous()
-    inputs.check("fill_gaps", arguments, backend)
+    inputs.check("interpolate_outputs", arguments, backend)
 
 
 @BACKENDS
@@ -35,11 +37,18 @@ def test_between_two_outputs(backend: str) -> None:
         "rows": torch.tensor([[1], [0], [2]]),
         # x0 = x - e is -1 on the left, 1 on the right and 0 between them: y = 2 (x[left] + 1/4 + 1/4) = 3
         "path": torch.tensor(
-            [[1.0, 2.0, 1.0], [0.0, 0.0, 0.0], [0.0, 0.5, 0.0], [0.0, 1.0, 2.0], [1.0] * 3, [-1.0] * 3],
+            OutputPath(
+                scale=[1.0, 2.0, 1.0],
+                gain=[0.0] * 3,
+                gain_level=[0.0, 0.5, 0.0],
+                level=[0.0, 1.0, 2.0],
+                of_x=[1.0] * 3,
+                of_out=[-1.0] * 3,
+            ),
             dtype=torch.float64,
         ),
         "e": e,
     }
-    inputs.run("fill_gaps", backend, arguments)
+    inputs.run("interpolate_outputs", backend, arguments)
     assert_close(arguments["e"][1, 0], torch.tensor([3.0, 3.0, 13.0, 3.0, 203.0]))
     assert_close(arguments["e"][::2, 0, 0], torch.tensor([2.0, 4.0]))
