@@ -1,6 +1,6 @@
 """The orthonormal basis in which a denoiser's Jacobian is nearly diagonal, and its frequency bands.
 
-Images and latents (C, H, W): the 2-D DCT-II of each channel, after an orthonormal colour rotation for RGB, with the
+Images and latents (C, H, W): the 2-D DCT-II of each channel, after an orthonormal colour transform for RGB, with the
 coefficients sorted by channel and log-spaced radial band. Anything else: the identity with one band.
 """
 
@@ -19,7 +19,7 @@ from .. import ops
 BANDS_PER_CHANNEL = 8
 
 # grey, red-blue, green-magenta
-_COLOUR_ROTATION = (
+_COLOUR_TRANSFORM = (
     (1 / math.sqrt(3), 1 / math.sqrt(3), 1 / math.sqrt(3)),
     (1 / math.sqrt(2), 0.0, -1 / math.sqrt(2)),
     (-1 / math.sqrt(6), 2 / math.sqrt(6), -1 / math.sqrt(6)),
@@ -64,7 +64,7 @@ class Basis:
     bands: Tensor  # (K+1,) int64: band k holds coefficients bands[k] .. bands[k+1]-1
     dct_h: Tensor | None = None  # (H, H); None for the identity
     dct_w: Tensor | None = None  # (W, W)
-    colour: Tensor | None = None  # (C, C); None: no rotation
+    colour: Tensor | None = None  # (C, C); None: no colour transform
     order: Tensor | None = None  # (D,) int64
     place: Tensor | None = None  # (D,) int64, its inverse
 
@@ -84,7 +84,7 @@ class Basis:
         band = radial_bands(height, width).flatten()
         count = int(band.max()) + 1
         keys = (torch.arange(channels, device="cpu")[:, None] * count + band).flatten()
-        colour = torch.tensor(_COLOUR_ROTATION, dtype=dtype, device=device) if channels == 3 else None
+        colour = torch.tensor(_COLOUR_TRANSFORM, dtype=dtype, device=device) if channels == 3 else None
         order = keys.argsort(stable=True)
         sizes = torch.bincount(keys, minlength=channels * count)
         return cls(
