@@ -44,11 +44,39 @@ def calibrate(
     model_kwargs: Mapping[str, Any] | None = None,
     max_batch: int | None = None,
 ) -> SlopeProfile:
-    """Measure the slopes of `model` over `samples` solves for each eta, for `solvers.default(profile=...)`.
+    """Measure the slopes of `model` once, so that later solves start from them: `solvers.default(profile=...)`.
 
-    shape: of one sample, without the batch. etas: (0.0,) for flow matching, whose steps draw no noise. dtype: of the
-    noise, for a plain function that does not take fp32. Costs about 8 * num_inference_steps model evaluations per
-    sample and eta. Other arguments as in `sample`. Raises ValueError for samples < 1 and whatever `sample` raises.
+    It costs about 8 * num_inference_steps model evaluations per sample and eta.
+
+    Args:
+        model: As in `sample`.
+        shape: Of one sample, without the batch.
+        schedule: As in `sample`.
+        num_inference_steps: S of the solves. A profile serves any other S as well.
+        samples: Solves for each eta.
+        etas: (0.0,) for flow matching, whose steps draw no noise.
+        rtol: As in `sample`.
+        generator: All noise is drawn from it.
+        device: Of the noise; that of torch's default if None.
+        dtype: Of the noise. A plain function that does not take fp32 needs another one.
+        model_kwargs: As in `sample`.
+        max_batch: As in `sample`.
+
+    Returns:
+        The shrinkages per noise level and frequency band, averaged over all solves.
+
+    Raises:
+        ValueError: `samples` is below 1 or `etas` is empty, and as `sample` does.
+        TypeError: As `sample` does.
+
+    Example:
+        >>> schedule = deqkern.NoiseSchedule.linear()
+        >>> profile = deqkern.calibrate(lambda x, t: 0.1 * x, (1, 8, 8), schedule, 10)
+        >>> solver = deqkern.solvers.default(profile=profile)
+        >>> solution = deqkern.sample(lambda x, t: 0.1 * x, torch.randn(2, 1, 8, 8), schedule, 20, solver=solver)
+        >>> solution.converged.tolist()
+        [True, True]
+
     """
     check_count("samples", samples)
     check_generator(generator)

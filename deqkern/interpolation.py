@@ -7,13 +7,33 @@ from torch import Tensor
 
 
 def slerp(first: Tensor, second: Tensor, t: Tensor) -> Tensor:
-    """Interpolate spherically, each sample by its own angle: (B, *shape), (B, *shape), (F,) -> (F, B, *shape).
+    """Interpolate spherically between two batches of Gaussian noise, each sample by its own angle.
 
         (sin((1 - t) theta) first + sin(t theta) second) / sin(theta),  cos theta = <first, second> / (|first| |second|)
 
-    (Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985; for the noise of DDIM arXiv 2010.02502,
-    appendix D.5.) t = 0 gives `first`, t = 1 `second`, and what lies between keeps the norm of Gaussian noise, where a
-    straight line would shrink it. Samples that are (anti)parallel, with no arc between them, are interpolated linearly.
+    What lies between keeps the norm of Gaussian noise, where a straight line would shrink it.
+
+    Args:
+        first: (B, *shape) of any float dtype, the noise at t = 0.
+        second: (B, *shape), the noise at t = 1.
+        t: (F,), the places between them.
+
+    Returns:
+        (F, B, *shape) in the dtype of `first`. Samples that are (anti)parallel, with no arc between them, are
+        interpolated linearly.
+
+    Raises:
+        ValueError: The shapes of `first` and `second` differ, or `t` is no tensor (F,).
+
+    Example:
+        >>> first, second = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+        >>> deqkern.interpolation.slerp(first, second, torch.tensor([0.0, 0.5, 1.0])).norm(dim=-1).flatten()
+        tensor([1.0000, 1.0000, 1.0000])
+
+    Reference:
+        Shoemake: Animating rotation with quaternion curves, SIGGRAPH 1985. For the noise of DDIM: arXiv 2010.02502,
+        appendix D.5.
+
     """
     if first.shape != second.shape:
         raise ValueError(f"second must have the shape of first, {tuple(first.shape)}, got {tuple(second.shape)}")

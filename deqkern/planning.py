@@ -19,17 +19,20 @@ from .solvers.presets import THINNING, Solver, default, sequential
 from .support.checks import check_count, check_not_empty, check_number, is_int
 
 # Iterations of the default solver at rtol 1e-2, and evaluations per sample and step: the upper end of the medians of
-# docs/convergence.md, and two iterations more at eta 0, since the slowest sample decides. Any eta > 0 counts as 1.
+# docs/records/convergence.md, and two iterations more at eta 0, since the slowest sample decides. Any eta > 0 counts
+# as 1.
 ITERATIONS, EVALUATIONS, EVALUATIONS_THINNED = 9, 4.3, 3.7
 ITERATIONS_WITH_NOISE, EVALUATIONS_WITH_NOISE = 12, 5.3
-# A chain of order 2 takes so many iterations more, each with as many evaluations (docs/convergence.md).
+# How many more iterations a chain of order 2 takes, each with as many evaluations (docs/records/convergence.md).
 ITERATIONS_OF_ORDER_2 = 1
-# Each decade of rtol below takes so many iterations more, and evaluations per sample and step (docs/convergence.md).
+# How many more iterations, and evaluations per sample and step, each decade of rtol takes
+# (docs/records/convergence.md).
 ITERATIONS_PER_DECADE, EVALUATIONS_PER_DECADE = 1.5, 0.8
 USUAL_RTOL, LEAST_RTOL = 1e-2, 1e-7
-# Windows of S / n steps: how many times the iterations and the evaluations of the default one (docs/convergence.md).
+# Windows of S / n steps: the ratios of their iterations and evaluations to the default's
+# (docs/records/convergence.md).
 WINDOWS = {2: (1.1, 0.87), 4: (1.55, 0.69), 8: (2.4, 0.58)}
-# A smaller gain is none: timing scatters by as much, and the solver's own work is not counted.
+# A smaller gain does not count: timing scatters by as much, and the solver's own work is not included.
 LEAST_GAIN = 1.1
 # Calls per size.
 REPEATS = 3
@@ -37,26 +40,46 @@ REPEATS = 3
 
 @dataclass(frozen=True)
 class Way:
-    """One way to solve the chain in parallel, and its predicted time. max_batch: None for all."""
+    """One way to solve the chain in parallel, and its predicted time.
 
-    window: int  # steps
+    Attributes:
+        window: Steps.
+        max_batch: Rows in one model call, None for all.
+        iterations: Predicted.
+        evaluations: Predicted, per sample.
+        seconds: Predicted, for the whole batch.
+
+    """
+
+    window: int
     max_batch: int | None
     iterations: int
-    evaluations: float  # per sample
+    evaluations: float
     seconds: float
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan` gives back.
+    """What `plan` returns: whether parallel sampling pays, and the solver to use.
 
-    latencies: rows of a model call -> its seconds, as measured.
-    sequential_seconds, parallel_seconds: of the whole batch, predicted; the second is that of the fastest of `ways`.
-    speedup: their ratio. pays: whether it is at least 1.1.
-    solver, max_batch: what to pass to `sample`.
-    message: a paragraph for people.
-    ways: the default solver, then narrower windows, each with the `max_batch` that suits it.
-    out_of_memory: the rows with which the model ran out of memory, or None.
+    Attributes:
+        latencies: Seconds of a model call by its rows, as measured.
+        sequential_seconds: Of the sequential chain for the whole batch, predicted.
+        parallel_seconds: Of the fastest of `ways` for the whole batch, predicted.
+        speedup: `sequential_seconds / parallel_seconds`.
+        pays: Whether the speedup is at least 1.1.
+        solver: To be passed to `sample`.
+        max_batch: To be passed to `sample`.
+        message: A paragraph that says all this.
+        ways: The default solver, then narrower windows, each with the `max_batch` that suits it.
+        out_of_memory: The rows with which the model ran out of memory, or None.
+
+    Example:
+        >>> noise, schedule = torch.randn(1, 1, 8, 8), deqkern.NoiseSchedule.linear()
+        >>> plan = deqkern.plan(lambda x, t: 0.1 * x, noise, schedule, 20, repeats=1)
+        >>> plan.pays == (plan.speedup >= 1.1), plan.message.split(":")[0] in ("Yes", "No")
+        (True, True)
+
     """
 
     latencies: dict[int, float]
@@ -88,20 +111,47 @@ def plan(
 ) -> Plan:
     """Measure the model with B, 2 B, 4 B, .. rows, and predict whether parallel sampling beats sequential.
 
-    It stops at the window of the default solver, `max_batch`, out of memory, or where the device is full: from there
-    on, calls are cut. Between two sizes time is taken to be linear. What the solver does beside the model is not
-    counted (docs/performance.md); it matters for a model whose call takes less than some milliseconds.
+    It stops at the window of the default solver, at `max_batch`, when memory runs out, or when the device is full: from
+    there on, calls are split. Between two sizes time is taken to be linear. The solver's own work is not included
+    (docs/performance.md); it matters for a model whose call takes less than a few milliseconds. The model is called as
+    it is, without gradients; the random state of torch stays as it was.
 
-    example: (B, *shape), the noise one would sample, on its device. Other arguments as in `sample`.
-    iterations, evaluations: what a solve with the default solver needs, such as `solution.iterations` and
-        `float(solution.nfe.double().mean())` of one of yours. By default what the shipped models needed at rtol 1e-2:
-        9 iterations and 3.7 S evaluations per sample, 4.3 S of fewer than 43 steps, 12 and 5.3 S with eta > 0; for a
-        smaller `rtol` 1.5 and 0.8 S more per decade; with order = 2 one iteration more.
-    repeats: calls per size, of which the fastest counts: whatever else runs here only adds time. Another one before
-        them warms up. The smallest size is measured once more at the end, for as long as the largest.
+    Args:
+        model: As in `sample`.
+        example: (B, *shape), the noise that would be sampled, on its device.
+        schedule: As in `sample`.
+        num_inference_steps: S.
+        eta: As in `sample`.
+        order: As in `sample`.
+        rtol: As in `sample`.
+        iterations: How many a solve with the default solver takes, such as `solution.iterations` of one of yours. None:
+            what the shipped models take at rtol 1e-2, 9, or 12 with eta > 0; 1.5 more per decade of a smaller `rtol`;
+            1 more with order = 2.
+        evaluations: The same per sample, such as `float(solution.nfe.double().mean())`. None: 3.7 S, or 4.3 S with
+            fewer than 43 steps, or 5.3 S with eta > 0; 0.8 S more per decade of a smaller `rtol`.
+        model_kwargs: As in `sample`.
+        max_batch: As in `sample`.
+        repeats: Calls per size, of which the fastest counts: anything else that runs on the machine only adds time.
+            Another one before them warms up. The smallest size is measured once more at the end, for as long as the
+            largest.
 
-    The model is called as it is, without gradients; the random state of torch stays as it was. Raises ValueError or
-    TypeError as `sample` does, and what the model raises if already B rows are too many for the memory.
+    Returns:
+        The `Plan`.
+
+    Raises:
+        ValueError: As `sample` does.
+        TypeError: As `sample` does.
+        RuntimeError: As the model does if even B rows are too many for the memory.
+
+    Example:
+        >>> noise, schedule = torch.randn(1, 1, 8, 8), deqkern.NoiseSchedule.linear()
+        >>> plan = deqkern.plan(lambda x, t: 0.1 * x, noise, schedule, 20)
+        >>> solution = deqkern.sample(
+        ...     lambda x, t: 0.1 * x, noise, schedule, 20, solver=plan.solver, max_batch=plan.max_batch
+        ... )
+        >>> plan.message.startswith(("Yes", "No"))
+        True
+
     """
     check_schedule(schedule)
     check_count("repeats", repeats)

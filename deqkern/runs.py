@@ -21,12 +21,27 @@ _HISTORIES = ("history", "nfe_history", "residual_history")
 
 @dataclass(frozen=True, eq=False)
 class StoredRun:
-    """What `load` gives back: the histories of a `Solution`, and what was said of the run.
+    """What `load` returns: the histories of a `Solution`, and the metadata of the run.
 
-    history: (iterations, B) fp64. nfe_history: (iterations, B) int64. residual_history: (iterations, S, B) fp64.
-    true_error: (iterations, B) fp64, the relative error after each iteration, or None if it was not measured.
-    metadata: of `save`, and under "deqkern" the version that wrote it.
-    TypeError or ValueError for anything else.
+    Attributes:
+        history: (iterations, B) fp64, the error estimates.
+        nfe_history: (iterations, B) int64, the evaluations per sample up to each iteration.
+        residual_history: (iterations, S, B) fp64, the one-step residual of every step; NaN where it was not evaluated.
+        true_error: (iterations, B) fp64, the relative error after each iteration, or None if it was not measured.
+        metadata: As given to `save`, and under "deqkern" the version that wrote it.
+
+    Raises:
+        TypeError: A history is no tensor.
+        ValueError: A history has another shape or dtype, or `metadata` is no dictionary.
+
+    Example:
+        >>> noise, schedule = torch.randn(2, 1, 8, 8), deqkern.NoiseSchedule.linear()
+        >>> solution = deqkern.sample(lambda x, t: 0.1 * x, noise, schedule, 10)
+        >>> deqkern.runs.save("run.safetensors", solution)
+        >>> run = deqkern.runs.load("run.safetensors")
+        >>> run.residual_history.shape == (solution.iterations, 10, 2)
+        True
+
     """
 
     history: Tensor
@@ -62,13 +77,25 @@ def save(
     *,
     true_error: Tensor | None = None,  # (iterations, B)
 ) -> None:
-    """Write how `solution` was reached to a safetensors file.
+    """Write how a solve converged to a safetensors file, without its states.
 
-    solution: of `sample`, `invert` or `fixed_point`; ValueError if no chain was solved (naive inversion, a search).
-    metadata: what can be written as JSON. `deqkern plot` names runs by "solver", "model", "steps" and "eta", and draws
-        a line at "rtol".
-    true_error: (iterations, B) of any floating-point dtype, the relative error after each iteration, where it is known.
-    OSError if `path` cannot be written, TypeError or ValueError for other arguments.
+    Args:
+        path: The file, which is overwritten.
+        solution: Of `sample`, `invert` or `fixed_point`.
+        metadata: Anything that can be written as JSON. `deqkern plot` names runs by "solver", "model", "steps" and
+            "eta", and draws a line at "rtol".
+        true_error: (iterations, B) of any floating dtype, the relative error after each iteration, if it is known.
+
+    Raises:
+        OSError: `path` cannot be written.
+        TypeError: An argument is of another type.
+        ValueError: No chain was solved (naive inversion, a search), or an argument has another shape or dtype.
+
+    Example:
+        >>> noise, schedule = torch.randn(2, 1, 8, 8), deqkern.NoiseSchedule.linear()
+        >>> solution = deqkern.sample(lambda x, t: 0.1 * x, noise, schedule, 10)
+        >>> deqkern.runs.save("run.safetensors", solution, {"solver": "default", "rtol": 1e-2})
+
     """
     if not isinstance(solution, Solution):
         raise TypeError(f"solution must be a Solution, got {type(solution).__name__}")
@@ -89,7 +116,26 @@ def save(
 
 
 def load(path: str | PathLike[str]) -> StoredRun:
-    """Read a file written by `save`. Raises FileNotFoundError, or ValueError if it is another kind of file."""
+    """Read a file written by `save`.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The `StoredRun`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is another kind of file.
+
+    Example:
+        >>> noise, schedule = torch.randn(2, 1, 8, 8), deqkern.NoiseSchedule.linear()
+        >>> solution = deqkern.sample(lambda x, t: 0.1 * x, noise, schedule, 10)
+        >>> deqkern.runs.save("run.safetensors", solution, {"solver": "default"})
+        >>> deqkern.runs.load("run.safetensors").metadata["solver"]
+        'default'
+
+    """
     with storage.reading(path, "a run") as file:
         found = file.metadata() or {}
         if found.get("format") != _FORMAT:

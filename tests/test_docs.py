@@ -145,3 +145,9 @@ def test_links_lead_somewhere(path: Path) -> None:
         assert place.exists(), target
         if anchor:
             assert anchor in map(slug, re.findall(r"^#+ (.+)$", place.read_text(), re.M)), target
+
+
+def test_the_files_that_contributing_names_exist() -> None:
+    named = re.findall(r"`([\w/]+/[\w.]+\.\w+|[\w/]+/)`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(named) > 50
+    assert [name for name in named if not ((ROOT / name).exists() or (ROOT / "deqkern" / name).exists())] == []

@@ -251,10 +251,10 @@ def test_the_figure_has_two_axes_of_lines_and_one_per_run(count: int, tmp_path: 
         assert axis.get_yscale() == "log"
         assert len({line.get_color() for line in axis.lines if len(line.get_xdata()) > 2}) == count
     for (_, stored_run), axis in zip(chosen.items(), heat, strict=True):
-        settled, residual = (image.get_array() for image in axis.images)
+        converged, residual = (image.get_array() for image in axis.images)
         evaluated = ~stored_run.residual_history.isnan().all(2).T  # (S, iterations)
         assert torch.equal(torch.tensor(~residual.mask).expand_as(evaluated), evaluated)
-        assert torch.equal(torch.tensor(~settled.mask).expand_as(evaluated), evaluated.cumsum(0) == 0)
+        assert torch.equal(torch.tensor(~converged.mask).expand_as(evaluated), evaluated.cumsum(0) == 0)
     plots.save_runs(tmp_path / "picture.png", chosen)
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 

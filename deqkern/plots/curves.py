@@ -11,7 +11,18 @@ from .style import COLOURS, ESTIMATE, new_figure, plain
 
 @dataclass(frozen=True)
 class Curve:
-    """One solve: the error after each iteration, as it was and as the solver estimated it."""
+    """One solve as a curve of `convergence`.
+
+    Attributes:
+        solver: Its name, which decides the colour.
+        true_error: After each iteration.
+        error_estimate: After each iteration.
+
+    Example:
+        >>> deqkern.plots.Curve("default", true_error=[0.5, 0.02, 0.004], error_estimate=[1.0, 0.05, 0.008]).solver
+        'default'
+
+    """
 
     solver: str
     true_error: Sequence[float]
@@ -21,7 +32,22 @@ class Curve:
 def convergence(
     path: str | PathLike[str], panels: Mapping[str, Sequence[Curve]], *, rtol: float | None = None, title: str = ""
 ) -> None:
-    """Errors against iterations on a log axis: a panel per key, a colour per solver, dashed for its own estimate."""
+    """Draw errors against iterations: a panel per key, a colour per solver, dashed for its own estimate.
+
+    Args:
+        path: The picture, as in `save_comparison`.
+        panels: Name -> curves.
+        rtol: A dotted line; None for none.
+        title: Of the picture.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> curve = deqkern.plots.Curve("default", true_error=[0.5, 0.02, 0.004], error_estimate=[1.0, 0.05, 0.008])
+        >>> deqkern.plots.convergence("convergence.png", {"eta 0": [curve]}, rtol=1e-2)
+
+    """
     figure = new_figure(6.0 * len(panels), 4.6, layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     solvers = list(dict.fromkeys(curve.solver for curves in panels.values() for curve in curves))

@@ -27,10 +27,24 @@ _DOTTED = 60  # about so many points are marked
 
 
 def grid(images: Tensor, scale: int | None = None, columns: int | None = None) -> ndarray[Any, Any]:
-    """Samples (N, C, H, W) in [-1, 1] as one picture (height, width, 3) uint8 on white, near-square without `columns`.
+    """Arrange samples in one picture, near-square unless `columns` says otherwise, on white.
 
-    Every pixel becomes `scale` x `scale` pixels (nearest neighbour), at least 96 a sample if None. Fewer than three
-    channels show the first in grey, more than three show the first three.
+    Args:
+        images: (N, C, H, W) in [-1, 1]. Fewer than three channels show the first in grey, more than three show the
+            first three.
+        scale: Every pixel becomes `scale` x `scale` pixels (nearest neighbour). None: a sample is at least 96 wide.
+        columns: Samples side by side.
+
+    Returns:
+        (height, width, 3) uint8.
+
+    Raises:
+        ValueError: `images` has another shape, or is empty.
+
+    Example:
+        >>> deqkern.plots.grid(torch.zeros(4, 1, 16, 16), scale=2).shape
+        (66, 66, 3)
+
     """
     if images.ndim != 4 or 0 in images.shape:
         raise ValueError(f"images must have shape (N, C, H, W) and not be empty, got {tuple(images.shape)}")
@@ -49,7 +63,19 @@ def grid(images: Tensor, scale: int | None = None, columns: int | None = None) -
 
 
 def amplified(difference: Tensor) -> tuple[Tensor, float]:
-    """`difference` times the largest of 1, 2, 5, 10, .. that leaves it within [-1, 1], and that factor."""
+    """Amplify a difference by the largest of 1, 2, 5, 10, .. that leaves it within [-1, 1].
+
+    Args:
+        difference: Of any shape.
+
+    Returns:
+        The amplified difference, and the factor.
+
+    Example:
+        >>> deqkern.plots.amplified(torch.tensor([0.015625, -0.0625]))
+        (tensor([ 0.1562, -0.6250]), 10.0)
+
+    """
     largest = float(difference.abs().max())
     if not 0 < largest <= 1:
         return difference, 1.0
@@ -66,9 +92,23 @@ def save_comparison(
     smallest: int = _SMALLEST_PANEL,
     columns: int | None = None,
 ) -> None:
-    """Grids of samples (N, C, H, W) side by side, each under its name, as a picture in which no pixel is resampled.
+    """Draw grids of samples side by side, each under its name. No pixel is resampled.
 
-    A panel is at least `smallest` pixels wide and has `columns` columns.
+    Args:
+        path: The picture, `.png`, `.jpg`, `.pdf` or `.svg`.
+        panels: Name -> samples (N, C, H, W) in [-1, 1].
+        title: Of the picture.
+        smallest: A panel is at least this many pixels wide.
+        columns: Of each panel; near-square if None.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: A panel has another shape, or is empty.
+
+    Example:
+        >>> panels = {"parallel": torch.zeros(4, 1, 16, 16), "sequential": torch.zeros(4, 1, 16, 16)}
+        >>> deqkern.plots.save_comparison("comparison.png", panels, "digits")
+
     """
     panelled(panels, title, smallest, columns).savefig(path, dpi=_DPI)
 
@@ -83,9 +123,27 @@ def save_inversion(
     rtol: float | None = None,
     title: str = "",
 ) -> None:
-    """The grids of `save_comparison`, and under them a curve per image; `label` and `along` say of what over what.
+    """Draw the grids of `save_comparison`, and below them a curve per image.
 
-    There is no axis if no curve has a finite value.
+    Without a curve that has a finite value there are no axes.
+
+    Args:
+        path: The picture, as in `save_comparison`.
+        panels: As in `save_comparison`.
+        curves: Name -> one value per iteration.
+        label: What the curves show.
+        along: What they show it against.
+        rtol: A dotted line; None for none.
+        title: Of the picture.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: A panel has another shape, or is empty.
+
+    Example:
+        >>> panels, curves = {"source": torch.zeros(1, 1, 16, 16)}, {"a.png": [0.5, 0.02, 0.004]}
+        >>> deqkern.plots.save_inversion("inversion.png", panels, curves, label="error estimate", rtol=1e-2)
+
     """
     if not any(math.isfinite(value) for values in curves.values() for value in values):
         save_comparison(path, panels, title)

@@ -28,16 +28,55 @@ _HEATCOLOURS = "magma"
 
 
 def save_runs(path: str | PathLike[str], runs: Mapping[str, StoredRun], *, title: str = "") -> None:
-    """Named runs: error against iterations and against evaluations, and the residual of every step at every iteration.
+    """Draw stored runs: errors against iterations and evaluations, and the residual of every step at every iteration.
 
-    The lines show the largest error of the samples, solid where it was measured and dashed as the solver estimates it;
+    The lines show the largest error of the samples: solid where it was measured, dashed where the solver estimated it.
     "rtol" of a run's metadata is a dotted line if it is a positive number.
+
+    Args:
+        path: The picture, as in `save_comparison`.
+        runs: Name -> run.
+        title: Of the picture.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        TypeError: `runs` is no mapping, or a run is no `StoredRun`.
+        ValueError: `runs` is empty.
+
+    Example:
+        >>> noise, schedule = torch.randn(2, 1, 8, 8), deqkern.NoiseSchedule.linear()
+        >>> solution = deqkern.sample(lambda x, t: 0.1 * x, noise, schedule, 10)
+        >>> deqkern.runs.save("run.safetensors", solution)
+        >>> deqkern.plots.save_runs("run.png", {"default": deqkern.runs.load("run.safetensors")})
+
     """
     runs_figure(runs, title).savefig(path, dpi=_RUNS_DPI)
 
 
 def runs_figure(runs: Mapping[str, StoredRun], title: str = "") -> Figure:
-    """The figure of `save_runs`: two axes of lines, their legend, then one axis per run, then the colour scale."""
+    """Make the figure of `save_runs`: two axes of lines, their legend, then one axis per run, then the colour scale.
+
+    Args:
+        runs: Name -> run.
+        title: Of the figure.
+
+    Returns:
+        The figure, which belongs to no window.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        TypeError: `runs` is no mapping, or a run is no `StoredRun`.
+        ValueError: `runs` is empty.
+
+    Example:
+        >>> noise, schedule = torch.randn(2, 1, 8, 8), deqkern.NoiseSchedule.linear()
+        >>> solution = deqkern.sample(lambda x, t: 0.1 * x, noise, schedule, 10)
+        >>> deqkern.runs.save("run.safetensors", solution)
+        >>> figure = deqkern.plots.runs_figure({"default": deqkern.runs.load("run.safetensors")})
+        >>> len(figure.axes)
+        4
+
+    """
     if not isinstance(runs, Mapping):
         raise TypeError(f"runs must map names to StoredRun, got {type(runs).__name__}")
     if not runs:
