@@ -79,6 +79,7 @@ class _Kernels(Work):
         self.window = open_windows(SIZE, self.x.device)
         self.norms = torch.zeros(steps, batch, 3, dtype=torch.float64)
         self.scale = torch.ones(batch, dtype=torch.float64)
+        self.tolerance = torch.zeros(steps, dtype=torch.float64)
         self.diverged = torch.zeros(batch, dtype=torch.int64)
 
     def _scan(self, e: Tensor, slope: Tensor, f: Tensor, g: Tensor) -> None:
@@ -90,9 +91,19 @@ class _Kernels(Work):
     def _update_convergence(self) -> None:
         """On a window of its own, since every step stays active here."""
         window = self.window.clone()
-        errors = torch.ones(len(window), 5, dtype=torch.float64)
         ops.update_convergence(
-            *(self.norms, self.scale, None, 0.0, 0.0, 0.1, 1e3, SIZE.steps, False, errors, window, self.diverged),
+            self.norms,
+            self.scale,
+            None,
+            tolerance=self.tolerance,
+            rtol=0.0,
+            best_contraction=0.1,
+            growth=1e3,
+            window_size=SIZE.steps,
+            implicit=False,
+            convergence=torch.ones(len(window), 5, dtype=torch.float64),
+            window=window,
+            diverged=self.diverged,
         )
 
 

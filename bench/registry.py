@@ -190,12 +190,12 @@ def _extrapolate_states(size: Size) -> Callable[[torch.device], Arguments]:
         middle = size.steps - size.steps // 2
         return {
             "x": torch.randn(size.steps + 1, size.batch, math.prod(size.shape), device=device),
-            "moved": _states(size, device),
+            "last_change": _states(size, device),
             "e": _states(size, device),
             "z": None,
-            "held": torch.rand(4, size.steps, device=device),
+            "constant_x0": torch.rand(4, size.steps, device=device),
             "n": torch.zeros(size.steps, device=device),
-            "before": torch.tensor([[0, middle]] * size.batch, device=device),
+            "previous_window": torch.tensor([[0, middle]] * size.batch, device=device),
             "window": open_windows(size, device),
             "skip": torch.zeros(size.batch, dtype=torch.int64, device=device),
             "beta": 1.0,
@@ -231,7 +231,7 @@ def _secant_slope(size: Size) -> Callable[[torch.device], Arguments]:
             "moments": torch.rand(*rows, 2, **double),
             "low": torch.zeros(size.steps, **double),
             "high": torch.ones(size.steps, **double),
-            "pull": 1e-2,
+            "prior_weight": 1e-2,
             "slope": torch.rand(rows, device=device),
         }
 
@@ -245,14 +245,14 @@ def _update_convergence(size: Size) -> Callable[[torch.device], Arguments]:
         return {
             "norms": norms,
             "scale": torch.ones(size.batch, **double),
-            "gap": None,
+            "first_interpolated": None,
             "tolerance": torch.zeros(size.steps, **double),
             "rtol": 0.0,
-            "contraction": 0.1,
+            "best_contraction": 0.1,
             "growth": 1e3,
-            "size": size.steps,
+            "window_size": size.steps,
             "implicit": True,  # so that every step stays active
-            "errors": torch.ones(size.batch, 5, **double),
+            "convergence": torch.ones(size.batch, 5, **double),
             "window": open_windows(size, device),
             "diverged": torch.zeros(size.batch, dtype=torch.int64, device=device),
         }

@@ -7,6 +7,8 @@
 #pragma once
 #include <cstdint>
 
+#include "state.h"
+
 namespace deqkern {
 
 struct AndersonGram {
@@ -15,7 +17,7 @@ struct AndersonGram {
   double* gram;           // (S, B, m, m), updated
   double* rhs;            // (S, B, m), written
   int64_t S, B, D;
-  int m, head, count;     // 0 <= m <= 16, 0 <= head <= m, 0 <= count <= m
+  int m, head, count;     // 1 <= m <= kMaxHistory, 0 <= head <= m, 0 <= count <= m
   int threads;
 };
 

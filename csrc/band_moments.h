@@ -4,6 +4,8 @@
 #pragma once
 #include <cstdint>
 
+#include "state.h"
+
 namespace deqkern {
 
 struct BandMoments {
@@ -12,7 +14,7 @@ struct BandMoments {
   const float* e_prev;    // (S, B, D)
   const int64_t* bands;   // (K+1,), from 0 to D, not decreasing
   const int64_t* window;  // (B, 2)
-  double* moments;        // (S, B, K, 2), written
+  double* moments;        // (S, B, K, moment::count), written
   int64_t S, B, D, K;
   int threads;
 };

@@ -1,10 +1,13 @@
-// The Python module deqkern._C: raw pointers as integers (0 is null), sizes, scalars, the number of threads.
-// It checks only what memory safety needs; everything else is validated once, in Python.
+// The Python module deqkern._C. An op is called with the addresses of its tensors as integers (0 is null), its sizes,
+// its numbers and the number of threads, in the order of csrc/ops.h. What memory safety needs is checked here; the rest
+// is validated once, in Python.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <type_traits>
 
 #include "build_info.h"
 #include "cpu/dispatch.h"
@@ -15,212 +18,243 @@
 
 namespace py = pybind11;
 using namespace deqkern;
-using Address = std::uintptr_t;
 
 namespace {
 
-constexpr int kMaxHistory = 16;
+enum class Kind { tensor, tensor_if, bands, index, size, between, number };
 
-void require(bool holds, const char* message) {
-  if (!holds) throw std::invalid_argument(message);
+// A member of an op, and what is asked of it as functions of the whole op: first and second are whether a tensor is
+// needed; the number of bands and their end; the length and the bound of an index; the ends of a range.
+template <class Op, class T>
+struct Member {
+  Kind kind;
+  const char* name;
+  T Op::*place;
+  int64_t (*first)(const Op&);
+  int64_t (*second)(const Op&);
+};
+
+template <class Op, class T>
+constexpr Member<Op, T> member(Kind kind, const char* name, T Op::*place, int64_t (*first)(const Op&) = nullptr,
+                               int64_t (*second)(const Op&) = nullptr) {
+  return {kind, name, place, first, second};
 }
 
-template <class T>
-T* pointer(Address address, bool needed, const char* name) {
-  if (needed && address == 0) throw std::invalid_argument(std::string(name) + " is null");
-  return reinterpret_cast<T*>(address);
+#define OF_OP(expression) +[](const Op& op) { return static_cast<void>(op), static_cast<int64_t>(expression); }
+#define TENSOR(x) member(Kind::tensor, #x, &Op::x)
+#define TENSOR_IF(x, condition) member(Kind::tensor_if, #x, &Op::x, OF_OP((condition) != nullptr))
+#define OPTIONAL(x) member(Kind::tensor_if, #x, &Op::x, OF_OP(0))
+#define BANDS(x) member(Kind::bands, #x, &Op::x, OF_OP(op.K), OF_OP(op.D))
+#define INDEX(x, length, bound) member(Kind::index, #x, &Op::x, OF_OP(length), OF_OP(bound))
+#define SIZE(x) member(Kind::size, #x, &Op::x)
+#define BETWEEN(x, low, high) member(Kind::between, #x, &Op::x, OF_OP(low), OF_OP(high))
+#define NUMBER(x) member(Kind::number, #x, &Op::x)
+#define MEMBERS(name, Struct, ...)            \
+  constexpr auto members_of(const Struct*) {  \
+    using Op = Struct;                        \
+    return std::make_tuple(__VA_ARGS__);      \
+  }
+DEQKERN_OPS(MEMBERS)
+
+// Takes one argument after the other.
+class Reader {
+ public:
+  Reader(PyObject* const* arguments, Py_ssize_t count) : next_(arguments), end_(arguments + count) {}
+
+  template <class T>
+  void read(T& target) {
+    if (next_ == end_) throw py::type_error("too few arguments");
+    target = convert<T>(*next_++);
+    if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+  }
+
+  void finish() const {
+    if (next_ != end_) throw py::type_error("too many arguments");
+  }
+
+ private:
+  template <class T>
+  static T convert(PyObject* value) {
+    if constexpr (std::is_pointer_v<T>)
+      return reinterpret_cast<T>(PyLong_AsSize_t(value));
+    else if constexpr (std::is_same_v<T, bool>)
+      return PyObject_IsTrue(value) != 0;
+    else if constexpr (std::is_floating_point_v<T>)
+      return static_cast<T>(PyFloat_AsDouble(value));
+    else
+      return static_cast<T>(PyLong_AsLong(value));
+  }
+
+  PyObject* const* next_;
+  PyObject* const* end_;
+};
+
+[[noreturn]] void refuse(const char* name, const std::string& what) { throw std::invalid_argument(name + what); }
+
+template <class Op, class T>
+bool is_zero_size(const Op& op, const Member<Op, T>& member) {
+  if constexpr (std::is_same_v<T, int64_t>) {
+    if (member.kind != Kind::size) return false;
+    if (op.*member.place < 0) refuse(member.name, " must not be negative");
+    return op.*member.place == 0;
+  }
+  return false;
 }
 
-void check_bands(const int64_t* bands, int64_t K, int64_t D) {
-  require(bands[0] == 0 && bands[K] == D, "bands must go from 0 to D");
-  for (int64_t k = 0; k < K; ++k) require(bands[k] <= bands[k + 1], "bands must not decrease");
+template <class Op, class T>
+void check_range(const Op& op, const Member<Op, T>& member) {
+  if constexpr (std::is_integral_v<T> || std::is_enum_v<T>) {
+    if (member.kind != Kind::between) return;
+    const int64_t value = static_cast<int64_t>(op.*member.place), low = member.first(op), high = member.second(op);
+    if (value < low || value > high)
+      refuse(member.name, " must be within " + std::to_string(low) + " .. " + std::to_string(high));
+  }
 }
 
-void check_history(int m, int head, int count) {
-  require(m >= 0 && m <= kMaxHistory, "m must be within 0 .. 16");
-  require(head >= 0 && head <= m, "head must be within 0 .. m");
-  require(count >= 0 && count <= m, "count must be within 0 .. m");
+template <class Op, class T>
+void check_address(const Op& op, const Member<Op, T>& member) {
+  if constexpr (std::is_pointer_v<T>) {
+    const bool needed = member.kind != Kind::tensor_if || member.first(op) != 0;
+    if (needed && op.*member.place == nullptr) refuse(member.name, " is null");
+  }
 }
 
-void check_indices(const int64_t* index, int64_t length, int64_t bound, const char* message) {
-  for (int64_t j = 0; j < length; ++j) require(index[j] >= 0 && index[j] < bound, message);
+template <class Op, class T>
+void check_contents(const Op& op, const Member<Op, T>& member) {
+  if constexpr (std::is_same_v<T, const int64_t*>) {
+    const int64_t* values = op.*member.place;
+    bool good = true;
+    if (member.kind == Kind::bands) {
+      const int64_t count = member.first(op), end = member.second(op);
+      good = values[0] == 0 && values[count] == end;
+      for (int64_t k = 0; k < count; ++k) good = good && values[k] <= values[k + 1];
+      if (!good) refuse(member.name, " must go from 0 to " + std::to_string(end) + " and not decrease");
+    } else if (member.kind == Kind::index) {
+      const int64_t length = member.first(op), bound = member.second(op);
+      for (int64_t j = 0; j < length; ++j) good = good && values[j] >= 0 && values[j] < bound;
+      if (!good) refuse(member.name, " must be within 0 .. " + std::to_string(bound - 1));
+    }
+  }
 }
 
-void dct2(Address image, Address spectrum, Address rows, Address dct_h, Address dct_w, Address colour, Address order,
-          int64_t N, int64_t C, int64_t H, int64_t W, int64_t R, bool inverse, int threads) {
-  require(N >= 0 && C >= 0 && H >= 0 && W >= 0 && R >= 0, "sizes must not be negative");
-  if (N == 0 || C == 0 || H == 0 || W == 0) return;
-  Dct2 op{pointer<float>(image, true, "image"),
-          pointer<float>(spectrum, true, "spectrum"),
-          pointer<const int64_t>(rows, true, "rows"),
-          pointer<const float>(dct_h, true, "dct_h"),
-          pointer<const float>(dct_w, true, "dct_w"),
-          pointer<const float>(colour, false, "colour"),
-          pointer<const int64_t>(order, true, "order"),
-          N, C, H, W, R, inverse, threads};
-  check_indices(op.rows, N, R, "rows must be within 0 .. R-1");
-  check_indices(op.order, C * H * W, C * H * W, "order must be within 0 .. C*H*W-1");
-  kernels().dct2(op);
+// Fills the members; false if there is nothing to do.
+template <class Op>
+bool fill(Op& op, Reader& reader) {
+  const auto fill_members = [&](const auto&... members) {
+    (reader.read(op.*members.place), ...);
+    return !(is_zero_size(op, members) | ...);
+  };
+  return std::apply(fill_members, members_of(&op));
 }
 
-void ddim_scan(Address x, Address e, Address z, Address a, Address b, Address c, Address n, Address slope,
-               Address bands, Address window, Address f, Address g, Address norms, int64_t S, int64_t B, int64_t D, int64_t K,
-               float beta, bool implicit, int threads) {
-  require(S >= 0 && B >= 0 && D >= 0 && K >= 0, "sizes must not be negative");
-  if (S == 0 || B == 0) return;
-  const bool data = D > 0;
-  DdimScan op{pointer<const float>(x, data, "x"),
-              pointer<const float>(e, data, "e"),
-              pointer<const float>(z, false, "z"),
-              pointer<const float>(a, true, "a"),
-              pointer<const float>(b, true, "b"),
-              pointer<const float>(c, false, "c"),
-              pointer<const float>(n, z != 0, "n"),
-              pointer<const float>(slope, K > 0, "slope"),
-              pointer<const int64_t>(bands, true, "bands"),
-              pointer<const int64_t>(window, true, "window"),
-              pointer<float>(f, data, "f"),
-              pointer<float>(g, data, "g"),
-              pointer<double>(norms, true, "norms"),
-              S, B, D, K, beta, implicit, threads};
-  require(c == 0 || !implicit, "c must be null for an implicit chain");
-  check_bands(op.bands, K, D);
-  kernels().ddim_scan(op);
+// contents: whether the host can read the tensors.
+template <class Op>
+void check(const Op& op, bool contents) {
+  const auto check_members = [&](const auto&... members) {
+    (check_range(op, members), ...);
+    (check_address(op, members), ...);
+    if (contents) (check_contents(op, members), ...);
+  };
+  std::apply(check_members, members_of(&op));
 }
 
-void band_moments(Address dx, Address e, Address e_prev, Address bands, Address window, Address moments, int64_t S,
-                  int64_t B, int64_t D, int64_t K, int threads) {
-  require(S >= 0 && B >= 0 && D >= 0 && K >= 0, "sizes must not be negative");
-  if (S == 0 || B == 0 || K == 0) return;
-  const bool data = D > 0;
-  BandMoments op{pointer<const float>(dx, data, "dx"),
-                 pointer<const float>(e, data, "e"),
-                 pointer<const float>(e_prev, data, "e_prev"),
-                 pointer<const int64_t>(bands, true, "bands"),
-                 pointer<const int64_t>(window, true, "window"),
-                 pointer<double>(moments, true, "moments"),
-                 S, B, D, K, threads};
-  check_bands(op.bands, K, D);
-  kernels().band_moments(op);
+// The result of a call, or the Python error of what it threw.
+template <class Call>
+PyObject* returned(const Call& call) {
+  try {
+    call();
+    return Py_NewRef(Py_None);
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
 }
 
-void secant_slope(Address moments, Address low, Address high, Address slope, int64_t S, int64_t B, int64_t K,
-                  double pull) {
-  require(S >= 0 && B >= 0 && K >= 0, "sizes must not be negative");
-  if (S == 0 || B == 0 || K == 0) return;
-  kernels().secant_slope({pointer<const double>(moments, true, "moments"),
-                          pointer<const double>(low, true, "low"),
-                          pointer<const double>(high, true, "high"),
-                          pointer<float>(slope, true, "slope"),
-                          S, B, K, pull});
-}
-
-void interpolate_outputs(Address x, Address slope, Address bands, Address rows, Address path, Address e, int64_t S, int64_t B,
-               int64_t D, int64_t K, int64_t N, int threads) {
-  require(S >= 0 && B >= 0 && D >= 0 && K >= 0 && N >= 0, "sizes must not be negative");
-  if (S == 0 || B == 0 || K == 0 || N == 0) return;
-  const bool data = D > 0;
-  InterpolateOutputs op{pointer<const float>(x, data, "x"),
-              pointer<const float>(slope, true, "slope"),
-              pointer<const int64_t>(bands, true, "bands"),
-              pointer<const int64_t>(rows, true, "rows"),
-              pointer<const double>(path, true, "path"),
-              pointer<float>(e, data, "e"),
-              S, B, D, K, N, threads};
-  check_bands(op.bands, K, D);
-  check_indices(op.rows, 3 * N, S * B, "rows must be within 0 .. S*B-1");
-  kernels().interpolate_outputs(op);
-}
-
-void extrapolate_states(Address x, Address moved, Address e, Address z, Address held, Address n, Address before, Address window,
-            Address skip, int64_t S, int64_t B, int64_t D, float beta, bool implicit, int threads) {
-  require(S >= 0 && B >= 0 && D >= 0, "sizes must not be negative");
-  if (S == 0 || B == 0 || D == 0) return;
-  kernels().extrapolate_states({pointer<float>(x, true, "x"),
-                    pointer<float>(moved, true, "moved"),
-                    pointer<const float>(e, true, "e"),
-                    pointer<const float>(z, false, "z"),
-                    pointer<const float>(held, true, "held"),
-                    pointer<const float>(n, z != 0, "n"),
-                    pointer<const int64_t>(before, true, "before"),
-                    pointer<const int64_t>(window, true, "window"),
-                    pointer<const int64_t>(skip, true, "skip"),
-                    S, B, D, beta, implicit, threads});
-}
-
-void anderson_gram(Address g_ring, Address window, Address gram, Address rhs, int64_t S, int64_t B, int64_t D, int m,
-                   int head, int count, int threads) {
-  require(S >= 0 && B >= 0 && D >= 0, "sizes must not be negative");
-  check_history(m, head, count);
-  if (S == 0 || B == 0 || m == 0) return;
-  kernels().anderson_gram({pointer<const float>(g_ring, D > 0, "g_ring"),
-                           pointer<const int64_t>(window, true, "window"),
-                           pointer<double>(gram, true, "gram"),
-                           pointer<double>(rhs, true, "rhs"),
-                           S, B, D, m, head, count, threads});
-}
-
-AndersonSolve anderson_solve_op(Address gram, Address rhs, Address window, Address gamma, int64_t S, int64_t B, int m,
-                                int scope, double ridge, double ridge_absolute, bool implicit, int threads) {
-  require(S >= 0 && B >= 0, "sizes must not be negative");
-  check_history(m, 0, 0);
-  require(scope >= 0 && scope <= 3, "scope must be 0 (row), 1 (causal), 2 (anticausal) or 3 (joint)");
-  const bool data = S > 0 && B > 0 && m > 0;
-  return {pointer<const double>(gram, data, "gram"),
-          pointer<const double>(rhs, data, "rhs"),
-          pointer<const int64_t>(window, data, "window"),
-          pointer<float>(gamma, data, "gamma"),
-          S, B, m, static_cast<Scope>(scope), ridge, ridge_absolute, implicit, threads};
-}
-
-void anderson_solve(Address gram, Address rhs, Address window, Address gamma, int64_t S, int64_t B, int m, int scope,
-                    double ridge, double ridge_absolute, bool implicit, int threads) {
-  const AndersonSolve op = anderson_solve_op(gram, rhs, window, gamma, S, B, m, scope, ridge, ridge_absolute, implicit,
-                                             threads);
-  if (S > 0 && B > 0 && m > 0) kernels().anderson_solve(op);
-}
-
-void anderson_mix(Address f_ring, Address gamma, Address window, Address out, int64_t S, int64_t B, int64_t D, int m,
-                  int head, int count, int threads) {
-  require(S >= 0 && B >= 0 && D >= 0, "sizes must not be negative");
-  check_history(m, head, count);
-  if (S == 0 || B == 0 || D == 0) return;
-  kernels().anderson_mix({pointer<const float>(f_ring, true, "f_ring"),
-                          pointer<const float>(gamma, count > 0, "gamma"),
-                          pointer<const int64_t>(window, true, "window"),
-                          pointer<float>(out, true, "out"),
-                          S, B, D, m, head, count, threads});
-}
-
-void update_convergence(Address norms, Address scale, Address gap, Address tolerance, Address errors, Address window,
-              Address diverged, int64_t S, int64_t B, double rtol, double contraction, double growth, int64_t size,
-              bool implicit) {
-  require(S >= 0 && B >= 0, "sizes must not be negative");
-  if (S == 0 || B == 0) return;
-  kernels().update_convergence({pointer<const double>(norms, true, "norms"),
-                      pointer<const double>(scale, true, "scale"),
-                      pointer<const int64_t>(gap, false, "gap"),
-                      pointer<const double>(tolerance, true, "tolerance"),
-                      pointer<double>(errors, true, "errors"),
-                      pointer<int64_t>(window, true, "window"),
-                      pointer<int64_t>(diverged, true, "diverged"),
-                      S, B, rtol, contraction, growth, size, implicit});
+template <class Op, void (*Kernels::*kernel)(const Op&)>
+PyObject* run(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return returned([&] {
+    Op op{};
+    Reader reader(arguments, count);
+    const bool has_work = fill(op, reader);
+    reader.read(op.threads);
+    reader.finish();
+    if (!has_work) return;
+    check(op, true);
+    py::gil_scoped_release released;
+    (kernels().*kernel)(op);
+  });
 }
 
 #ifdef DEQKERN_CUDA
+template <class Op, void (*kernel)(const Op&, int, void*)>
+PyObject* run_cuda(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return returned([&] {
+    Op op{};
+    Reader reader(arguments, count);
+    const bool has_work = fill(op, reader);
+    int device = 0;
+    void* stream = nullptr;
+    reader.read(device);
+    reader.read(stream);
+    reader.finish();
+    if (!has_work) return;
+    check(op, false);
+    py::gil_scoped_release released;
+    kernel(op, device, stream);
+  });
+}
+
 constexpr bool kCudaCompiled = true;
 int cuda_device_count() { return cuda::device_count(); }
-
-void cuda_anderson_solve(Address gram, Address rhs, Address window, Address gamma, int64_t S, int64_t B, int m,
-                         int scope, double ridge, double ridge_absolute, bool implicit, int device, Address stream) {
-  const AndersonSolve op = anderson_solve_op(gram, rhs, window, gamma, S, B, m, scope, ridge, ridge_absolute, implicit,
-                                             0);
-  if (S > 0 && B > 0 && m > 0) cuda::anderson_solve(op, device, reinterpret_cast<void*>(stream));
-}
 #else
 constexpr bool kCudaCompiled = false;
 int cuda_device_count() { throw std::runtime_error("deqkern was built without CUDA: " DEQKERN_CUDA_REASON); }
 #endif
+
+template <class Function>
+PyMethodDef method(const char* name, Function function) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, nullptr};
+}
+
+#ifndef DEQKERN_CUDA
+#undef DEQKERN_CUDA_OPS
+#define DEQKERN_CUDA_OPS(OP)
+#endif
+#define METHOD(name, Struct, ...) method(#name, &run<Struct, &Kernels::name>),
+#define CUDA_METHOD(name, Struct) method("cuda_" #name, &run_cuda<Struct, &cuda::name>),
+PyMethodDef methods[] = {DEQKERN_OPS(METHOD) DEQKERN_CUDA_OPS(CUDA_METHOD){nullptr, nullptr, 0, nullptr}};
+
+template <class Op>
+py::list names_of(const Op* op) {
+  py::list names;
+  std::apply([&](const auto&... members) { (names.append(members.name), ...); }, members_of(op));
+  return names;
+}
+
+// What other languages name or number too, for the test that compares them.
+py::dict shared() {
+  py::dict ops, all;
+#define ADD_NAMES(name, Struct, ...) ops[#name] = names_of(static_cast<const Struct*>(nullptr));
+  DEQKERN_OPS(ADD_NAMES)
+  all["ops"] = ops;
+  all["Norms"] = norm::names;
+  all["Moments"] = moment::names;
+  all["Convergence"] = convergence::names;
+  all["ConstantX0"] = constant_x0::names;
+  all["OutputPath"] = output_path::names;
+  all["SCOPES"] = scope::names;
+  all["MAX_HISTORY"] = kMaxHistory;
+  all["SMALLEST_EIGENVALUE"] = kSmallestEigenvalue;
+  all["SMALLEST_CHANGE"] = kSmallestChange;
+  all["LEAST_LEFT"] = kLeastLeft;
+  return all;
+}
 
 py::dict build_info() {
   py::dict info;
@@ -240,43 +274,12 @@ py::list isas() {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  using py::arg;
-  using NoGil = py::call_guard<py::gil_scoped_release>;
-
-  module.def("dct2", &dct2, NoGil(), arg("image"), arg("spectrum"), arg("rows"), arg("dct_h"), arg("dct_w"),
-             arg("colour"), arg("order"), arg("N"), arg("C"), arg("H"), arg("W"), arg("R"), arg("inverse"),
-             arg("threads"));
-  module.def("ddim_scan", &ddim_scan, NoGil(), arg("x"), arg("e"), arg("z"), arg("a"), arg("b"), arg("c"),
-             arg("n"), arg("slope"), arg("bands"), arg("window"), arg("f"), arg("g"), arg("norms"), arg("S"), arg("B"),
-             arg("D"), arg("K"), arg("beta"), arg("implicit"), arg("threads"));
-  module.def("band_moments", &band_moments, NoGil(), arg("dx"), arg("e"), arg("e_prev"), arg("bands"), arg("window"),
-             arg("moments"), arg("S"), arg("B"), arg("D"), arg("K"), arg("threads"));
-  module.def("secant_slope", &secant_slope, NoGil(), arg("moments"), arg("low"), arg("high"), arg("slope"), arg("S"),
-             arg("B"), arg("K"), arg("pull"));
-  module.def("interpolate_outputs", &interpolate_outputs, NoGil(), arg("x"), arg("slope"), arg("bands"), arg("rows"), arg("path"),
-             arg("e"), arg("S"), arg("B"), arg("D"), arg("K"), arg("N"), arg("threads"));
-  module.def("extrapolate_states", &extrapolate_states, NoGil(), arg("x"), arg("moved"), arg("e"), arg("z"), arg("held"), arg("n"),
-             arg("before"), arg("window"), arg("skip"), arg("S"), arg("B"), arg("D"), arg("beta"), arg("implicit"),
-             arg("threads"));
-  module.def("update_convergence", &update_convergence, NoGil(), arg("norms"), arg("scale"), arg("gap"), arg("tolerance"), arg("errors"),
-             arg("window"), arg("diverged"), arg("S"), arg("B"), arg("rtol"), arg("contraction"), arg("growth"),
-             arg("size"), arg("implicit"));
-  module.def("anderson_gram", &anderson_gram, NoGil(), arg("g_ring"), arg("window"), arg("gram"), arg("rhs"), arg("S"),
-             arg("B"), arg("D"), arg("m"), arg("head"), arg("count"), arg("threads"));
-  module.def("anderson_solve", &anderson_solve, NoGil(), arg("gram"), arg("rhs"), arg("window"), arg("gamma"),
-             arg("S"), arg("B"), arg("m"), arg("scope"), arg("ridge"), arg("ridge_absolute"), arg("implicit"),
-             arg("threads"));
-  module.def("anderson_mix", &anderson_mix, NoGil(), arg("f_ring"), arg("gamma"), arg("window"), arg("out"), arg("S"),
-             arg("B"), arg("D"), arg("m"), arg("head"), arg("count"), arg("threads"));
-
-  module.def("isa", [] { return kernels().name; }, "The instruction set in use; DEQKERN_ISA forces one.");
+  if (PyModule_AddFunctions(module.ptr(), methods) != 0) throw py::error_already_set();
+  module.def("isa", [] { return kernels().isa; }, "The instruction set in use; DEQKERN_ISA forces one.");
   module.def("isas", &isas, "The instruction sets that this build and this machine both have, best first.");
   module.def("cuda_compiled", [] { return kCudaCompiled; });
-  module.def("cuda_device_count", &cuda_device_count, NoGil(), "Raises RuntimeError with CUDA's own words.");
-#ifdef DEQKERN_CUDA
-  module.def("cuda_anderson_solve", &cuda_anderson_solve, NoGil(), arg("gram"), arg("rhs"), arg("window"),
-             arg("gamma"), arg("S"), arg("B"), arg("m"), arg("scope"), arg("ridge"), arg("ridge_absolute"),
-             arg("implicit"), arg("device"), arg("stream"));
-#endif
+  module.def("cuda_device_count", &cuda_device_count, py::call_guard<py::gil_scoped_release>(),
+             "Raises RuntimeError with CUDA's own words.");
   module.def("build_info", &build_info, "Compiler, CUDA version (empty without CUDA, then cuda_reason says why).");
+  module.def("shared", &shared, "The names and constants that other languages have too.");
 }

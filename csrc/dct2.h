@@ -1,4 +1,4 @@
-// Orthonormal 2-D DCT-II of every channel, colour rotation and band order; or the inverse of all three.
+// Orthonormal 2-D DCT-II of every channel, colour transform and band order; or the inverse of all three.
 //
 //   forward:  y[n, c] = sum_d colour[c, d] dct_h image[n, d] dct_w^T,   spectrum[rows[n], k] = y[n].flat[order[k]]
 //   inverse:  the transposed maps in reverse order, writes image
@@ -17,8 +17,9 @@ struct Dct2 {
   const int64_t* rows;    // (N,), the row of `spectrum` that belongs to each image
   const float* dct_h;     // (H, H) orthonormal
   const float* dct_w;     // (W, W) orthonormal
-  const float* colour;    // (C, C) orthonormal; null: no rotation
+  const float* colour;    // (C, C) orthonormal; null: none
   const int64_t* order;   // (C*H*W,), a permutation
+  const int64_t* place;   // (C*H*W,), its inverse; not read here
   int64_t N, C, H, W, R;
   bool inverse;
   int threads;

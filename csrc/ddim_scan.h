@@ -15,6 +15,8 @@
 #pragma once
 #include <cstdint>
 
+#include "state.h"
+
 namespace deqkern {
 
 struct DdimScan {
@@ -23,14 +25,14 @@ struct DdimScan {
   const float* z;         // (S, B, D) or null
   const float* a;         // (S,)
   const float* b;         // (S,)
-  const float* c;         // (S,) or null; null if implicit
+  const float* c;         // (S,) or null; not read if implicit
   const float* n;         // (S,), not read when z is null
   const float* slope;     // (S, B, K)
   const int64_t* bands;   // (K+1,), from 0 to D, not decreasing
   const int64_t* window;  // (B, 2)
   float* f;               // (S, B, D), written; either disjoint from x or exactly x[1:]
   float* g;               // (S, B, D), written
-  double* norms;          // (S, B, 3), written
+  double* norms;          // (S, B, norm::count), written
   int64_t S, B, D, K;
   float beta;
   bool implicit;

@@ -1,10 +1,12 @@
 // The next slopes from what band_moments measured.
 //
-//   slope = (<dx, de> / <dx, dx> + pull slope) / (1 + pull), held within low .. high
+//   slope = (<dx, de> / <dx, dx> + prior_weight slope) / (1 + prior_weight)
 //
-// Where <dx, dx> is zero, or the quotient not finite, the slope stays what it was, held within low .. high.
+// Where <dx, dx> is zero, or the quotient not finite, the slope stays what it was. All are clamped to low .. high.
 #pragma once
 #include <cstdint>
+
+#include "state.h"
 
 namespace deqkern {
 
@@ -14,7 +16,8 @@ struct SecantSlope {
   const double* high;     // (S,)
   float* slope;           // (S, B, K), updated
   int64_t S, B, K;
-  double pull;
+  double prior_weight;
+  int threads;  // one is enough
 };
 
 }  // namespace deqkern

@@ -16,7 +16,7 @@ from .chain.schedule import NoiseSchedule, StepTable
 from .engine.loop import begin, run
 from .engine.solution import Callback, Solution, relative_error, warn_unless_converged
 from .engine.trajectory import Traits
-from .gradients.methods import named
+from .gradients.methods import check_table, named
 from .gradients.pullback import Gradient
 from .network.model import Model
 from .optimization import Optimize, optimize
@@ -119,6 +119,7 @@ def invert(
         model_kwargs=model_kwargs,
         cuda_graph=cuda_graph,
         callback=callback,
+        check=lambda table: check_table(pulled, table),
     )
     _warn_of_large_values(sample)
     if isinstance(method, Optimize):

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 
 from .launch import cdiv
-from .window import is_active
+from .state import MOMENT_CROSS, MOMENT_SQUARE, MOMENTS
+from .window import is_active, within
 
 BLOCK = 256  # of one warp: its sums need no barrier
 BANDS = 32  # bands looked at together
@@ -54,7 +55,7 @@ def band_moments_kernel(
         start = tl.load(bands + k, mask=k < count, other=size)
         first += tl.sum((start <= chunk * BLOCK).to(tl.int32))
         last += tl.sum((start < tl.minimum(chunk * BLOCK + BLOCK, size)).to(tl.int32))
-    sums = partial + row * 2 * (blocks + count) + chunk
+    sums = partial + row * MOMENTS * (blocks + count) + chunk
     for k in range(first, last + 1):
         mine = (d >= tl.load(bands + k)) & (d < tl.load(bands + k + 1))
         tl.store(sums + k, tl.sum(tl.where(mine, cross, 0.0)))
@@ -83,11 +84,12 @@ def band_moments_finish_kernel(
     active = is_active(window, row, batch)
     row = row.to(tl.int64)
     band = tl.program_id(0) % groups * BANDS + tl.arange(0, BANDS)
-    start = tl.load(bands + band, mask=band < count, other=0)
-    stop = tl.load(bands + band + 1, mask=band < count, other=0)
+    most = blocks * BLOCK + 1
+    start = within(tl.load(bands + band, mask=band < count, other=0), most)
+    stop = within(tl.load(bands + band + 1, mask=band < count, other=0), most)
     first = start // BLOCK
     number = tl.where(active & (start < stop), (stop - 1) // BLOCK - first + 1, 0)  # of blocks with a part of the band
-    place = partial + row * 2 * (blocks + count) + band + first
+    place = partial + row * MOMENTS * (blocks + count) + band + first
     cross = tl.zeros([BANDS, PARTIALS], tl.float64)
     square = tl.zeros([BANDS, PARTIALS], tl.float64)
     for k in range(0, tl.max(number), PARTIALS):
@@ -95,9 +97,9 @@ def band_moments_finish_kernel(
         wanted = chunk < number[:, None]
         cross += tl.load(place[:, None] + chunk, mask=wanted, other=0.0).to(tl.float64)
         square += tl.load(place[:, None] + (blocks + count) + chunk, mask=wanted, other=0.0).to(tl.float64)
-    place = moments + (row * count + band) * 2
-    tl.store(place, tl.sum(cross, 1), mask=band < count)
-    tl.store(place + 1, tl.sum(square, 1), mask=band < count)
+    place = moments + (row * count + band) * MOMENTS
+    tl.store(place + MOMENT_CROSS, tl.sum(cross, 1), mask=band < count)
+    tl.store(place + MOMENT_SQUARE, tl.sum(square, 1), mask=band < count)
 
 
 def band_moments(
@@ -111,7 +113,7 @@ def band_moments(
     steps, batch, size = dx.shape
     rows, count = steps * batch, moments.shape[2]
     blocks = cdiv(size, BLOCK)
-    partial = torch.empty((rows, 2, blocks + count), dtype=torch.float32, device=dx.device)
+    partial = torch.empty((rows, MOMENTS.value, blocks + count), dtype=torch.float32, device=dx.device)
     band_moments_kernel[(rows * blocks,)](
         dx, e, e_prev, bands, window, partial, batch, size, count, BLOCK, BANDS, num_warps=1
     )

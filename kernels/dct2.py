@@ -1,10 +1,10 @@
-"""Orthonormal 2-D DCT of every channel, colour rotation and band order, and the inverse of all three.
+"""Orthonormal 2-D DCT of every channel, colour transform and band order, and the inverse of all three.
 
 Row k of a DCT-II is even or odd about its middle, as k is: d[k, n-1-p] = (-1)^k d[k, p]. Even rows need only the sums
 x[p] + x[n-1-p], odd rows only the differences, and that halves the products. Forward, an image is folded along both
 sides as it is read, and each quarter of the coefficients, by the parities of their two frequencies, is a product of
 half the sides; the inverse unfolds what four such products make. Both find a coefficient by its `place`, so the band
-order costs no pass of its own. Colours are rotated first: they commute with the transforms of the channels, and a
+order costs no pass of its own. Colours are transformed first: that commutes with the transforms of the channels, and a
 channel then is independent work.
 
 Images of at most 64 x 64 take one kernel that writes nothing but the result; a channel's programs each read all of it,
@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from .launch import cdiv, next_power_of_2
+from .window import within
 
 WHOLE = 64  # the largest side of an image that goes through one kernel
 ROWS = 16  # of a folded image, unfolded by one program of the inverse
@@ -46,13 +47,13 @@ def dct2_mixed(source, colour, pixel, mask, channel, channels, plane):
 def dct2_gathered(source, colour, place, pixel, mask, channel, channels, plane):
     """sum_d colour[d, c] source[place[d, pixel]] of a spectrum (C*H*W,)."""
     if colour is None:
-        spot = tl.load(place + channel * plane + pixel, mask=mask, other=0)
+        spot = within(tl.load(place + channel * plane + pixel, mask=mask, other=0), channels * plane)
         gathered = tl.load(source + spot, mask=mask, other=0.0)
     else:
         gathered = tl.zeros(pixel.shape, tl.float32)
         for d in range(channels):
             weight = tl.load(colour + d * channels + channel)
-            spot = tl.load(place + d * plane + pixel, mask=mask, other=0)
+            spot = within(tl.load(place + d * plane + pixel, mask=mask, other=0), channels * plane)
             gathered += weight * tl.load(source + spot, mask=mask, other=0.0)
     return gathered
 
@@ -64,8 +65,9 @@ def dct2_kernel(
     rows,
     dct_h,
     dct_w,
-    colour,  # None: no rotation
+    colour,  # None: they stay
     place,
+    total,  # R
     channels,
     height,
     width,
@@ -84,7 +86,7 @@ def dct2_kernel(
     n = (tl.program_id(0) // (4 * channels)).to(tl.int64)
     plane = height * width
     image += n * channels * plane
-    spectrum += tl.load(rows + n) * channels * plane
+    spectrum += within(tl.load(rows + n), total) * channels * plane
     p = tl.arange(0, H)[:, None]
     q = tl.arange(0, W)[None, :]
     below = height - 1 - p  # the mirror image of p, and of q
@@ -108,7 +110,7 @@ def dct2_kernel(
     across = tl.load(dct_w + j * width + q, mask=(j < width) & (q < half_w), other=0.0)
     y = tl.dot(tl.dot(left, folded, input_precision=PRECISION), across, input_precision=PRECISION)
     mask = (i < height) & (j < width)
-    spot = tl.load(place + channel * plane + i * width + j, mask=mask, other=0)
+    spot = within(tl.load(place + channel * plane + i * width + j, mask=mask, other=0), channels * plane)
     tl.store(spectrum + spot, y, mask=mask)
 
 
@@ -119,8 +121,9 @@ def dct2_inverse_kernel(
     rows,
     dct_h,
     dct_w,
-    colour,  # None: no rotation
+    colour,  # None: they stay
     place,
+    total,  # R
     channels,
     height,
     width,
@@ -141,7 +144,7 @@ def dct2_inverse_kernel(
     channel = tl.program_id(0) // bands % channels
     n = (tl.program_id(0) // (bands * channels)).to(tl.int64)
     plane = height * width
-    spectrum += tl.load(rows + n) * channels * plane
+    spectrum += within(tl.load(rows + n), total) * channels * plane
     image += (n * channels + channel) * plane
     p = first + tl.arange(0, ROWS)[:, None]
     q = tl.arange(0, W)[None, :]
@@ -201,6 +204,7 @@ def dct2_side_kernel(
     matrix,
     colour,
     place,
+    total,  # R
     channels,
     plane,  # H * W
     length,  # of the side that is transformed
@@ -214,15 +218,15 @@ def dct2_side_kernel(
 ):
     """target[n, c, i, q] = sum_p matrix[i, p] image[n, c, p, q], i and p along one side, q along the other.
 
-    The FIRST of two calls rotates colours as it reads the image (N, C, H, W), and writes scratch (N, C, H, W) fp32; the
-    second reads that as its image and writes the spectrum. Grid (N * C * cdiv(cdiv(length, 2), BLOCK) *
+    The FIRST of two calls transforms colours as it reads the image (N, C, H, W), and writes scratch (N, C, H, W) fp32;
+    the second reads that as its image and writes the spectrum. Grid (N * C * cdiv(cdiv(length, 2), BLOCK) *
     cdiv(other, BLOCK) * 2,): a program writes frequencies of one parity. Accumulates in fp32.
     """
     odd = tl.program_id(0) % 2
     n, channel, block, tile = dct2_tile(tl.program_id(0) // 2, channels, length, other, BLOCK)
     half = length - length // 2
     image += n * channels * plane
-    target += (n if FIRST else tl.load(rows + n)) * channels * plane
+    target += (n if FIRST else within(tl.load(rows + n), total)) * channels * plane
     i = 2 * (block * BLOCK + tl.arange(0, BLOCK)[:, None]) + odd
     q = tile * BLOCK + tl.arange(0, BLOCK)[None, :]
     sign = 1.0 - 2.0 * odd
@@ -245,7 +249,7 @@ def dct2_side_kernel(
     mask = (i < length) & (q < other)
     spot = channel * plane + i * stride + q * apart
     if not FIRST:
-        spot = tl.load(place + spot, mask=mask, other=0)
+        spot = within(tl.load(place + spot, mask=mask, other=0), channels * plane)
     tl.store(target + spot, y, mask=mask)
 
 
@@ -257,6 +261,7 @@ def dct2_side_inverse_kernel(
     matrix,
     colour,
     place,
+    total,  # R
     channels,
     plane,  # H * W
     length,  # of the side that is transformed
@@ -270,13 +275,13 @@ def dct2_side_inverse_kernel(
 ):
     """image[n, c, p, q] = sum_i matrix[i, p] source[n, c, i, q], i and p along one side, q along the other.
 
-    The FIRST of two calls rotates colours as it reads the spectrum at its places, and writes scratch (N, C, H, W) fp32;
-    the second reads that and writes the image (N, C, H, W). Grid (N * C * cdiv(cdiv(length, 2), BLOCK) *
+    The FIRST of two calls transforms colours as it reads the spectrum at its places, and writes scratch (N, C, H, W)
+    fp32; the second reads that and writes the image (N, C, H, W). Grid (N * C * cdiv(cdiv(length, 2), BLOCK) *
     cdiv(other, BLOCK),): a program writes a tile and its mirror image. Accumulates in fp32.
     """
     n, channel, block, tile = dct2_tile(tl.program_id(0), channels, length, other, BLOCK)
     half = length - length // 2
-    source += (tl.load(rows + n) if FIRST else n) * channels * plane
+    source += (within(tl.load(rows + n), total) if FIRST else n) * channels * plane
     image += n * channels * plane
     p = block * BLOCK + tl.arange(0, BLOCK)[:, None]
     q = tile * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -325,7 +330,7 @@ def dct2(
         return
     plane, planes = height * width, count * channels
     if height <= WHOLE and width <= WHOLE:
-        shape = rows, dct_h, dct_w, colour, place, channels, height, width
+        shape = rows, dct_h, dct_w, colour, place, len(spectrum), channels, height, width
         sides = PRECISION, padded(height), padded(width)
         warps = WARPS if width > 32 else 1
         if inverse:
@@ -343,6 +348,7 @@ def dct2(
     for first, (matrix, length, other, stride, apart) in ((True, along_w), (False, along_h)):
         tiles = cdiv(cdiv(length, 2), BLOCK) * cdiv(other, BLOCK)
         kernel[(planes * tiles * (1 if inverse else 2),)](
-            source if first else scratch, scratch if first else target, rows, matrix, colour, place, channels, plane,
-            length, other, stride, apart, first, PRECISION, BLOCK, DEPTH, num_warps=8, maxnreg=registers,
+            source if first else scratch, scratch if first else target, rows, matrix, colour, place, len(spectrum),
+            channels, plane, length, other, stride, apart, first, PRECISION, BLOCK, DEPTH, num_warps=8,
+            maxnreg=registers,
         )  # fmt: skip

@@ -8,7 +8,8 @@ import triton.language as tl
 
 from .bands import band_of
 from .launch import cdiv, next_power_of_2
-from .window import is_active
+from .state import NORM_CORRECTION, NORM_RESIDUAL, NORM_STATE, NORMS
+from .window import is_active, window_of
 
 PARTIALS = 128  # partial sums added at a time
 
@@ -29,6 +30,7 @@ def ddim_scan_kernel(
     f,
     g,
     partial,
+    steps,
     plane,  # B * D, from one step to the next
     batch,
     size,
@@ -43,7 +45,7 @@ def ddim_scan_kernel(
     IMPLICIT: g[i] = (a[i] g[i-1] + r) / (1 - b[i] slope[i]), f[i] = x[i+1] + beta g[i] everywhere.
 
     x (S+1, B, D), z, f, g (S, B, D) fp32, e (S, B, D) fp32, bf16 or fp16, slope (S, B, K) with one factor per band.
-    partial (S, B, 3, blocks) fp32: |r|^2, |g|^2, |x[i+1]|^2 of each block. Grid (B * blocks,): a program walks the
+    partial (S, B, NORMS, blocks) fp32: |r|^2, |g|^2, |x[i+1]|^2 of each block. Grid (B * blocks,): a program walks the
     active steps of one block, with g and x[i] in fp32 registers; the loads of the next STAGES - 1 steps are under way.
 
     f may be x[1:]: row i+1 of x has been read when row i of f is written, and no row is read twice.
@@ -51,8 +53,7 @@ def ddim_scan_kernel(
     blocks = tl.cdiv(size, BLOCK)
     chunk = tl.program_id(0) % blocks
     sample = (tl.program_id(0) // blocks).to(tl.int64)
-    begin = tl.load(window + 2 * sample)
-    end = tl.load(window + 2 * sample + 1)
+    begin, end = window_of(window, sample, steps)
     if begin >= end:
         return
     d = chunk * BLOCK + tl.arange(0, BLOCK)
@@ -96,10 +97,10 @@ def ddim_scan_kernel(
             update = tl.where(i == begin, plain, after + beta * correction)
         tl.store(g + i * plane + d, correction, mask=inside)
         tl.store(f + i * plane + d, update, mask=inside)
-        sums = partial + (i * batch + sample) * 3 * blocks + chunk
-        tl.store(sums, tl.sum(residual * residual))
-        tl.store(sums + blocks, tl.sum(correction * correction))
-        tl.store(sums + 2 * blocks, tl.sum(after * after))
+        sums = partial + (i * batch + sample) * NORMS * blocks + chunk
+        tl.store(sums + blocks * NORM_RESIDUAL, tl.sum(residual * residual))
+        tl.store(sums + blocks * NORM_CORRECTION, tl.sum(correction * correction))
+        tl.store(sums + blocks * NORM_STATE, tl.sum(after * after))
         state = after
 
 
@@ -112,10 +113,10 @@ def ddim_scan_norms_kernel(partial, window, norms, batch, blocks, PARTIALS: tl.c
     sums = tl.zeros([4, PARTIALS], tl.float64)
     for first in range(0, blocks, PARTIALS):
         block = first + tl.arange(0, PARTIALS)[None, :]
-        wanted = active & (j < 3) & (block < blocks)
-        sums += tl.load(partial + (row * 3 + j) * blocks + block, mask=wanted, other=0.0).to(tl.float64)
+        wanted = active & (j < NORMS) & (block < blocks)
+        sums += tl.load(partial + (row * NORMS + j) * blocks + block, mask=wanted, other=0.0).to(tl.float64)
     j = tl.arange(0, 4)
-    tl.store(norms + row * 3 + j, tl.sum(sums, 1), mask=j < 3)
+    tl.store(norms + row * NORMS + j, tl.sum(sums, 1), mask=j < NORMS)
 
 
 def launch_size(batch: int, size: int) -> tuple[int, int]:
@@ -150,9 +151,9 @@ def ddim_scan(
     steps, batch, size = e.shape
     block, stages = launch_size(batch, size)
     blocks = cdiv(size, block)
-    partial = torch.empty((steps, batch, 3, blocks), dtype=torch.float32, device=x.device)
+    partial = torch.empty((steps, batch, NORMS.value, blocks), dtype=torch.float32, device=x.device)
     ddim_scan_kernel[(batch * blocks,)](
-        x, e, z, a, b, c, n, slope, bands, window, beta, f, g, partial, batch * size, batch, size, slope.shape[2],
-        implicit, block, stages, num_warps=1,
+        x, e, z, a, b, c, n, slope, bands, window, beta, f, g, partial, steps, batch * size, batch, size,
+        slope.shape[2], implicit, block, stages, num_warps=1,
     )  # fmt: skip
     ddim_scan_norms_kernel[(steps * batch,)](partial, window, norms, batch, blocks, PARTIALS, num_warps=1)

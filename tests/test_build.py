@@ -93,9 +93,9 @@ def one_iteration(threads: int) -> list[Tensor]:
     scan = [address(value) for value in (x, e, z, a, b, a, n, slope, bands, window, x[1:], ring[2], norms)]
     _C.ddim_scan(*scan, S, B, D, K, 0.9, False, threads)
     _C.band_moments(*map(address, (e, x, z, bands, window, moments)), S, B, D, K, threads)
-    _C.anderson_gram(*map(address, (ring, window, gram, rhs)), S, B, D, m, 2, m, threads)
+    _C.anderson_gram(*map(address, (ring, window, gram, rhs)), m, S, B, D, 2, m, threads)
     _C.anderson_solve(*map(address, (gram, rhs, window, gamma)), S, B, m, 1, 1e-6, 0.0, False, threads)
-    _C.anderson_mix(*map(address, (ring, gamma, window, x[1:])), S, B, D, m, 2, m, threads)
+    _C.anderson_mix(*map(address, (ring, gamma, window, x[1:])), m, S, B, D, 2, m, threads)
     return [x, ring, norms, moments, gram, rhs, gamma]
 
 
@@ -120,7 +120,7 @@ def test_arrays_too_large_for_the_cache(D: int, in_place: bool) -> None:
     scan = [address(value) for value in (x, e, None, a, b, b, None, slope, bands, window, f, g, norms)]
     _C.ddim_scan(*scan, S, 1, D, 1, 0.5, False, 2)
     mixed = torch.empty_like(e)
-    _C.anderson_mix(*map(address, (ring, gamma, window, mixed)), S, 1, D, m, 1, m, 2)
+    _C.anderson_mix(*map(address, (ring, gamma, window, mixed)), m, S, 1, D, 1, m, 2)
     for actual, value in zip((f, g, norms, mixed), expected, strict=True):
         assert_close(actual, value)
 
@@ -141,7 +141,7 @@ def test_the_transform_reads_and_writes_nothing_beyond_its_arrays(width: int) ->
     reference.dct2(
         image.double(), expected, rows, *(value.double() for value in matrices), order, order.argsort(), False
     )
-    pointers = [address(value) for value in (image, spectrum, rows, *matrices, order)]
+    pointers = [address(value) for value in (image, spectrum, rows, *matrices, order, order.argsort())]
     original = image.clone()
     _C.dct2(*pointers, N, C, H, width, R, False, 1)
     assert_close(spectrum, expected)
@@ -157,5 +157,5 @@ def test_null_is_refused() -> None:
     with pytest.raises(ValueError, match="f_ring is null"):
         _C.anderson_mix(0, ctypes.addressof(memory), ctypes.addressof(memory), 0, 1, 1, 1, 1, 0, 1, 1)
     with pytest.raises(ValueError, match="m must be"):
-        _C.anderson_solve(0, 0, 0, 0, S=1, B=1, m=17, scope=0, ridge=0.0, ridge_absolute=0.0, implicit=False, threads=1)
-    _C.anderson_mix(0, 0, 0, 0, S=0, B=0, D=0, m=0, head=0, count=0, threads=1)
+        _C.anderson_solve(0, 0, 0, 0, 1, 1, 17, 0, 0.0, 0.0, False, 1)
+    _C.anderson_mix(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1)

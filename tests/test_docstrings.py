@@ -35,8 +35,28 @@ MODULES = (
     "deqkern.integrations.k_diffusion",
 )
 # Those that must have an example at each object.
-COMPLETE = ("deqkern.gradients", "deqkern.nn", "deqkern.slopes", "deqkern.solvers")
-COMPLETE_NAMES = ("fixed_point", "jacobian_regularization", "spectral_radius", "path_independence", "PathIndependence")
+COMPLETE = (
+    "deqkern.gradients",
+    "deqkern.models",
+    "deqkern.nn",
+    "deqkern.slopes",
+    "deqkern.solvers",
+    "deqkern.integrations.ddim",
+    "deqkern.integrations.diffusers",
+    "deqkern.integrations.edm",
+    "deqkern.integrations.guided_diffusion",
+    "deqkern.integrations.k_diffusion",
+)
+COMPLETE_NAMES = (
+    "NoiseSchedule",
+    "PathIndependence",
+    "fixed_point",
+    "guided",
+    "jacobian_regularization",
+    "path_independence",
+    "replicated",
+    "spectral_radius",
+)
 # Those that an example would only repeat: what `pull_back` is given and returns, shown at `Gradient`.
 WITHOUT = {"deqkern.gradients.Pulled", "deqkern.gradients.LinearizedChain"}
 

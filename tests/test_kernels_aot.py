@@ -28,13 +28,15 @@ ARCHITECTURES = (80, 90)
 TYPES = {
     **dict.fromkeys(("x", "e", "z", "a", "b", "c", "n", "slope", "f", "g", "f_ring", "gamma", "out"), "*fp32"),
     **dict.fromkeys(("dx", "e_prev", "g_ring", "image", "spectrum", "source", "target"), "*fp32"),
-    **dict.fromkeys(("moved", "held"), "*fp32"),
+    **dict.fromkeys(("last_change", "constant_x0"), "*fp32"),
     **dict.fromkeys(("matrix", "dct_h", "dct_w", "colour", "partial"), "*fp32"),
     **dict.fromkeys(
-        ("norms", "moments", "gram", "rhs", "low", "high", "scale", "errors", "path", "tolerance"), "*fp64"
+        ("norms", "moments", "gram", "rhs", "low", "high", "scale", "convergence", "path", "tolerance"), "*fp64"
     ),
-    **dict.fromkeys(("window", "bands", "rows", "place", "gap", "diverged", "before", "skip"), "*i64"),
-    **dict.fromkeys(("beta", "pull", "rtol", "contraction", "growth"), "fp32"),
+    **dict.fromkeys(
+        ("window", "bands", "rows", "place", "first_interpolated", "diverged", "previous_window", "skip"), "*i64"
+    ),
+    **dict.fromkeys(("beta", "prior_weight", "rtol", "best_contraction", "growth"), "fp32"),
 }
 ALIGNED = {"size", "plane", "height", "width", "length", "other"}  # integers divisible by 16 where a sample's sides are
 
@@ -95,7 +97,7 @@ CASES = [
     Case("extrapolate_states_kernel", {"IMPLICIT": True, "BLOCK": 512, "z": None}, 4, 3, 2),
     Case("extrapolate_states_kernel", {"IMPLICIT": False, "BLOCK": 512}, 4, aligned=False),
     Case("update_convergence_kernel", {"IMPLICIT": False, "BLOCK": 64}, 1),
-    Case("update_convergence_kernel", {"IMPLICIT": True, "BLOCK": 256, "gap": None}, 1),
+    Case("update_convergence_kernel", {"IMPLICIT": True, "BLOCK": 256, "first_interpolated": None}, 1),
     Case("anderson_gram_kernel", {"M": 1, "BLOCK": 512}, 1, 8),
     Case("anderson_gram_kernel", {"M": 4, "BLOCK": 512}, 1, 20),
     Case("anderson_gram_kernel", {"M": 5, "BLOCK": 256}, 1, 12),

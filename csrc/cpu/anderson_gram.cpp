@@ -11,7 +11,6 @@ namespace {
 constexpr int64_t kSegment = 4096;
 constexpr int64_t kBlock = 1024;  // floats that are summed before going to double
 constexpr int64_t kAhead = 512;   // floats
-constexpr int kMaxHistory = 16;
 constexpr int kGroup = 5;  // ages taken together: 2 * 5 sums and 4 operands fit in 16 registers
 
 // totals[j] += <dG_0, dG_j>, totals[count + j] += <dG_j, g> for the kAges ages from `ages` on.

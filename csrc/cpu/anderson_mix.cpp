@@ -8,7 +8,6 @@ namespace DEQKERN_ISA {
 namespace {
 
 constexpr int64_t kSegment = 4096;
-constexpr int kMaxHistory = 16;
 constexpr int64_t kAhead = 512;  // floats
 constexpr int kUnroll = 4;  // vectors in flight, which hides the loads of gamma and of the pointers
 

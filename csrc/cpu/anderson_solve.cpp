@@ -11,11 +11,6 @@ namespace deqkern {
 namespace DEQKERN_ISA {
 namespace {
 
-constexpr int kMaxHistory = 16;
-constexpr double kSmallestPivot = 1e-10;      // relative to the largest diagonal entry
-constexpr double kSmallestEigenvalue = 1e-12;  // relative to the largest
-constexpr int kSweeps = 40;
-
 DEQKERN_INLINE double magnitude(double value) { return __builtin_fabs(value); }
 DEQKERN_INLINE bool finite(double value) { return magnitude(value) <= DBL_MAX; }
 
@@ -191,7 +186,7 @@ void solve_sample(const AndersonSolve& op, int64_t b) {
   if (op.scope == Scope::joint)
     for (int64_t i = window.begin; i < window.end; ++i) add_row(op, i * op.B + b, scale.factor, matrix, right);
   for (int64_t t = 0; t < window.end - window.begin; ++t) {
-    const int64_t i = op.scope == Scope::anticausal ? window.end - 1 - t : window.begin + t;
+    const int64_t i = window.begin + t;
     const int64_t row = i * op.B + b;
     if (op.scope == Scope::row) {
       for (double& entry : matrix) entry = 0.0;

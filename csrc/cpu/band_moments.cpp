@@ -33,8 +33,8 @@ void add_band(const float* dx, const float* e, const float* e_prev, int64_t begi
     for (; d + kLanes <= stop; d += kLanes) multiply<true>(dx, e, e_prev, d, 0, sums);
     if (d < stop) multiply<false>(dx, e, e_prev, d, static_cast<int>(stop - d), sums);
     d = stop;
-    moments[0] += lane_sum(sums.product);
-    moments[1] += lane_sum(sums.square);
+    moments[moment::cross] += lane_sum(sums.product);
+    moments[moment::square] += lane_sum(sums.square);
   }
 }
 
@@ -42,7 +42,7 @@ void add_band(const float* dx, const float* e, const float* e_prev, int64_t begi
 
 void band_moments(const BandMoments& op) {
   const int64_t rows = op.S * op.B, segments = ceil_div(op.D, kSegment), tasks = rows * segments;
-  const int64_t width = 2 * op.K;
+  const int64_t width = moment::count * op.K;
   double* partial = op.moments;  // (rows, segments, K, 2); with one segment it is the answer itself
   if (segments > 1) partial = static_cast<double*>(scratch(static_cast<size_t>(tasks * width) * sizeof(double)));
   const int team = team_size(op.threads, tasks, 3 * rows * op.D);
@@ -58,7 +58,7 @@ void band_moments(const BandMoments& op) {
       const int64_t from = task % segments * kSegment, to = smaller(from + kSegment, op.D), offset = row * op.D;
       for (int64_t k = 0; k < op.K; ++k)
         add_band(op.dx + offset, op.e + offset, op.e_prev + offset, larger(op.bands[k], from),
-                 smaller(op.bands[k + 1], to), moments + 2 * k);
+                 smaller(op.bands[k + 1], to), moments + moment::count * k);
     }
     if (segments > 1) {
 #pragma omp for schedule(static)

@@ -117,10 +117,10 @@ void scan_chunk(const DdimScan& op, const Chunk& chunk, Window window, double* p
                   splat(op.a[i]), splat(op.b[i]), splat(kTwoStep && i > 0 ? op.c[i] : 0.0f),
                   splat(kNoise ? op.n[i] : 0.0f), splat(op.beta)};
     if (!kImplicit && i == window.begin) {
-      advance_row<true, false, kTwoStep, kNoise>(row, buffers, chunk.length, partial + 3 * i);
+      advance_row<true, false, kTwoStep, kNoise>(row, buffers, chunk.length, partial + norm::count * i);
     } else {
       fill_factors<kImplicit, kTwoStep>(op, chunk, i, buffers);
-      advance_row<false, kImplicit, kTwoStep, kNoise>(row, buffers, chunk.length, partial + 3 * i);
+      advance_row<false, kImplicit, kTwoStep, kNoise>(row, buffers, chunk.length, partial + norm::count * i);
     }
   }
   finish_streams();
@@ -136,17 +136,18 @@ DEQKERN_INLINE auto scan_of(const DdimScan& op) {
 // norms[i, b] = sum over chunks of partial[chunk, i], zero outside the window.
 void sum_norms(const DdimScan& op, int64_t b, Window window, const double* partial, int64_t chunks) {
   for (int64_t i = 0; i < op.S; ++i)
-    for (int64_t j = 0; j < 3; ++j) op.norms[(i * op.B + b) * 3 + j] = 0.0;
+    for (int j = 0; j < norm::count; ++j) op.norms[(i * op.B + b) * norm::count + j] = 0.0;
   for (int64_t chunk = 0; chunk < chunks; ++chunk)
     for (int64_t i = window.begin; i < window.end; ++i)
-      for (int64_t j = 0; j < 3; ++j) op.norms[(i * op.B + b) * 3 + j] += partial[(chunk * op.S + i) * 3 + j];
+      for (int j = 0; j < norm::count; ++j)
+        op.norms[(i * op.B + b) * norm::count + j] += partial[(chunk * op.S + i) * norm::count + j];
 }
 
 }  // namespace
 
 void ddim_scan(const DdimScan& op) {
   const int64_t length = chunk_length(op.D), chunks = ceil_div(op.D, length), tasks = op.B * chunks;
-  double* partial = static_cast<double*>(scratch(static_cast<size_t>(tasks * op.S * 3) * sizeof(double)));
+  double* partial = static_cast<double*>(scratch(static_cast<size_t>(tasks * op.S * norm::count) * sizeof(double)));
   const int team = team_size(op.threads, tasks, 4 * op.S * op.B * op.D);
 #pragma omp parallel num_threads(team) if (team > 1)
   {
@@ -157,11 +158,11 @@ void ddim_scan(const DdimScan& op) {
       while (op.bands[chunk.band + 1] <= chunk.begin) ++chunk.band;
       const Window window = window_of(op.window, chunk.b, op.S);
       if (window.begin >= window.end) continue;
-      (op.z != nullptr ? scan_of<true>(op) : scan_of<false>(op))(op, chunk, window, partial + task * op.S * 3);
+      (op.z != nullptr ? scan_of<true>(op) : scan_of<false>(op))(op, chunk, window, partial + task * op.S * norm::count);
     }
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < op.B; ++b)
-      sum_norms(op, b, window_of(op.window, b, op.S), partial + b * chunks * op.S * 3, chunks);
+      sum_norms(op, b, window_of(op.window, b, op.S), partial + b * chunks * op.S * norm::count, chunks);
   }
 }
 

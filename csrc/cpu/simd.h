@@ -123,13 +123,13 @@ DEQKERN_INLINE int64_t smaller(int64_t p, int64_t q) { return p < q ? p : q; }
 DEQKERN_INLINE int64_t larger(int64_t p, int64_t q) { return p > q ? p : q; }
 DEQKERN_INLINE int64_t ceil_div(int64_t p, int64_t q) { return (p + q - 1) / q; }
 
-// The active steps of sample b, begin <= i < end, clamped to 0 .. S.
+// The active steps of sample b, begin <= i < end, cut to 0 .. S.
 struct Window {
   int64_t begin, end;
 };
 DEQKERN_INLINE Window window_of(const int64_t* window, int64_t b, int64_t S) {
-  const int64_t begin = larger(window[2 * b], 0);
-  return {begin, smaller(window[2 * b + 1], S)};
+  const auto within = [S](int64_t step) { return smaller(larger(step, 0), S); };
+  return {within(window[2 * b]), within(window[2 * b + 1])};
 }
 
 }  // namespace DEQKERN_ISA

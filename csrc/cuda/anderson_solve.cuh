@@ -18,10 +18,7 @@ namespace cuda {
 
 constexpr int kThreads = 256;
 constexpr unsigned kWarp = 0xffffffffu;
-constexpr double kSmallestPivot = 1e-10;      // relative to the largest diagonal entry
-constexpr double kSmallestEigenvalue = 1e-12;  // relative to the largest
 constexpr double kOrthogonal = 1e-15;          // cosine of two columns
-constexpr int kSweeps = 40;
 
 // M: the longest history that it holds.
 template <int M>
@@ -235,10 +232,10 @@ __global__ void __launch_bounds__(kThreads, 2) anderson_solve_kernel(AndersonSol
   const int64_t begin = within(op.window[2 * b], op.S), end = within(op.window[2 * b + 1], op.S);
   const int64_t first = op.implicit ? begin : begin + 1;  // the first step that mixes
   const int64_t length = end > begin ? end - begin : 0;
-  const bool joint = op.scope == Scope::joint, backward = op.scope == Scope::anticausal;
+  const bool joint = op.scope == Scope::joint;
   const double factor = op.scope == Scope::row ? 1.0 : ldexp(1.0, -unit);
   unit = op.scope == Scope::row ? 0 : unit;
-  const auto row_of = [&](int64_t place) { return (backward ? end - 1 - place : begin + place) * op.B + b; };
+  const auto row_of = [&](int64_t place) { return (begin + place) * op.B + b; };
 
   const int64_t stop = joint ? op.S : start + kGroups;  // with the scope `joint` one block does the sample
   for (int64_t i = start + group; i < stop; i += kGroups)
@@ -281,7 +278,7 @@ __global__ void __launch_bounds__(kThreads, 2) anderson_solve_kernel(AndersonSol
     load(op, row_of(place < length ? place : 0), lane, place < length, column);
     leave_out_if_not_finite(column, factor);
   }
-  if (op.scope == Scope::causal || backward) {
+  if (op.scope == Scope::causal) {
     put(rows[group], lane, column);
     __syncthreads();
     for (int entry = thread; entry < kEntries; entry += kThreads) {

@@ -19,31 +19,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..ops.state import ConstantX0
 from ..support.checks import is_int
 from .output import Clipping, ConversionRows, OutputConversion, estimates, output_mix
 
 _MAX_LOG_SNR = 32.0
 _SMALLEST_SIGMA = 1e-12  # stands for 0 at a timestep without noise: sample prediction divides by it
 _IDLE = 1e-9  # a step whose b is no larger stays where it is
-
-
-class ConstantX0(NamedTuple):
-    """The constant-x0 extrapolation of a chain, (S,) float64 each: how its states go on while x0 stays what it is.
-
-        x[i+1] = keep[i] x[i] + x0_gain[i] x0 + n[i] z[i],      x0 = of_x[j] x + of_out[j] out
-
-    for the output out of step j at the state x that the model is called at; both as they enter the chain.
-    """
-
-    keep: Tensor
-    x0_gain: Tensor
-    of_x: Tensor
-    of_out: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +151,7 @@ class StepTable:
             flipped["a"] = torch.cat([torch.ones_like(self.a[:1]), flipped["a"][:-1]])
         return replace(self, **flipped, clipping=None)  # VJPs enter it as they are
 
-    def constant_x0(self) -> ConstantX0:
+    def constant_x0(self) -> ConstantX0[Tensor]:
         """How the chain goes on while x0 stays what it is."""
         entering = _entering(self.order, self.clipping) or self.prediction_type
         x0 = estimates(entering, self.alpha, self.sigma)

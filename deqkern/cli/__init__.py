@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..support.version import version
-from . import doctor, inversion, planning, plotting, sampling
+from . import demo, doctor, inversion, planning, plotting, sampling
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -28,8 +28,13 @@ def main(
 
 
 _commands = (
-    *(sampling.sample, sampling.demo, inversion.invert, inversion.interpolate),
-    *(planning.plan, plotting.plot, doctor.doctor),
+    sampling.sample,
+    demo.demo,
+    inversion.invert,
+    inversion.interpolate,
+    planning.plan,
+    plotting.plot,
+    doctor.doctor,
 )
 for _command in _commands:
     app.command()(_command)

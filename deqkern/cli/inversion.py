@@ -36,7 +36,7 @@ from .common import (
     writing,
 )
 from .files import Noise, read_pictures
-from .sampling import Run, median, run_table
+from .results import Run, median, run_table
 
 _FRAME = 112  # pixels
 
@@ -157,7 +157,7 @@ def invert(
             Noise(found.value, model, steps, chain.sigma_min).save(out, found, round_trip, names)
         if report is not None:
             with writing(report, "--report"):
-                _draw(report, names, pictures, again, run, chain, tolerance)
+                _draw(report, names, pictures, again=again, run=run, chain=chain, rtol=tolerance)
         options: dict[str, Any] = {"model": model, "steps": steps, "sigma_min": chain.sigma_min, "method": str(method)}
         options |= {"rtol": None if method == Method.naive else tolerance}
         if save_run is not None:
@@ -212,7 +212,9 @@ def _iterations(run: Run) -> list[int]:
     return (evaluated * torch.arange(1, len(evaluated) + 1)[:, None]).amax(0).tolist()
 
 
-def _draw(path: Path, names: list[str], pictures: Tensor, again: Tensor, run: Run, chain: Chain, rtol: float) -> None:
+def _draw(
+    path: Path, names: list[str], pictures: Tensor, *, again: Tensor, run: Run, chain: Chain, rtol: float
+) -> None:
     difference, factor = plots.amplified(again - pictures)
     panels = {"source": pictures, "reconstruction": again, f"difference x {factor:g} (grey: none)": difference}
     searched = run.solver == Method.optimize

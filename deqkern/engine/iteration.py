@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..ops.state import Norms
 from ..solvers.presets import Solver
 from ..solvers.slopes import learns
 from .extension import Extension
@@ -178,7 +179,7 @@ class Iteration:
             exact = begin if implicit else begin + 1
             bad = torch.from_numpy(evaluated[begin:end, b]) & ~self.outputs(k)[begin:end, b].isfinite().all(-1).cpu()
             if not implicit:  # the map was evaluated at x[i], of which norms hold |x[i+1]|^2
-                sizes = self.norms[begin : end - 1, b, 2].sqrt().cpu()
+                sizes = Norms.view(self.norms).state[begin : end - 1, b].sqrt().cpu()
                 bad[1:] &= sizes <= OVERSHOOT * trajectory.scale[b].cpu()
             if bad.any():
                 steps = trajectory.describe(begin + bad.nonzero().flatten())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..chain.step_table import StepTable
+from ..ops.state import Status
 from ..solvers.presets import Solver
 from ..support.eager import uncompiled
 from .capture import CapturedIterations
@@ -19,7 +20,7 @@ from .iteration import Iteration
 from .rows import Rows
 from .selection import Selection, Thinning, is_worth_thinning, relative_changes
 from .solution import Callback, Record, Solution
-from .stopping import Status, Stopping
+from .stopping import Stopping
 from .trajectory import Traits, Trajectory, start
 
 
@@ -159,7 +160,7 @@ class Solve:
         self._told = True
         # Wait for what the iteration reached, and take note of it.
         flat, *norms = self.mailbox.read()
-        self.window, diverged = Status.of(flat)
+        self.window, diverged = Status.view(flat)
         diverged = diverged != 0
         selection, evaluated = self.selection, self.selection.evaluated
         if norms:
@@ -169,7 +170,7 @@ class Solve:
         if diverged.any():
             self.iteration.fall_back(diverged, before, evaluated, k)
         counts = torch.from_numpy(selection.counts)
-        error = self.iteration.stopping.errors[:, 0]
+        error = self.iteration.stopping.convergence.estimate
         self.record.note(error, counts, self.iteration.norms, torch.from_numpy(evaluated))
 
     def correct_first(self, first: Tensor) -> None:
@@ -211,7 +212,7 @@ class Solve:
         trajectory, record, stopping = self.trajectory, self.record, self.iteration.stopping
         steps, batch = trajectory.steps, trajectory.batch
         converged = torch.from_numpy(self.window[:, 0] >= steps).to(trajectory.x.device)
-        estimate, residual = stopping.errors[:, 0].clone(), stopping.errors[:, 4].clone()
+        estimate, residual = stopping.convergence.estimate.clone(), stopping.convergence.residual.clone()
         histories = record.histories(estimate, self.iteration.norms)
         fallen_back = int(self.selection.plain.sum())
         # Their memory makes room for the states.

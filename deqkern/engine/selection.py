@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..chain.step_table import StepTable
+from ..ops.state import Norms, OutputPath
 from .host import Bools, Ints, Reals, Upload
 
 # A state that moves by more than this share of itself, or has not moved yet, counts as moving by so much.
@@ -42,9 +43,9 @@ def relative_changes(norms: Reals) -> Reals:
 
     The first state never moves; one that no scan has come to, or that is not finite, counts as moving without bound.
     """
-    changes = np.zeros(norms.shape[:2])
+    changes, squares = np.zeros(norms.shape[:2]), Norms.view(norms)
     with np.errstate(divide="ignore", invalid="ignore"):
-        changes[1:] = np.sqrt(norms[:-1, :, 1] / norms[:-1, :, 2])
+        changes[1:] = np.sqrt(squares.correction[:-1] / squares.state[:-1])
     changes[np.isnan(changes)] = np.inf
     return changes
 
@@ -67,8 +68,9 @@ class Thinning:
         after = constant.keep.cumprod(0)
         scale = torch.cat([torch.ones_like(after[:1]), after[:-1]])
         sums = torch.stack([constant.x0_gain, constant.x0_gain * level]).div(after).cumsum(1)
-        sums = torch.cat([torch.zeros_like(sums[:, :1]), sums[:, :-1]], 1)
-        self.path: Tensor = torch.stack([scale, *sums, level, constant.of_x, constant.of_out])
+        gain, gain_level = torch.cat([torch.zeros_like(sums[:, :1]), sums[:, :-1]], 1)
+        rows = OutputPath(scale, gain, gain_level, level=level, of_x=constant.of_x, of_out=constant.of_out)
+        self.path: Tensor = torch.stack(rows)
 
     def choose_steps(self, open_steps: Bools, changes: Reals) -> Bools:
         """Whether each open step of a window (S, B) is evaluated (S, B); the first and the last one are.

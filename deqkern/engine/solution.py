@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.state import Norms
+
 Callback = Callable[[int, Tensor, Tensor], None]
 
 # Whose frames a warning passes over: torch's stand between a layer, or a backward pass, and who calls it.
@@ -115,8 +117,9 @@ class Record:
 
 def _residuals(norms: Tensor, evaluated: Tensor) -> Tensor:
     """`Solution.residual_history` from the norms (iterations, S, B, 3) of scans, and what was evaluated for them."""
-    residual, _, state = norms.sqrt().unbind(-1)
-    relative = torch.where(residual == 0, 0.0, (residual / state).nan_to_num(torch.inf, torch.inf))
+    squares = Norms.view(norms.sqrt())
+    relative = (squares.residual / squares.state).nan_to_num(torch.inf, torch.inf)
+    relative = torch.where(squares.residual == 0, 0.0, relative)
     return torch.where(evaluated.to(norms.device), relative, torch.nan)
 
 

@@ -143,6 +143,8 @@ class Trajectory:
             raise ValueError(f"{prefix} shape {tuple(output.shape)} for samples of shape {self.basis.shape}")
         if output.device != device or not output.is_floating_point():
             raise ValueError(f"{prefix} {output.dtype} on {output.device} for an input on {device}")
+        if output.layout is not torch.strided:
+            raise ValueError(f"{prefix} a tensor of layout {output.layout}, not a dense one")
         return len(output)
 
     def describe(self, steps: Tensor) -> str:

@@ -15,7 +15,7 @@ from ..engine.solution import Callback, Solution, warn_unless_converged
 from ..engine.trajectory import Traits, Trajectory
 from ..gradients.autograd import attach
 from ..gradients.linearized import LinearizedChain, Pulled
-from ..gradients.methods import Implicit, named
+from ..gradients.methods import Implicit, check_table, named
 from ..gradients.pullback import Gradient, pull_back
 from ..network.vjp import leaves, scaled_vjp
 from ..solvers.basis import Basis
@@ -134,6 +134,7 @@ def check_options(
     check_rtol(rtol)
     check_count("max_iterations", max_iterations)
     method = named(gradient, ("implicit", "phantom"))
+    check_table(method, STEP)
     if isinstance(method, Implicit) and method.solver is not None:
         _check_plain("gradient.solver", method.solver)
     return method

@@ -14,6 +14,8 @@ from ..solvers.presets import Solver
 from ..support.checks import check_number
 from .chain import Chain
 
+__all__ = ["generalized_steps"]
+
 
 def generalized_steps(
     x: Tensor,  # (B, *shape)

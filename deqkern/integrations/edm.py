@@ -12,6 +12,8 @@ from ..support.checks import check_count, check_number
 from .chain import Chain
 from .k_diffusion import sigma_table
 
+__all__ = ["edm_sampler"]
+
 
 def edm_sampler(
     net: Callable[..., Tensor],

@@ -18,6 +18,8 @@ from ..support.checks import check_callable, is_int
 from .chain import Chain
 from .ddim import ddim_table
 
+__all__ = ["ddim_reverse_sample_loop", "ddim_sample_loop", "ddim_sample_loop_progressive"]
+
 
 def ddim_sample_loop(
     diffusion: Any,

@@ -12,6 +12,8 @@ from ..chain.step_table import StepTable, check_order
 from ..solvers.presets import Solver
 from .chain import Chain
 
+__all__ = ["sample_deq"]
+
 
 def sample_deq(
     model: Callable[..., Tensor],

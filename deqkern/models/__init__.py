@@ -16,6 +16,8 @@ from ..chain.schedule import NoiseSchedule
 from ..solvers.slopes import SlopeProfile
 from ..support.checks import is_int
 
+__all__ = ["SHIPPED", "Pretrained", "load"]
+
 SHIPPED = ("digits", "photos")
 
 _FOLDER = Path(__file__).parent
@@ -32,6 +34,13 @@ class Pretrained:
         shape: Of one sample, (C, H, W).
         profile: Its measured slopes, where known.
         name: That it was loaded by, or of its folder.
+
+    Example:
+        >>> import torch, deqkern
+        >>> digits = deqkern.models.load("digits")
+        >>> noise = torch.randn(2, *digits.shape)
+        >>> deqkern.sample(digits.model, noise, digits.schedule, 20).value.shape
+        torch.Size([2, 1, 16, 16])
     """
 
     model: torch.nn.Module

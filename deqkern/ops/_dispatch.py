@@ -1,14 +1,13 @@
 """The torch side of every op: schema, fake, and the backend that runs a call.
 
-A backend is a module that holds functions with the reference's signatures: `reference`, `_cpu` and `_cuda`
-(deqkern._C), and `deqkern.kernels.<op>` (Triton). They are looked up once per (op, device, dtype), when first called.
+A backend is a set of functions with the reference's signatures: `reference` itself, `deqkern._C` on CPUs and GPUs (see
+`_native`), and `deqkern.kernels.<op>` (Triton). They are looked up once per (op, device, dtype), when first called.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,28 +15,20 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch.autograd.graph import increment_version  # noqa: F401, the written functions call it
 
-from . import _cpu, _cuda, reference
+from . import _generate, _native, reference
+from .contract import Contract, State
 
 Kernel = Callable[..., None]
 
-# op -> (the argument whose dtype and device choose the kernel, {overload: arguments it writes})
-OPS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
-    "dct2": ("spectrum", {".forward": ("spectrum",), ".inverse": ("image",)}),
-    "ddim_scan": ("x", {"": ("f", "g", "norms")}),
-    "band_moments": ("dx", {"": ("moments",)}),
-    "secant_slope": ("slope", {"": ("slope",)}),
-    "interpolate_outputs": ("x", {"": ("e",)}),
-    "extrapolate_states": ("x", {"": ("x", "moved")}),
-    "anderson_gram": ("g_ring", {"": ("gram", "rhs")}),
-    "anderson_solve": ("gamma", {"": ("gamma",)}),
-    "anderson_mix": ("f_ring", {"": ("out",)}),
-    "update_convergence": ("norms", {"": ("errors", "window", "diverged")}),
-}
+CONTRACTS = {op: Contract(getattr(reference, op)) for op in reference.__all__}
 
 
-# What kernels are written for: the dtype of the state, and that of norms, which is float64 beside any state.
-DTYPES = dict.fromkeys(OPS, torch.float32) | {"update_convergence": torch.float64}
+def kernel_dtype(op: str) -> torch.dtype:
+    """What kernels are written for: the dtype of the state, or of what chooses the kernel if there is no state."""
+    rule = CONTRACTS[op].chooser.rule
+    return torch.float32 if isinstance(rule, State) else rule.dtype
 
 
 def _find_reference(op: str, device: str, dtype: torch.dtype) -> Kernel | str:
@@ -46,20 +37,20 @@ def _find_reference(op: str, device: str, dtype: torch.dtype) -> Kernel | str:
 
 
 def _find_cpu(op: str, device: str, dtype: torch.dtype) -> Kernel | str:
-    if _cpu.unavailable:
-        return _cpu.unavailable
+    if _native.unavailable:
+        return _native.unavailable
     if device != "cpu":
         return f"its kernels read host memory, not {device}"
-    if dtype is not DTYPES[op]:
-        return f"its kernels are written for {DTYPES[op]}, not {dtype}"
-    return getattr(_cpu, op)
+    if dtype is not kernel_dtype(op):
+        return f"its kernels are written for {kernel_dtype(op)}, not {dtype}"
+    return _native.write_cpu(CONTRACTS[op], getattr(_native._C, op))
 
 
 def _find_triton(op: str, device: str, dtype: torch.dtype) -> Kernel | str:
     if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"Triton does not run on {device}"
-    if dtype is not DTYPES[op]:
-        return f"its kernels are written for {DTYPES[op]}, not {dtype}"
+    if dtype is not kernel_dtype(op):
+        return f"its kernels are written for {kernel_dtype(op)}, not {dtype}"
     try:
         kernel = getattr(importlib.import_module(f"deqkern.kernels.{op}"), op)
     except ImportError as error:
@@ -68,18 +59,18 @@ def _find_triton(op: str, device: str, dtype: torch.dtype) -> Kernel | str:
 
 
 def _find_cuda(op: str, device: str, dtype: torch.dtype) -> Kernel | str:
-    if _cpu.unavailable:
-        return _cpu.unavailable
-    if not _cpu._C.cuda_compiled():
-        return f"deqkern._C was compiled without CUDA: {_cpu._C.build_info()['cuda_reason']}"
-    kernel = getattr(_cuda, op, None)
+    if _native.unavailable:
+        return _native.unavailable
+    if not _native._C.cuda_compiled():
+        return f"deqkern._C was compiled without CUDA: {_native._C.build_info()['cuda_reason']}"
+    kernel = getattr(_native._C, f"cuda_{op}", None)
     if kernel is None:
         return f"deqkern._C has no CUDA kernel for {op}"
     if device != "cuda":
         return f"its kernels read the memory of a GPU, not {device}"
-    if dtype is not DTYPES[op]:
-        return f"its kernels are written for {DTYPES[op]}, not {dtype}"
-    return kernel
+    if dtype is not kernel_dtype(op):
+        return f"its kernels are written for {kernel_dtype(op)}, not {dtype}"
+    return _native.write_cuda(CONTRACTS[op], kernel, _native.stream)
 
 
 def _in_its_dtype(kernel: Kernel, device: str) -> Kernel:
@@ -153,7 +144,7 @@ def backends() -> dict[str, dict[str, Any]]:
     report: dict[str, dict[str, Any]] = {}
     for name, find in _FIND.items():
         device = "cuda" if name in ("triton", "cuda") else "cpu"
-        found = {op: find(op, device, DTYPES[op]) for op in OPS}
+        found = {op: find(op, device, kernel_dtype(op)) for op in CONTRACTS}
         ops = [op for op, kernel in found.items() if not isinstance(kernel, str)]
         reasons = [reason for reason in found.values() if isinstance(reason, str)]
         if device == "cuda" and not torch.cuda.is_available():
@@ -163,37 +154,39 @@ def backends() -> dict[str, dict[str, Any]]:
         report[name] = {"loaded": bool(ops), "ops": ops}
         if reasons:
             report[name]["reason"] = "; ".join(dict.fromkeys(reasons))
-    if not _cpu.unavailable:
+    if not _native.unavailable:
         try:
-            report["cpu"] |= {"isa": _cpu._C.isa(), "isas": _cpu._C.isas(), "threads": torch.get_num_threads()}
+            report["cpu"] |= {"isa": _native._C.isa(), "isas": _native._C.isas(), "threads": torch.get_num_threads()}
         except RuntimeError as error:  # DEQKERN_ISA names one that is not there: every call says the same
             report["cpu"] = {"loaded": False, "ops": [], "reason": str(error)}
     return report
 
 
-direct: dict[str, Kernel] = {}  # the ops past torch's dispatcher, by name and overload
+def _write_direct(contract: Contract, overload: str) -> Kernel:
+    """The op past torch's dispatcher: it finds the kernel, and tells autograd what was written."""
+    names = ", ".join(argument.name for argument in contract.arguments)
+    chooser, written = contract.chooser.name, ", ".join(contract.overloads[overload])
+    body = f"""\
+_kernel({contract.name!r}, _requested.get(), {chooser}.device.type, {chooser}.dtype)({names})
+increment_version(({written},))
+"""
+    return _generate.write_function(contract, "direct", body, globals(), {})
 
 
-def _register(library: torch.library.Library, op: str, overload: str, written: tuple[str, ...]) -> None:
-    meaning = getattr(reference, op)
-    names = list(inspect.signature(meaning).parameters)
-    chooser = names.index(OPS[op][0])
-    places = [names.index(name) for name in written]
-
-    def run(*arguments: Any, **named: Any) -> None:
-        if named:
-            arguments += tuple(named[name] for name in names[len(arguments) :])
-        tensor = arguments[chooser]
-        _kernel(op, _requested.get(), tensor.device.type, tensor.dtype)(*arguments)
-        torch.autograd.graph.increment_version([arguments[place] for place in places])
-
-    direct[op + overload] = run
-    library.define(op + overload + torch.library.infer_schema(meaning, mutates_args=written))
-    library.impl(op + overload, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"deqkern::{op}{overload}", lambda *arguments: None, lib=library)
+def _register(contract: Contract, overload: str) -> Kernel:
+    name = contract.name + f".{overload}" * bool(overload)
+    library.define(name + contract.schema(overload))
+    library.impl(name, direct[contract.name, overload], "CompositeExplicitAutograd")
+    torch.library.register_fake(f"deqkern::{name}", lambda *arguments: None, lib=library)
+    registered: Kernel = getattr(getattr(torch.ops.deqkern, contract.name), overload or "default")
+    return registered
 
 
-_library = torch.library.Library("deqkern", "DEF")
-for _op, (_, _overloads) in OPS.items():
-    for _overload, _written in _overloads.items():
-        _register(_library, _op, _overload, _written)
+library = torch.library.Library("deqkern", "DEF")
+# By (op, overload): the ops past torch's dispatcher, and through it.
+direct = {
+    (op, overload): _write_direct(contract, overload)
+    for op, contract in CONTRACTS.items()
+    for overload in contract.overloads
+}
+registered = {(op, overload): _register(CONTRACTS[op], overload) for op, overload in direct}

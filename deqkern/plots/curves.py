@@ -1,4 +1,4 @@
-"""Errors against iterations."""
+"""Curves of convergence of several solvers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Grids of samples, side by side."""
+"""Grids of samples, as pictures in which no pixel is resampled."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .style import COLOURS, DOTTED, DPI, MARGIN, new_figure, plain, shortened, wrapped
+from .style import COLOURS, new_figure, plain, shortened, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy import ndarray
 
+_DPI = 100
+_MARGIN = 16  # pixels
 _TITLE, _TITLE_LINE, _TITLE_CHARACTER = 28, 18, 12  # the heights of one line and of another, the width of a letter
-_SMALLEST_SAMPLE = 96  # a sample is enlarged by a whole number to at least this many pixels
+_SMALLEST_SAMPLE = 96  # a sample is enlarged by a whole number to at least so many pixels
 _SMALLEST_PANEL = 220  # has room for its name
 _CURVES = 300  # the height of curves under a picture
-_NAMED = 8  # more curves than this are not told apart
+_NAMED = 8  # so many curves are told apart
+_DOTTED = 60  # about so many points are marked
 
 
 def grid(images: Tensor, scale: int | None = None, columns: int | None = None) -> ndarray[Any, Any]:
@@ -107,7 +110,7 @@ def save_comparison(
         >>> deqkern.plots.save_comparison("comparison.png", panels, "digits")
 
     """
-    panelled(panels, title, smallest, columns).savefig(path, dpi=DPI)
+    panelled(panels, title, smallest, columns).savefig(path, dpi=_DPI)
 
 
 def save_inversion(
@@ -146,8 +149,8 @@ def save_inversion(
         save_comparison(path, panels, title)
         return
     figure = panelled(panels, title, _SMALLEST_PANEL, room=_CURVES)
-    width, height = (figure.get_size_inches() * DPI).tolist()
-    left, below, right, above = 80, 50, MARGIN, MARGIN
+    width, height = (figure.get_size_inches() * _DPI).tolist()
+    left, below, right, above = 80, 50, _MARGIN, _MARGIN
     box = (left / width, below / height, (width - left - right) / width, (_CURVES - below - above) / height)
     axis = figure.add_axes(box)
     many, longest = len(curves) > _NAMED, max(map(len, curves.values()))
@@ -155,7 +158,7 @@ def save_inversion(
         axis.semilogy(
             range(1, len(values) + 1),
             values,
-            "-" if longest > DOTTED else "o-",
+            "-" if longest > _DOTTED else "o-",
             color=COLOURS[0 if many else i % len(COLOURS)],
             alpha=0.5 if many else 1,
             label="_" if many else plain(shortened(name, 24)),
@@ -169,27 +172,27 @@ def save_inversion(
     axis.grid(alpha=0.25)
     if rtol or not many:
         axis.legend(fontsize=8, frameon=False)
-    figure.savefig(path, dpi=DPI)
+    figure.savefig(path, dpi=_DPI)
 
 
 def panelled(
     panels: Mapping[str, Tensor], title: str, smallest: int, columns: int | None = None, room: int = 0
 ) -> Figure:
-    """A figure of named grids, with `room` pixels under them."""
+    """A figure of named grids, with so many pixels of room under them."""
     sheets = {name: grid(images, columns=columns) for name, images in panels.items()}
     tallest = max(sheet.shape[0] for sheet in sheets.values())
     widths = [max(sheet.shape[1], smallest) for sheet in sheets.values()]
-    width = sum(widths) + MARGIN * (len(widths) + 1)
-    title = wrapped(shortened(title, 300), (width - 2 * MARGIN) // _TITLE_CHARACTER)
+    width = sum(widths) + _MARGIN * (len(widths) + 1)
+    title = wrapped(shortened(title, 300), (width - 2 * _MARGIN) // _TITLE_CHARACTER)
     heading = _TITLE + _TITLE_LINE * title.count("\n") if title else 0
-    height = tallest + _TITLE + heading + 2 * MARGIN + room
-    figure = new_figure(width / DPI, height / DPI)
-    left, bottom = MARGIN, MARGIN + room
+    height = tallest + _TITLE + heading + 2 * _MARGIN + room
+    figure = new_figure(width / _DPI, height / _DPI)
+    left, bottom = _MARGIN, _MARGIN + room
     for (name, sheet), panel in zip(sheets.items(), widths, strict=True):
         figure.figimage(sheet, left + (panel - sheet.shape[1]) // 2, bottom + tallest - sheet.shape[0], origin="upper")
         above = (bottom + tallest + 8) / height
         figure.text((left + panel / 2) / width, above, plain(name), ha="center", va="bottom", fontsize=10)
-        left += panel + MARGIN
+        left += panel + _MARGIN
     if title:
-        figure.text(0.5, 1 - MARGIN / height, plain(title), ha="center", va="top", fontsize=11, weight="bold")
+        figure.text(0.5, 1 - _MARGIN / height, plain(title), ha="center", va="top", fontsize=11, weight="bold")
     return figure

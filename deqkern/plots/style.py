@@ -1,4 +1,4 @@
-"""What the pictures share: an empty figure, colours, and text that fits. matplotlib is imported when one is made."""
+"""What all pictures share: colours, text that fits, and a figure that no window system knows of."""
 
 from __future__ import annotations
 
@@ -8,23 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-DPI = 100
-MARGIN = 16  # pixels
-DOTTED = 60  # about how many points of a curve are marked
 COLOURS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 ESTIMATE = "as the solver estimates it"
-
-
-def new_figure(width: float, height: float, layout: Any = None) -> Figure:
-    """An empty figure, in inches, that no window system knows of."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'deqkern[demo]'") from error
-    figure = Figure(figsize=(width, height), layout=layout)
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def wrapped(text: str, width: int) -> str:
@@ -39,3 +24,15 @@ def shortened(text: str, most: int) -> str:
 def plain(text: str) -> str:
     """What matplotlib shows as `text`, reading no formula in it."""
     return text.replace("$", r"\$")
+
+
+def new_figure(width: float, height: float, layout: Any = None) -> Figure:
+    """An empty figure, in inches, that no window system knows of."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install 'deqkern[demo]'") from error
+    figure = Figure(figsize=(width, height), layout=layout)
+    FigureCanvasAgg(figure)
+    return figure

@@ -1,6 +1,6 @@
 """The orthonormal basis in which a denoiser's Jacobian is nearly diagonal, and its frequency bands.
 
-Images and latents (C, H, W): the 2-D DCT-II of each channel, after an orthonormal colour rotation for RGB, with the
+Images and latents (C, H, W): the 2-D DCT-II of each channel, after an orthonormal colour transform for RGB, with the
 coefficients sorted by channel and log-spaced radial band. Anything else: the identity with one band.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from .. import ops
 BANDS_PER_CHANNEL = 8
 
 # grey, red-blue, green-magenta
-_COLOUR_ROTATION = (
+_COLOUR_TRANSFORM = (
     (1 / math.sqrt(3), 1 / math.sqrt(3), 1 / math.sqrt(3)),
     (1 / math.sqrt(2), 0.0, -1 / math.sqrt(2)),
     (-1 / math.sqrt(6), 2 / math.sqrt(6), -1 / math.sqrt(6)),
@@ -63,7 +64,7 @@ class Basis:
     bands: Tensor  # (K+1,) int64: band k holds coefficients bands[k] .. bands[k+1]-1
     dct_h: Tensor | None = None  # (H, H); None for the identity
     dct_w: Tensor | None = None  # (W, W)
-    colour: Tensor | None = None  # (C, C); None: no rotation
+    colour: Tensor | None = None  # (C, C); None: no colour transform
     order: Tensor | None = None  # (D,) int64
     place: Tensor | None = None  # (D,) int64, its inverse
 
@@ -83,17 +84,17 @@ class Basis:
         band = radial_bands(height, width).flatten()
         count = int(band.max()) + 1
         keys = (torch.arange(channels, device="cpu")[:, None] * count + band).flatten()
-        colour = torch.tensor(_COLOUR_ROTATION, dtype=dtype, device=device) if channels == 3 else None
+        colour = torch.tensor(_COLOUR_TRANSFORM, dtype=dtype, device=device) if channels == 3 else None
         order = keys.argsort(stable=True)
         sizes = torch.bincount(keys, minlength=channels * count)
         return cls(
             shape,
-            torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).to(device),
-            dct_matrix(height, dtype).to(device),
-            dct_matrix(width, dtype).to(device),
-            colour,
-            order.to(device),
-            order.argsort().to(device),
+            bands=torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).to(device),
+            dct_h=dct_matrix(height, dtype).to(device),
+            dct_w=dct_matrix(width, dtype).to(device),
+            colour=colour,
+            order=order.to(device),
+            place=order.argsort().to(device),
         )
 
     @property
@@ -102,19 +103,31 @@ class Basis:
         return math.prod(self.shape)
 
     def forward(self, image: Tensor, spectrum: Tensor, rows: Tensor) -> None:
-        """spectrum[rows] = V image; image (N, *shape) of any float dtype, spectrum (R, D), rows (N,) int64."""
+        """spectrum[rows] = V image; image (N, *shape) of any float dtype, spectrum (R, D), rows (N,) int64.
+
+        The tensors are not looked at once more: who calls this allocated or checked them.
+        """
         if self.dct_h is None:
             spectrum.index_copy_(0, rows, image.reshape(len(rows), -1).to(spectrum.dtype))
         else:
-            assert self.dct_w is not None and self.order is not None and self.place is not None
-            ops.dct2(
-                image.contiguous(), spectrum, rows, self.dct_h, self.dct_w, self.colour, self.order, self.place, False
-            )
+            self._transform(ops.unchecked.dct2.forward, image.resolve_neg().contiguous(), spectrum, rows, inverse=False)
 
     def inverse(self, spectrum: Tensor, image: Tensor, rows: Tensor) -> None:
         """Image = V^T spectrum[rows]; shapes as in `forward`, image is written. The identity keeps the dtype."""
         if self.dct_h is None:
             torch.index_select(spectrum, 0, rows, out=image.view(len(rows), -1))
         else:
-            assert self.dct_w is not None and self.order is not None and self.place is not None
-            ops.dct2(image, spectrum, rows, self.dct_h, self.dct_w, self.colour, self.order, self.place, True)
+            self._transform(ops.unchecked.dct2.inverse, image, spectrum, rows, inverse=True)
+
+    def _transform(self, op: Any, image: Tensor, spectrum: Tensor, rows: Tensor, *, inverse: bool) -> None:
+        op(
+            image,
+            spectrum,
+            rows,
+            dct_h=self.dct_h,
+            dct_w=self.dct_w,
+            colour=self.colour,
+            order=self.order,
+            place=self.place,
+            inverse=inverse,
+        )

@@ -277,4 +277,4 @@ class Secant:
 
     def refine(self, slope: Tensor, moments: Tensor, low: Tensor, high: Tensor) -> None:
         """See `LearningSlope`."""
-        ops.secant_slope(moments, low, high, self.prior_weight, slope)
+        ops.unchecked.secant_slope(moments, low, high, prior_weight=self.prior_weight, slope=slope)

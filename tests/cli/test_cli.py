@@ -17,9 +17,9 @@ from terminal import plain, run
 import deqkern
 from deqkern import models, plots, runs
 from deqkern.chain.schedule import TIMESTEP_SPACINGS
-from deqkern.cli.sampling import Chains, Preset, Spacing, median, spread
+from deqkern.cli.results import median, spread
+from deqkern.cli.sampling import Chains, Preset, Spacing
 from deqkern.engine.solution import relative_error
-from deqkern.plots import pictures
 
 
 @pytest.fixture(scope="session")
@@ -241,7 +241,7 @@ def test_no_title_is_cut_off(panels: int) -> None:
     pytest.importorskip("matplotlib")
     sheets = {str(i): torch.zeros(1, 1, 8, 8) for i in range(panels)}
     for title in ("digits, 50 steps, eta 0, DPM-Solver++ 2M, log_snr", "WIDE" * 40, "short"):
-        figure = pictures.panelled(sheets, title, 112)
+        figure = plots.panelled(sheets, title, smallest=112)
         figure.canvas.draw()
         box = figure.texts[-1].get_window_extent()
         assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1

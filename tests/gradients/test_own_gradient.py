@@ -118,8 +118,14 @@ def test_its_check_is_asked_before_the_model_is_called() -> None:
         def check(self, table: Any) -> None:
             raise ValueError(f"not through {table.num_inference_steps} steps")
 
-    with pytest.raises(ValueError, match="not through 8 steps"):
-        deqkern.sample(model_that_is_not_called, torch.zeros(1, 3), SCHEDULE, STEPS, gradient=Careful())
+    first = torch.zeros(1, 3)
+    for call, count in (
+        (lambda: deqkern.sample(model_that_is_not_called, first, SCHEDULE, STEPS, gradient=Careful()), STEPS),
+        (lambda: deqkern.invert(model_that_is_not_called, first, SCHEDULE, STEPS, gradient=Careful()), STEPS),
+        (lambda: deqkern.fixed_point(lambda z: model_that_is_not_called(z, z), first, gradient=Careful()), 1),
+    ):
+        with pytest.raises(ValueError, match=f"not through {count} steps"):
+            call()
 
 
 @pytest.mark.parametrize("gradient", [Direct, object(), type("Half", (), {"pull_back": 3})()])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import lanes
@@ -17,37 +18,20 @@ from torch import Tensor
 
 from deqkern import ops
 from deqkern.ops import reference
+from deqkern.ops.state import INITIAL_CONVERGENCE, OutputPath
 
 Arguments = dict[str, Any]
 
-WRITTEN = {
-    "dct2": ("spectrum", "image"),
-    "ddim_scan": ("f", "g", "norms"),
-    "band_moments": ("moments",),
-    "anderson_gram": ("gram", "rhs"),
-    "anderson_solve": ("gamma",),
-    "anderson_mix": ("out",),
-    "secant_slope": ("slope",),
-    "interpolate_outputs": ("e",),
-    "extrapolate_states": ("x", "moved"),
-    "update_convergence": ("errors", "window", "diverged"),
-}
+SOURCES = Path(__file__).resolve().parent.parent.parent
+CONTRACTS = ops.CONTRACTS
+WRITTEN = {op: contract.written for op, contract in CONTRACTS.items()}
 HAS_CUDA = torch.cuda.is_available()
 # Triton runs in its interpreter where there is no GPU.
 DEVICES = {"reference": "cpu", "cpu": "cpu", "lanes": "cpu", "triton": "cuda" if HAS_CUDA else "cpu", "cuda": "cuda"}
 INTERPRETED = not HAS_CUDA  # a program of a Triton kernel then takes a millisecond
 # The backends of a GPU that have a kernel for the op; "lanes" is the CUDA kernel without one.
 KERNELS: dict[str, tuple[str, ...]] = {
-    "dct2": ("triton",),
-    "ddim_scan": ("triton",),
-    "band_moments": ("triton",),
-    "secant_slope": ("triton",),
-    "interpolate_outputs": ("triton",),
-    "extrapolate_states": ("triton",),
-    "anderson_gram": ("triton",),
-    "anderson_solve": ("cuda", "lanes"),
-    "anderson_mix": ("triton",),
-    "update_convergence": ("triton",),
+    op: ("triton",) if (SOURCES / "kernels" / f"{op}.py").exists() else ("cuda", "lanes") for op in CONTRACTS
 }
 # (S, B, D, K): every awkward length beside several others; windows go round by sample
 SIZES = (
@@ -150,7 +134,7 @@ def check(op: str, arguments: Arguments, backend: str, rtol: float = 1e-5) -> No
     run(op, backend, arguments)
     for name, value in arguments.items():
         if name in WRITTEN[op]:
-            for part in range(value.shape[-1]) if name in ("norms", "errors") else [slice(None)]:
+            for part in range(value.shape[-1]) if name in ("norms", "convergence") else [slice(None)]:
                 assert_close(value[..., part], expected[name][..., part], rtol, f"{op} {name}")
         elif isinstance(value, Tensor):
             assert torch.equal(value.nan_to_num(12345.0), inputs[name].nan_to_num(12345.0)), f"{op} changed {name}"
@@ -250,7 +234,7 @@ def secant_slope(steps: int, batch: int, count: int) -> Arguments:
         "moments": moments,
         "low": ends[0].clone(),
         "high": ends[1].clone(),
-        "pull": 0.3,
+        "prior_weight": 0.3,
         "slope": torch.randn(steps, batch, count),
     }
 
@@ -277,13 +261,14 @@ def interpolate_outputs(steps: int, batch: int, size: int, count: int) -> Argume
 
 
 def _path(steps: int) -> Tensor:
-    """(6, S) of a chain: scale, pulls, lifts, level, of_x, of_out; its first two levels are equal."""
+    """(6, S) of a chain; its first two levels are equal."""
     level = torch.rand(steps, dtype=torch.float64).cumsum(0)
     level[:2] = level[0].clone()
-    keep, pull, of_x, of_out = 0.5 + torch.rand(4, steps, dtype=torch.float64)
+    keep, x0_gain, of_x, of_out = 0.5 + torch.rand(4, steps, dtype=torch.float64)
     scale = torch.cat([torch.ones_like(keep[:1]), keep[:-1].cumprod(0)])
-    pulls = torch.stack([pull, pull * level]) / (scale * keep)
-    return torch.stack([scale, *(pulls.cumsum(1) - pulls), level, of_x, of_out])
+    gains = torch.stack([x0_gain, x0_gain * level]) / (scale * keep)
+    gain, gain_level = gains.cumsum(1) - gains
+    return torch.stack(OutputPath(scale, gain, gain_level, level, of_x, of_out))
 
 
 def extrapolate_states(
@@ -300,22 +285,22 @@ def extrapolate_states(
         ((0, middle), (0, steps), 1),
     ]
     chosen = [kinds[(first + sample) % len(kinds)] for sample in range(batch)]
-    x, (moved, e, z) = torch.full((steps + 1, batch, size), NAN), torch.full((3, steps, batch, size), NAN)
+    x, (last_change, e, z) = torch.full((steps + 1, batch, size), NAN), torch.full((3, steps, batch, size), NAN)
     for b, ((begin, end), (_, after), skipped) in enumerate(chosen):
         if 0 < end < after and not skipped:
             x[end - 1 + implicit : end + 1, b] = torch.randn(2 - implicit, size)
             e[end - 1, b] = torch.randn(size)
             z[end:after, b] = torch.randn(after - end, size)
-            if implicit or end - begin > 1:  # it was moved
-                moved[end - 1, b] = torch.randn(size)
+            if implicit or end - begin > 1:  # it changed
+                last_change[end - 1, b] = torch.randn(size)
     return {
         "x": x,
-        "moved": moved.clone(),
+        "last_change": last_change.clone(),
         "e": e.clone(),
         "z": z.clone() if noise else None,
-        "held": torch.randn(4, steps),
+        "constant_x0": torch.randn(4, steps),
         "n": torch.rand(steps),
-        "before": torch.tensor([before for before, _, _ in chosen]),
+        "previous_window": torch.tensor([before for before, _, _ in chosen]),
         "window": torch.tensor([after for _, after, _ in chosen]),
         "skip": torch.tensor([skipped for _, _, skipped in chosen]),
         "beta": 0.7,
@@ -390,13 +375,13 @@ def anderson_mix(steps: int, batch: int, size: int, history: int, head: int, cou
 def update_convergence(
     steps: int, batch: int, first: int = 0, implicit: bool = False, rtol: float = 1e-2, gaps: bool = False
 ) -> Arguments:
-    """Some steps at the start are settled; now and then a norm is zero or not finite, or a correction large.
+    """Some steps at the start have converged; now and then a norm is zero or not finite, or a correction large.
 
-    gaps: steps were filled in, of every second sample none.
+    gaps: outputs were interpolated, of every second sample none.
     """
     window = windows(steps, batch, first)
-    gap = window[:, 0] + 1 + torch.randint(0, steps + 1, (batch,))
-    gap[::2] = window[::2, 1]
+    first_interpolated = window[:, 0] + 1 + torch.randint(0, steps + 1, (batch,))
+    first_interpolated[::2] = window[::2, 1]
     norms = torch.rand(steps, batch, 3, dtype=torch.float64) + 0.1
     norms[..., 1] *= 10.0 ** -torch.randint(0, 9, (batch,))
     norms[: torch.randint(0, steps + 1, ()), :, 0] = 1e-12
@@ -404,19 +389,19 @@ def update_convergence(
     if steps > 2:
         norms[-2, batch // 2] = 0.0
         norms[-1, : batch // 5, 1] = torch.tensor([NAN, torch.inf, 1e12])[torch.randint(0, 3, ())]
-    errors = torch.rand(batch, 5, dtype=torch.float64) * 10.0 ** -torch.randint(0, 4, (batch, 1))
-    errors[0] = torch.tensor([torch.inf, torch.inf, 1.0, torch.inf, torch.inf])
+    convergence = torch.rand(batch, 5, dtype=torch.float64) * 10.0 ** -torch.randint(0, 4, (batch, 1))
+    convergence[0] = torch.tensor(INITIAL_CONVERGENCE)
     return {
         "norms": norms,
         "scale": torch.rand(batch, dtype=torch.float64) + 0.5,
-        "gap": torch.minimum(gap, window[:, 1]) if gaps else None,
+        "first_interpolated": torch.minimum(first_interpolated, window[:, 1]) if gaps else None,
         "tolerance": 1e-4 * torch.rand(steps, dtype=torch.float64) + 1e-11,
         "rtol": rtol,
-        "contraction": 0.1,
+        "best_contraction": 0.1,
         "growth": 1e3,
-        "size": max(steps // 2, 1),
+        "window_size": max(steps // 2, 1),
         "implicit": implicit,
-        "errors": errors,
+        "convergence": convergence,
         "window": window,
         "diverged": torch.full((batch,), 9),
     }
@@ -469,43 +454,42 @@ def dct2(
     }
 
 
+# Enough work for a second thread.
+LARGE: dict[str, Callable[[], Arguments]] = {
+    "dct2": lambda: dct2(24, 3, 32, 32, inverse=False),
+    "ddim_scan": lambda: ddim_scan(50, 3, 3072, 24),
+    "band_moments": lambda: band_moments(50, 3, 3072, 24),
+    "secant_slope": lambda: secant_slope(50, 8, 24),
+    "interpolate_outputs": lambda: interpolate_outputs(50, 3, 3072, 24),
+    "extrapolate_states": lambda: extrapolate_states(50, 5, 3072),
+    "anderson_gram": lambda: anderson_gram(20, 5, 3072, 3, 1, 2),
+    "anderson_solve": lambda: anderson_solve(20, 10, 16),
+    "anderson_mix": lambda: anderson_mix(20, 5, 3072, 3, 1, 2),
+    "update_convergence": lambda: update_convergence(50, 8),
+}
+# Small, with every optional tensor, one sample and every step active.
+EXAMPLES: dict[str, Callable[[], Arguments]] = {
+    "dct2": lambda: dct2(2, 3, 4, 5, inverse=False),
+    "ddim_scan": lambda: ddim_scan(4, 1, 10, 3, two_step=True),
+    "band_moments": lambda: band_moments(4, 1, 10, 3),
+    "secant_slope": lambda: secant_slope(4, 1, 3),
+    "interpolate_outputs": lambda: interpolate_outputs(4, 1, 10, 3),
+    "extrapolate_states": lambda: extrapolate_states(4, 1, 10),
+    "anderson_gram": lambda: anderson_gram(4, 1, 10, 3, 1, 2),
+    "anderson_solve": lambda: anderson_solve(4, 1, 3),
+    "anderson_mix": lambda: anderson_mix(4, 1, 10, 3, 1, 2),
+    "update_convergence": lambda: update_convergence(4, 1, gaps=True),
+}
+
+
 def large(op: str) -> Arguments:
     """Enough work for a second thread."""
-    if op == "dct2":
-        return dct2(24, 3, 32, 32, inverse=False)
-    if op in ("ddim_scan", "band_moments", "interpolate_outputs"):
-        return globals()[op](50, 3, 3072, 24)
-    if op == "extrapolate_states":
-        return extrapolate_states(50, 5, 3072)
-    if op == "anderson_solve":
-        return anderson_solve(20, 10, 16)
-    if op == "secant_slope":
-        return secant_slope(50, 8, 24)
-    if op == "update_convergence":
-        return update_convergence(50, 8)
-    return globals()[op](20, 5, 3072, 3, 1, 2)
+    return LARGE[op]()
 
 
 def example(op: str) -> Arguments:
     """Small finite arguments of any op, every step active, one sample."""
-    if op == "dct2":
-        arguments = dct2(2, 3, 4, 5, inverse=False)
-    elif op == "ddim_scan":
-        arguments = ddim_scan(4, 1, 10, 3, two_step=True)
-    elif op == "band_moments":
-        arguments = band_moments(4, 1, 10, 3)
-    elif op == "anderson_solve":
-        arguments = anderson_solve(4, 1, 3)
-    elif op == "secant_slope":
-        arguments = secant_slope(4, 1, 3)
-    elif op == "interpolate_outputs":
-        arguments = interpolate_outputs(4, 1, 10, 3)
-    elif op == "extrapolate_states":
-        arguments = extrapolate_states(4, 1, 10)
-    elif op == "update_convergence":
-        arguments = update_convergence(4, 1, gaps=True)
-    else:
-        arguments = globals()[op](4, 1, 10, 3, 1, 2)
+    arguments = EXAMPLES[op]()
     return {name: value.nan_to_num() if isinstance(value, Tensor) else value for name, value in arguments.items()}
 
 

@@ -15,7 +15,7 @@ import torch
 from asserts import assert_close
 
 from deqkern import ops
-from deqkern.ops import _cpu, _cuda, reference
+from deqkern.ops import _native, reference
 
 _C: Any = pytest.importorskip("deqkern._C")
 OPS = [op for op, names in inputs.KERNELS.items() if "cuda" in names]
@@ -40,30 +40,29 @@ def solve(arguments: inputs.Arguments) -> torch.Tensor:
     return arguments["gamma"]
 
 
-def test_what_is_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_passed() -> None:
     calls: list[tuple[object, ...]] = []
-
-    class Recorder:
-        cuda_anderson_solve = staticmethod(lambda *arguments: calls.append(arguments))
-
-    monkeypatch.setattr(_cuda, "_C", Recorder)
-    monkeypatch.setattr(_cuda, "_stream", lambda device: 7000 + device)
+    contract = ops.CONTRACTS["anderson_solve"]
+    call = _native.write_cuda(contract, lambda *arguments: calls.append(arguments), lambda device: 7000 + device)
     arguments = inputs.anderson_solve(4, 2, 3, scope="joint", implicit=True) | {"ridge_absolute": 0.5}
-    _cuda.anderson_solve(**arguments)
+    call(**arguments)
     pointers = [arguments[name].data_ptr() for name in ("gram", "rhs", "window", "gamma")]
     assert calls == [(*pointers, 4, 2, 3, ops.SCOPES.index("joint"), 1e-6, 0.5, True, -1, 6999)]
 
 
 @NEEDS_CUDA
 def test_bad_arguments_never_reach_the_gpu() -> None:
-    sizes = {"S": 1, "B": 1, "m": 1, "scope": 0, "ridge": 0.0, "ridge_absolute": 0.0, "implicit": False}
+
+    def call(address: int, S: int = 1, m: int = 1, scope: int = 0) -> None:
+        _C.cuda_anderson_solve(address, 8, 8, 8, S, 1, m, scope, 0.0, 0.0, False, 0, 0)
+
     with pytest.raises(ValueError, match="gram is null"):
-        _C.cuda_anderson_solve(0, 8, 8, 8, **sizes, device=0, stream=0)
+        call(0)
     with pytest.raises(ValueError, match="scope must be"):
-        _C.cuda_anderson_solve(8, 8, 8, 8, **sizes | {"scope": 4}, device=0, stream=0)
+        call(8, scope=len(ops.SCOPES))
     with pytest.raises(ValueError, match="m must be"):
-        _C.cuda_anderson_solve(8, 8, 8, 8, **sizes | {"m": 17}, device=0, stream=0)
-    _C.cuda_anderson_solve(0, 0, 0, 0, **sizes | {"S": 0}, device=0, stream=0)
+        call(8, m=17)
+    call(0, S=0)
 
 
 @NEEDS_CUDA
@@ -78,7 +77,7 @@ def test_errors_are_in_the_words_of_cuda() -> None:
 @EACH_OP
 def test_the_reason_names_what_is_missing(op: str) -> None:
     arguments = inputs.example(op)
-    reason = "GPU" if not _cpu.unavailable and _C.cuda_compiled() else "compiled without CUDA"
+    reason = "GPU" if not _native.unavailable and _C.cuda_compiled() else "compiled without CUDA"
     with ops.use_backend("cuda"), pytest.raises(RuntimeError, match=reason):
         getattr(ops, op)(**arguments)
 

@@ -5,6 +5,8 @@ import pytest
 import torch
 from asserts import assert_close
 
+from deqkern.ops.state import ConstantX0
+
 BACKENDS = inputs.backends("extrapolate_states")
 
 
@@ -26,23 +28,24 @@ def test_a_single_sample(backend: str, first: int) -> None:
 
 @BACKENDS
 @pytest.mark.parametrize(
-    ("begin", "implicit", "moved"), [(3, False, 0.0), (2, False, 1.0), (1, False, 0.5), (3, True, 0.5)]
+    ("begin", "implicit", "share"), [(3, False, 0.0), (2, False, 1.0), (1, False, 0.5), (3, True, 0.5)]
 )
 def test_x0_is_that_of_the_state_the_model_was_called_at(
-    backend: str, begin: int, implicit: bool, moved: float
+    backend: str, begin: int, implicit: bool, share: float
 ) -> None:
     """The first active state of an explicit chain is exact, the second took the plain step, others beta of theirs."""
     arguments = inputs.extrapolate_states(6, 1, 3, noise=False, implicit=implicit)
-    arguments |= {"before": torch.tensor([[begin, 4]]), "window": torch.tensor([[4, 5]]), "beta": 0.5}
-    arguments["held"] = torch.zeros(4, 6)
-    arguments["held"][1, 4] = arguments["held"][2, 3] = 1.0  # x[5] = x0 = y
+    arguments |= {"previous_window": torch.tensor([[begin, 4]]), "window": torch.tensor([[4, 5]]), "beta": 0.5}
+    arguments["constant_x0"] = torch.zeros(4, 6)
+    constant_x0 = ConstantX0.view(arguments["constant_x0"])
+    constant_x0.x0_gain[4] = constant_x0.of_x[3] = 1.0  # x[5] = x0 = y
     at = 3 + implicit
     arguments["x"][:] = torch.randn(7, 1, 3)
-    arguments["e"][:], arguments["moved"][:] = 0.0, torch.randn(6, 1, 3)
+    arguments["e"][:], arguments["last_change"][:] = 0.0, torch.randn(6, 1, 3)
     before = inputs.clone(arguments)
     inputs.run("extrapolate_states", backend, arguments)
-    assert_close(arguments["x"][5], before["x"][at] - moved * before["moved"][3])
-    assert not arguments["moved"][4].any()
+    assert_close(arguments["x"][5], before["x"][at] - share * before["last_change"][3])
+    assert not arguments["last_change"][4].any()
     kept = [0, 1, 2, 3, 5]
-    assert torch.equal(arguments["moved"][kept], before["moved"][kept])
+    assert torch.equal(arguments["last_change"][kept], before["last_change"][kept])
     assert torch.equal(arguments["x"][[*range(5), 6]], before["x"][[*range(5), 6]])

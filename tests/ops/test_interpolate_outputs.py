@@ -5,6 +5,8 @@ import pytest
 import torch
 from asserts import assert_close
 
+from deqkern.ops.state import OutputPath
+
 BACKENDS = inputs.backends("interpolate_outputs")
 
 
@@ -35,7 +37,14 @@ def test_between_two_outputs(backend: str) -> None:
         "rows": torch.tensor([[1], [0], [2]]),
         # x0 = x - e is -1 on the left, 1 on the right and 0 between them: y = 2 (x[left] + 1/4 + 1/4) = 3
         "path": torch.tensor(
-            [[1.0, 2.0, 1.0], [0.0, 0.0, 0.0], [0.0, 0.5, 0.0], [0.0, 1.0, 2.0], [1.0] * 3, [-1.0] * 3],
+            OutputPath(
+                scale=[1.0, 2.0, 1.0],
+                gain=[0.0] * 3,
+                gain_level=[0.0, 0.5, 0.0],
+                level=[0.0, 1.0, 2.0],
+                of_x=[1.0] * 3,
+                of_out=[-1.0] * 3,
+            ),
             dtype=torch.float64,
         ),
         "e": e,

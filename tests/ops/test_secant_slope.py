@@ -15,13 +15,13 @@ def test_equals_the_reference(backend: str, steps: int, batch: int, count: int) 
 
 
 @BACKENDS
-def test_quotients_pulls_and_bounds(backend: str) -> None:
+def test_quotients_weights_and_bounds(backend: str) -> None:
     moments = torch.tensor([[0.3, 1.0], [0.0, 0.0], [-2.0, 1.0], [5.0, 1.0], [torch.nan, 1.0]], dtype=torch.float64)
     arguments = {
         "moments": moments.view(1, 1, 5, 2),
         "low": torch.zeros(1, dtype=torch.float64),
         "high": torch.ones(1, dtype=torch.float64),
-        "pull": 0.5,
+        "prior_weight": 0.5,
         "slope": torch.full((1, 1, 5), 0.6),
     }
     inputs.run("secant_slope", backend, arguments)

@@ -8,6 +8,8 @@ import torch
 from asserts import assert_close
 from torch import Tensor
 
+from deqkern.ops.state import INITIAL_CONVERGENCE
+
 BACKENDS = inputs.backends("update_convergence")
 INF = float("inf")
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in divide")  # numpy, where Triton is interpreted
@@ -30,7 +32,7 @@ def sample(
     correction: list[float],
     state: list[float],
     *,
-    errors: tuple[float, ...] = (INF, INF, 1.0, INF, INF),
+    convergence: tuple[float, ...] = INITIAL_CONVERGENCE,
     window: tuple[int, int] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -40,28 +42,28 @@ def sample(
     return {
         "norms": norms,
         "scale": torch.ones(1, dtype=torch.float64),
-        "gap": None,
+        "first_interpolated": None,
         "tolerance": torch.full((steps,), 1e-3, dtype=torch.float64),
         "rtol": 1e-2,
-        "contraction": 0.1,
+        "best_contraction": 0.1,
         "growth": 1e3,
-        "size": steps,
+        "window_size": steps,
         "implicit": False,
-        "errors": torch.tensor([errors], dtype=torch.float64),
+        "convergence": torch.tensor([convergence], dtype=torch.float64),
         "window": torch.tensor([window or (0, steps)]),
         "diverged": torch.tensor([9]),
     } | options
 
 
 def reached(backend: str, arguments: dict[str, Any]) -> tuple[Tensor, list[int], bool]:
-    """The errors (5,), the window and whether it diverged."""
+    """The convergence (5,), the window and whether it diverged."""
     inputs.run("update_convergence", backend, arguments)
-    return arguments["errors"][0], arguments["window"][0].tolist(), bool(arguments["diverged"])
+    return arguments["convergence"][0], arguments["window"][0].tolist(), bool(arguments["diverged"])
 
 
 @BACKENDS
 def test_what_is_left_follows_from_the_mean_contraction(backend: str) -> None:
-    arguments = sample([1.0, 0.02, 0.01], [0.1, 0.2, 0.08], [1.0, 2.0, 0.4], errors=(0.5, 0.8, 0.64, 1.0, INF))
+    arguments = sample([1.0, 0.02, 0.01], [0.1, 0.2, 0.08], [1.0, 2.0, 0.4], convergence=(0.5, 0.8, 0.64, 1.0, INF))
     errors, window, diverged = reached(backend, arguments)
     change, ratio = 0.2, 0.2 / 0.8  # the second state is larger than the noise, so the noise is its scale
     left = change * 0.4 / (1 - 0.4**2)
@@ -72,7 +74,9 @@ def test_what_is_left_follows_from_the_mean_contraction(backend: str) -> None:
 @BACKENDS
 @pytest.mark.parametrize("implicit", [False, True])
 def test_what_is_left_is_no_less_than_the_residual_of_an_explicit_chain(backend: str, implicit: bool) -> None:
-    arguments = sample([1.0, 0.06], [1e-9, 0.05], [1.0, 1.0], errors=(1.0, 1.0, 0.1, 1.0, 1.0)) | {"implicit": implicit}
+    arguments = sample([1.0, 0.06], [1e-9, 0.05], [1.0, 1.0], convergence=(1.0, 1.0, 0.1, 1.0, 1.0)) | {
+        "implicit": implicit
+    }
     if implicit:
         arguments["norms"][0, 0, 0] = 0.0
     errors, window, _ = reached(backend, arguments)
@@ -84,7 +88,7 @@ def test_what_is_left_is_no_less_than_the_residual_of_an_explicit_chain(backend:
 @pytest.mark.parametrize(("ratio", "least"), [(0.5, 0.5), (0.85, 0.15), (0.95, 0.1), (1.5, 0.1)])
 def test_a_slow_contraction_leaves_at_most_ten_times_as_much(backend: str, ratio: float, least: float) -> None:
     before = (1.0, 1.0, 1.0, 1.0, 1.0)
-    errors, _, _ = reached(backend, sample([1.0] * 2, [0.1, ratio], [2.0] * 2, errors=before, implicit=True))
+    errors, _, _ = reached(backend, sample([1.0] * 2, [0.1, ratio], [2.0] * 2, convergence=before, implicit=True))
     left = ratio * min(ratio, 1.0) ** 0.5 / least
     assert_close(errors[:3], torch.tensor([left, ratio, min(ratio, 1.0)], dtype=torch.float64))
 
@@ -92,7 +96,7 @@ def test_a_slow_contraction_leaves_at_most_ten_times_as_much(backend: str, ratio
 @BACKENDS
 def test_no_contraction_is_believed_to_be_better_than_the_best(backend: str) -> None:
     errors, window, _ = reached(
-        backend, sample([1.0, 1e-3], [1e-9, 0.05], [1.0, 1.0], errors=(1.0, 1.0, 0.1, 1.0, 1.0))
+        backend, sample([1.0, 1e-3], [1e-9, 0.05], [1.0, 1.0], convergence=(1.0, 1.0, 0.1, 1.0, 1.0))
     )
     assert_close(errors[:3], torch.tensor([0.05 * 0.1 / 0.99, 0.05, 0.1], dtype=torch.float64))
     assert window == [2, 2]
@@ -100,19 +104,21 @@ def test_no_contraction_is_believed_to_be_better_than_the_best(backend: str) -> 
 
 @BACKENDS
 def test_no_change_after_no_change_is_the_best_contraction(backend: str) -> None:
-    errors, window, _ = reached(backend, sample([1.0, 0.5], [0.0] * 2, [1.0] * 2, errors=(0.0, 0.0, 0.5, 1.0, 1.0)))
+    errors, window, _ = reached(
+        backend, sample([1.0, 0.5], [0.0] * 2, [1.0] * 2, convergence=(0.0, 0.0, 0.5, 1.0, 1.0))
+    )
     assert_close(errors, torch.tensor([0.5, 0.0, 0.1, 0.0, 0.5], dtype=torch.float64))
     assert window == [1, 2]
-    arguments = sample([1.0, 0.5], [0.0] * 2, [1.0] * 2, errors=(0.0, 0.0, 0.5, 1.0, 1.0), rtol=0.0, implicit=True)
+    arguments = sample([1.0, 0.5], [0.0] * 2, [1.0] * 2, convergence=(0.0, 0.0, 0.5, 1.0, 1.0), rtol=0.0, implicit=True)
     errors, window, _ = reached(backend, arguments)
     assert errors[0] == 0.0 and window == [0, 2], "rtol = 0 asks for the residuals alone"
 
 
 @BACKENDS
-def test_settled_steps_leave_the_window_up_to_the_first_other(backend: str) -> None:
+def test_converged_steps_leave_the_window_up_to_the_first_other(backend: str) -> None:
     arguments = sample([1e-4, 1e-4, 1.0, 1e-4, 1.0], [1.0] * 5, [1.0] * 5)
     assert reached(backend, arguments)[1] == [2, 5]
-    assert reached(backend, arguments | {"window": torch.tensor([[1, 3]]), "size": 2})[1] == [2, 4]
+    assert reached(backend, arguments | {"window": torch.tensor([[1, 3]]), "window_size": 2})[1] == [2, 4]
 
 
 @BACKENDS
@@ -123,7 +129,7 @@ def test_the_plain_step_of_an_explicit_chain_is_exact(backend: str, implicit: bo
 
 @BACKENDS
 def test_exact_mode_ends_with_the_last_step_only(backend: str) -> None:
-    arguments = sample([1e-4, 1e-4, 1.0], [1e-9] * 3, [1.0] * 3, errors=(1e-9, 1e-9, 0.1, 1.0, 1.0), rtol=0.0)
+    arguments = sample([1e-4, 1e-4, 1.0], [1e-9] * 3, [1.0] * 3, convergence=(1e-9, 1e-9, 0.1, 1.0, 1.0), rtol=0.0)
     assert reached(backend, arguments)[1] == [2, 3]
     errors, window, _ = reached(backend, arguments)  # the last step is the first active one now
     assert window == [3, 3] and errors[0] <= 1e-3
@@ -133,7 +139,7 @@ def test_exact_mode_ends_with_the_last_step_only(backend: str) -> None:
 def test_nothing_is_known_before_the_window_reaches_the_end(backend: str) -> None:
     for smallest in (INF, 1e10, 1.0):  # of the last corrections before
         before = (INF, INF, 1.0, smallest, INF)
-        arguments = sample([1.0] * 4, [1e9] * 4, [1.0] * 4, errors=before, window=(0, 2), size=2)
+        arguments = sample([1.0] * 4, [1e9] * 4, [1.0] * 4, convergence=before, window=(0, 2), window_size=2)
         errors, window, diverged = reached(backend, arguments)
         assert errors[[0, 1, 3]].tolist() == [INF, INF, smallest] and window == [1, 3] and not diverged
 
@@ -151,13 +157,15 @@ def test_a_norm_that_is_not_finite_diverges(backend: str, value: float, part: in
 @BACKENDS
 def test_growth_diverges(backend: str) -> None:
     for last, expected in ((999.0, False), (1001.0, True)):
-        arguments = sample([1.0] * 2, [1.0, last], [1.0] * 2, errors=(1.0, 1.0, 1.0, 1.0, 1.0))
+        arguments = sample([1.0] * 2, [1.0, last], [1.0] * 2, convergence=(1.0, 1.0, 1.0, 1.0, 1.0))
         assert reached(backend, arguments)[2] == expected
 
 
 @BACKENDS
 def test_a_sample_that_has_converged_keeps_everything(backend: str) -> None:
-    arguments = sample([float("nan")] * 2, [1.0] * 2, [1.0] * 2, errors=(1e-3, 2e-3, 0.3, 4e-3, 5e-3), window=(2, 2))
+    arguments = sample(
+        [float("nan")] * 2, [1.0] * 2, [1.0] * 2, convergence=(1e-3, 2e-3, 0.3, 4e-3, 5e-3), window=(2, 2)
+    )
     errors, window, diverged = reached(backend, arguments)
     assert_close(errors, torch.tensor([1e-3, 2e-3, 0.3, 4e-3, 5e-3], dtype=torch.float64))
     assert window == [2, 2] and not diverged
@@ -170,7 +178,7 @@ def test_a_state_of_norm_zero_has_no_scale_but_its_own(
     backend: str, scale: float, correction: float, change: float
 ) -> None:
     """Only a correction of zero is small beside it, whatever the scale."""
-    arguments = sample([0.0] * 3, [correction, 0.0, 0.5], [0.0, 0.0, 1.0], errors=(1.0, 1.0, 1.0, 1.0, 1.0))
+    arguments = sample([0.0] * 3, [correction, 0.0, 0.5], [0.0, 0.0, 1.0], convergence=(1.0, 1.0, 1.0, 1.0, 1.0))
     errors, _, diverged = reached(backend, arguments | {"scale": torch.tensor([scale], dtype=torch.float64)})
     assert errors[1] == (change if scale else INF) and not errors.isnan().any() and not diverged
 
@@ -225,26 +233,26 @@ def test_the_residual_is_kept_once_a_sample_has_converged(backend: str) -> None:
         "norms": torch.full((2, 2, 3), 0.25, dtype=torch.float64),
         "scale": torch.ones(2, dtype=torch.float64),
         "tolerance": torch.full((2,), 1e-3, dtype=torch.float64),
-        "errors": torch.tensor([[1e-3, 1e-3, 0.1, 1.0, 7.0], [1.0, 1.0, 1.0, 1.0, 7.0]], dtype=torch.float64),
+        "convergence": torch.tensor([[1e-3, 1e-3, 0.1, 1.0, 7.0], [1.0, 1.0, 1.0, 1.0, 7.0]], dtype=torch.float64),
         "window": torch.tensor([[2, 2], [0, 2]]),
         "diverged": torch.tensor([9, 9]),
     }
-    arguments = sample([0.0], [0.0], [0.0]) | both | {"size": 2}
+    arguments = sample([0.0], [0.0], [0.0]) | both | {"window_size": 2}
     arguments["norms"][:, 1, 0] = 1e-8
     arguments["implicit"] = True
     for _ in range(2):
         inputs.run("update_convergence", backend, arguments)
-        assert_close(arguments["errors"][:, 4], torch.tensor([7.0, 2e-4], dtype=torch.float64))
+        assert_close(arguments["convergence"][:, 4], torch.tensor([7.0, 2e-4], dtype=torch.float64))
         assert arguments["window"].tolist() == [[2, 2], [2, 2]]
         arguments["norms"].fill_(torch.nan)
 
 
 @BACKENDS
-def test_from_a_gap_on_nothing_is_known(backend: str) -> None:
-    """Steps settle before it, and no error is known; growth and residuals are, those of filled steps among them."""
+def test_from_the_first_interpolated_step_on_nothing_is_known(backend: str) -> None:
+    """Steps converge before it, and no error is known; growth and residuals are, those of interpolated steps too."""
     norms = [1e-4, 1e-4, 1e-4, 0.5, 1e-4], [0.1] * 5, [1.0] * 5
-    errors, window, diverged = reached(backend, sample(*norms, gap=torch.tensor([3])))
+    errors, window, diverged = reached(backend, sample(*norms, first_interpolated=torch.tensor([3])))
     assert errors[[0, 1]].tolist() == [INF, INF] and window == [3, 5] and not diverged
     assert_close(errors[3:], torch.tensor([0.1, 0.5], dtype=torch.float64))
-    grown = sample(*norms, gap=torch.tensor([3]), errors=(0.1, 0.1, 0.5, 0.1 / 2e3, 0.1))
+    grown = sample(*norms, first_interpolated=torch.tensor([3]), convergence=(0.1, 0.1, 0.5, 0.1 / 2e3, 0.1))
     assert reached(backend, grown)[1:] == ([1, 5], True)

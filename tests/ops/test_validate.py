@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import inputs
@@ -10,14 +9,11 @@ import pytest
 import torch
 
 from deqkern import ops
+from deqkern.ops.contract import SYMBOLS, AtLeast, Output, State
 
-TENSORS = [
-    (op, name)
-    for op in inputs.WRITTEN
-    for name, parameter in inspect.signature(getattr(ops, op)).parameters.items()
-    if "Tensor" in parameter.annotation
-]
-EACH_TENSOR = pytest.mark.parametrize(("op", "name"), TENSORS, ids="-".join)
+CONTRACTS = inputs.CONTRACTS
+TENSORS = [(op, argument.name) for op, contract in CONTRACTS.items() for argument in contract.tensors]
+EACH_TENSOR = pytest.mark.parametrize(("op", "name"), TENSORS)
 
 
 def refused(op: str, name: str, value: Any, error: type[Exception] | tuple[type[Exception], ...]) -> None:
@@ -40,45 +36,38 @@ def test_wrong_dtype(op: str, name: str) -> None:
     refused(op, name, value.to(torch.complex64 if value.is_floating_point() else torch.int32), TypeError)
 
 
-# The argument that gives a call its sizes: with other sizes it is right itself, and the next argument is named.
-SIZES_FROM = {
-    "dct2": "image",
-    "ddim_scan": "e",
-    "band_moments": "dx",
-    "anderson_gram": "g_ring",
-    "anderson_solve": "rhs",
-    "anderson_mix": "f_ring",
-    "secant_slope": "slope",
-    "interpolate_outputs": "e",
-    "extrapolate_states": "e",
-    "update_convergence": "norms",
-}
-OTHERS = [(op, name) for op, name in TENSORS if SIZES_FROM[op] != name]
-# K and N, likewise
-BANDS_FROM = [
-    ("ddim_scan", "slope"),
-    ("band_moments", "moments"),
-    ("interpolate_outputs", "slope"),
-    ("interpolate_outputs", "rows"),
-]
+def gives(op: str, name: str) -> set[int]:
+    """The dimensions of an argument that give the call a size: with another one it is right, and the next is named."""
+    return {dimension for owner, dimension, _ in CONTRACTS[op].symbols.values() if owner == name}
 
 
-@pytest.mark.parametrize(("op", "name"), OTHERS, ids="-".join)
+def rule(op: str, name: str) -> Any:
+    (argument,) = (argument for argument in CONTRACTS[op].tensors if argument.name == name)
+    return argument.rule
+
+
+@EACH_TENSOR
 def test_wrong_shape(op: str, name: str) -> None:
     value = inputs.example(op)[name]
     refused(op, name, value.unsqueeze(0), ValueError)
-    refused(op, name, value.flatten()[:0], ValueError)
-    if (op, name) not in BANDS_FROM:
-        refused(op, name, torch.cat([value, value], -1), ValueError)
+    if value.ndim > 1:
+        refused(op, name, value.flatten()[:0], ValueError)
+        refused(op, name, value[0], ValueError)
+    for dimension in {*range(value.ndim)} - gives(op, name):
+        refused(op, name, torch.cat([value, value], dimension), ValueError)
 
 
-@pytest.mark.parametrize(("op", "name"), SIZES_FROM.items(), ids=SIZES_FROM)
-def test_wrong_sizes(op: str, name: str) -> None:
+@pytest.mark.parametrize(("op", "name"), [pair for pair in TENSORS if gives(*pair)])
+def test_sizes_that_fit_no_other(op: str, name: str) -> None:
     value = inputs.example(op)[name]
-    refused(op, name, value[0], ValueError)
-    refused(op, name, value[..., :0], ValueError)
-    with pytest.raises(ValueError, match="must have shape"):
-        getattr(ops, op)(**inputs.example(op) | {name: torch.cat([value, value], -2)})
+    for symbol, (owner, dimension, _) in CONTRACTS[op].symbols.items():
+        if owner != name:
+            continue
+        if SYMBOLS[symbol][0]:
+            refused(op, name, value.narrow(dimension, 0, 0), ValueError)
+        if any(symbol in argument.rule.shape for argument in CONTRACTS[op].tensors if argument.name != name):
+            with pytest.raises(ValueError, match="must have shape"):
+                getattr(ops, op)(**inputs.example(op) | {name: torch.cat([value, value], dimension)})
 
 
 @EACH_TENSOR
@@ -98,7 +87,7 @@ def test_another_device(op: str, name: str) -> None:
 FLOATING = [(op, name) for op, name in TENSORS if inputs.example(op)[name].is_floating_point()]
 
 
-@pytest.mark.parametrize(("op", "name"), FLOATING, ids="-".join)
+@pytest.mark.parametrize(("op", "name"), FLOATING)
 def test_requires_grad(op: str, name: str) -> None:
     value = inputs.example(op)[name]
     refused(op, name, value.clone().requires_grad_(), ValueError)
@@ -107,24 +96,22 @@ def test_requires_grad(op: str, name: str) -> None:
 
 
 STATE = [
-    *[("dct2", name) for name in ("dct_h", "dct_w", "colour")],
-    *[("ddim_scan", name) for name in ("z", "a", "b", "c", "n", "slope", "f", "g")],
-    *[("interpolate_outputs", name) for name in ("slope", "e")],
-    *[("extrapolate_states", name) for name in ("moved", "e", "z", "held", "n")],
-    ("anderson_mix", "gamma"),
-    ("anderson_mix", "out"),
+    (op, argument.name)
+    for op, contract in CONTRACTS.items()
+    for argument in contract.tensors
+    if isinstance(argument.rule, State) and argument is not contract.chooser
 ]
 
 
-@pytest.mark.parametrize(("op", "name"), STATE, ids="-".join)
+@pytest.mark.parametrize(("op", "name"), STATE)
 def test_another_dtype_than_the_state(op: str, name: str) -> None:
     refused(op, name, inputs.example(op)[name].double(), TypeError)
 
 
-@pytest.mark.parametrize(("op", "name"), [*FLOATING], ids="-".join)
+@pytest.mark.parametrize(("op", "name"), [*FLOATING])
 def test_half_precision_is_for_what_the_model_touches(op: str, name: str) -> None:
     arguments = inputs.example(op) | {name: inputs.example(op)[name].bfloat16()}
-    if name in ("e", "e_prev", "image") and op not in ("interpolate_outputs", "extrapolate_states"):
+    if isinstance(rule(op, name), Output):
         getattr(ops, op)(**arguments)
     else:
         refused(op, name, arguments[name], TypeError)
@@ -194,10 +181,15 @@ def test_all_states_may_be_float64(op: str) -> None:
     getattr(ops, op)(**inputs.wide(inputs.example(op)))
 
 
-NUMBERS = [("secant_slope", "pull"), *[("update_convergence", name) for name in ("rtol", "contraction", "growth")]]
+NUMBERS = [
+    (op, argument.name)
+    for op, contract in CONTRACTS.items()
+    for argument in contract.scalars
+    if isinstance(argument.rule, AtLeast)
+]
 
 
-@pytest.mark.parametrize(("op", "name"), NUMBERS, ids="-".join)
+@pytest.mark.parametrize(("op", "name"), NUMBERS)
 @pytest.mark.parametrize(
     ("value", "error"), [(-1e-9, ValueError), (float("nan"), ValueError), (float("inf"), ValueError), (None, TypeError)]
 )
@@ -207,7 +199,7 @@ def test_numbers_that_are_not_negative(op: str, name: str, value: Any, error: ty
 
 @pytest.mark.parametrize(("value", "error"), [(0, ValueError), (10**6, ValueError), (1.0, TypeError)])
 def test_the_size_of_a_window(value: Any, error: type[Exception]) -> None:
-    refused("update_convergence", "size", value, error)
+    refused("update_convergence", "window_size", value, error)
 
 
 def test_a_spectrum_without_dimensions() -> None:

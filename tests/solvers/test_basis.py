@@ -74,7 +74,7 @@ def test_bands_cover_every_coefficient_once_and_rise_in_frequency(shape: tuple[i
     assert torch.equal(band, expected)
 
 
-def test_colour_rotation_puts_grey_in_the_first_channel() -> None:
+def test_colour_transform_puts_grey_in_the_first_channel() -> None:
     basis = Basis.spectral((3, 4, 4))
     grey = torch.randn(1, 1, 4, 4).expand(-1, 3, -1, -1)
     spectrum = torch.empty(1, basis.size)

@@ -256,7 +256,7 @@ def test_an_unknown_solver_option_is_a_type_error() -> None:
 @pytest.mark.parametrize("chain", ["eta 0", "eta 1", "order 2", "order 2, eta 1", "sample", "inversion"])
 def test_iterations_on_a_gaussian_of_one_variance(chain: str, start: Any, mean: float, count: int) -> None:
     """Its slopes are the same in all bands, and constant. Where they are known one iteration solves the chain, and
-    without a mean the first guess already does. The first evaluation measures them where there is no mean, the second
+    without a mean the initial guess already does. The first evaluation measures them where there is no mean, the second
     always.
     """
     exact = problems.Gaussian(SCHEDULE, torch.full((64,), mean), torch.full((64,), 0.02))

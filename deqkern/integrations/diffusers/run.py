@@ -45,6 +45,15 @@ class ParallelRun:
 
     Attributes:
         solution: The `Solution` of the last call that ended, None before.
+
+    Example:
+        >>> import diffusers
+        >>> from deqkern import models
+        >>> from deqkern.integrations.diffusers import parallel
+        >>> pipe = diffusers.DDIMPipeline(models.load("digits").model, diffusers.DDIMScheduler(clip_sample=False))
+        >>> with parallel(pipe) as run:
+        ...     print(run.solution)
+        None
     """
 
     solution: Solution | None = None

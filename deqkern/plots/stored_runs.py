@@ -1,4 +1,4 @@
-"""Stored runs: errors, and a heat map of residuals."""
+"""Stored runs: their errors, and the residual of every step at every iteration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..runs import StoredRun
-from .style import COLOURS, DOTTED, ESTIMATE, new_figure, plain, shortened, wrapped
+from .style import COLOURS, ESTIMATE, new_figure, plain, shortened, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
     from matplotlib.lines import Line2D
 
+_DOTTED = 60  # about so many points are marked
 _MARKERS = "osv^D*P"  # of the first seven runs, of the next ..
 _RUNS_DPI = 100
 _RUNS_WIDTH, _LINES_HEIGHT, _HEAT_HEIGHT = 12.0, 4.2, 3.2  # inches
 _LINE = 0.18  # inches of a line of text
 _SQUEEZED = 5  # heat maps share a range of iterations up to this ratio of them
-_HEAT_COLOURS = "magma"
+_HEATCOLOURS = "magma"
 
 
 def save_runs(path: str | PathLike[str], runs: Mapping[str, StoredRun], *, title: str = "") -> None:
@@ -120,7 +121,7 @@ def runs_figure(runs: Mapping[str, StoredRun], title: str = "") -> Figure:
 
 
 def _heat_title(name: str, run: StoredRun, columns: int) -> str:
-    """The title of a heat map, on lines that fit over it."""
+    """On lines that fit over one of so many heat maps."""
     width = int((_RUNS_WIDTH - 1.5) / columns / 0.09)  # characters of 10 pt
     nfe = float(run.nfe_history[-1].double().mean())
     return wrapped(f"{shortened(name, 3 * width)}: {len(run.history)} iterations, nfe {nfe:.0f}", width)
@@ -150,7 +151,7 @@ def _draw_errors(axes: Sequence[Axes], runs: Sequence[StoredRun]) -> list[Line2D
                     style,
                     color=COLOURS[colour],
                     marker=_MARKERS[again % len(_MARKERS)] if j == 0 or again else None,
-                    markevery=max(1, math.ceil(int(known.sum()) / DOTTED)),
+                    markevery=max(1, math.ceil(int(known.sum()) / _DOTTED)),
                     markersize=3.5,
                     linewidth=1.5,
                 )
@@ -176,7 +177,7 @@ def _draw_errors(axes: Sequence[Axes], runs: Sequence[StoredRun]) -> list[Line2D
 def _draw_residuals(axes: Sequence[Axes], runs: Sequence[StoredRun]) -> AxesImage:
     """A heat map per run on one colour scale: grey below the first step that is evaluated, white above where none is.
 
-    They have one range of iterations, unless one run is so much longer that another could not be seen.
+    They have one range of iterations, unless one run has so many that another could not be seen.
     """
     from matplotlib.colors import ListedColormap, LogNorm
 
@@ -199,7 +200,7 @@ def _draw_residuals(axes: Sequence[Axes], runs: Sequence[StoredRun]) -> AxesImag
         grey = torch.ones(steps, count).where(converged.T, torch.nan)
         axis.imshow(grey.numpy(), cmap=ListedColormap(["0.9"]), **place)
         residual = values.clamp(norm.vmin, norm.vmax).where(evaluated, torch.nan)
-        image = axis.imshow(residual.T.numpy(), norm=norm, cmap=_HEAT_COLOURS, **place)
+        image = axis.imshow(residual.T.numpy(), norm=norm, cmap=_HEATCOLOURS, **place)
         axis.set_xlim(0.5, (longest if common else count) + 0.5)
         axis.set_xlabel("iteration" if common else "iteration (each map its own range)")
         axis.locator_params(integer=True, min_n_ticks=1)
