@@ -227,7 +227,7 @@ def _ways(
 
 
 def _rows(window: int, batch: int, iterations: int, evaluations: float) -> list[int]:
-    """Rows of each iteration: they fall linearly, as steps settle, and add up to the evaluations."""
+    """Rows of each iteration: they fall linearly, as steps converge, and add up to the evaluations."""
     mean = evaluations / iterations
     first = min(window, 2 * mean)
     fall = 2 * (first - mean) / max(iterations - 1, 1)
