@@ -5,10 +5,18 @@ from collections.abc import Callable
 import inputs
 import pytest
 import torch
+from aot import Case
 from asserts import assert_close
 from torch import Tensor
 
 BACKENDS = inputs.backends("anderson_gram")
+COMPILED = [
+    Case("anderson_gram_kernel", {"LENGTH": 6, "COUNT": 1, "BLOCK": 512}, 1, 8),
+    Case("anderson_gram_kernel", {"LENGTH": 6, "COUNT": 4, "BLOCK": 512}, 1, 20),
+    Case("anderson_gram_kernel", {"LENGTH": 17, "COUNT": 16, "BLOCK": 256}, 1, 34),
+    Case("anderson_gram_finish_kernel", {"M": 5, "COUNT": 1, "SIDE": 8, "SUMS": 2, "PARTIALS": 32}, 4),
+    Case("anderson_gram_finish_kernel", {"M": 16, "COUNT": 16, "SIDE": 16, "SUMS": 32, "PARTIALS": 32}, 4),
+]
 
 
 @BACKENDS

@@ -3,8 +3,15 @@ from __future__ import annotations
 import inputs
 import pytest
 import torch
+from aot import Case
 
 BACKENDS = inputs.backends("anderson_mix")
+COMPILED = [
+    Case("anderson_mix_kernel", {"LENGTH": 2, "COUNT": 0, "BLOCK": 512}, 4, 1, 1),
+    Case("anderson_mix_kernel", {"LENGTH": 6, "COUNT": 5, "BLOCK": 512}, 4, 6, 1),
+    Case("anderson_mix_kernel", {"LENGTH": 17, "COUNT": 16, "BLOCK": 512}, 4, 17, 1),
+    Case("anderson_mix_kernel", {"LENGTH": 17, "COUNT": 16, "BLOCK": 512}, 4, aligned=False),
+]
 
 
 @BACKENDS
