@@ -190,7 +190,9 @@ def check_cuda_graph(cuda_graph: bool, model: Model | None, noise: Tensor, solve
     if cuda_graph and is_replicated(model):
         raise ValueError("cuda_graph=True needs a model on one device: a graph cannot span several")
     if cuda_graph and is_int(solver.window):
-        raise ValueError("cuda_graph=True needs a solver without a window of so many steps: a graph evaluates all")
+        raise ValueError(
+            "cuda_graph=True needs a solver whose window is None or a share of the steps: a graph evaluates all rows"
+        )
 
 
 def check_auto(max_iterations: int | None, cuda_graph: bool, steps: int) -> None:
@@ -202,7 +204,7 @@ def check_auto(max_iterations: int | None, cuda_graph: bool, steps: int) -> None
         )
     if cuda_graph:
         raise ValueError(
-            "cuda_graph=True needs a solver without a window of so many steps; solver='auto' may choose one"
+            "cuda_graph=True needs a solver whose window is None or a share of the steps; solver='auto' may choose another"
         )
 
 

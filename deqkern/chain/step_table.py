@@ -152,7 +152,7 @@ class StepTable:
         return replace(self, **flipped, clipping=None)  # VJPs enter it as they are
 
     def constant_x0(self) -> ConstantX0[Tensor]:
-        """How the chain goes on while x0 stays what it is."""
+        """The constant-x0 extrapolation of the chain: its states while x0 stays what it is."""
         entering = _entering(self.order, self.clipping) or self.prediction_type
         x0 = estimates(entering, self.alpha, self.sigma)
         noisy, clean = (self.alpha, self.sigma), (self.alpha_next, self.direction.clamp_min(_SMALLEST_SIGMA))

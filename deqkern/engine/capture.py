@@ -70,7 +70,7 @@ class CapturedIterations:
                 graph.capture_end()
             except BaseException as error:
                 with contextlib.suppress(RuntimeError):
-                    graph.capture_end()  # the stream goes on
+                    graph.capture_end()  # the stream can be used again
                 with contextlib.suppress(RuntimeError):
                     self._capture_nothing()
                 if not isinstance(error, RuntimeError):

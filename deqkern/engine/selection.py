@@ -20,13 +20,13 @@ from ..chain.step_table import StepTable
 from ..ops.state import Norms, OutputPath
 from .host import Bools, Ints, Reals, Upload
 
-# A state that moves by more than this share of itself, or has not moved yet, counts as moving by so much.
+# A state that moves by more than this share of itself, or has not moved yet, counts as moving by this much.
 LARGEST_MOVE = 0.1
 # Of one that moved by less than this, times rtol, nothing is left out: the end is near, and no error is known before.
 LEAST_MOVE = 2.0
 # The distance between evaluated steps is at most that to the first open step over this, and one more.
 APPROACH = 2
-# A step that was open in so many iterations is evaluated, and so is the one after it: where x0 changes abruptly, what
+# A step that was open in this many iterations is evaluated, and so is the one after it: where x0 changes abruptly, what
 # interpolation gets wrong keeps the states moving, and they would never come to rest.
 PATIENCE = 8
 
@@ -155,7 +155,7 @@ class Selection:
         self.measured = self.evaluated if first else before & self.evaluated
         if self.whole_batch:
             self.rows = np.arange(self.steps * self.batch)
-        elif self.for_graph:  # a graph goes on evaluating the rows it was captured with, new steps among them
+        elif self.for_graph:  # a graph evaluates the rows it was captured with, new steps among them
             rows = np.flatnonzero(np.arange(self.steps)[:, None] >= window[:, 0])
             if not first and 2 * len(rows) > len(self.rows):
                 return False

@@ -55,7 +55,7 @@ def fixed_point(
 ) -> Solution:
     """Solve z = f(z), each sample to its own tolerance: a deep equilibrium model and the like.
 
-    A sample whose residual grows a thousandfold goes on from z0 with plain iteration. One that does not converge is
+    A sample whose residual grows a thousandfold continues from z0 with plain iteration. One that does not converge is
     reported in the `Solution` and by one `ConvergenceWarning`.
 
     Args:
@@ -69,7 +69,7 @@ def fixed_point(
         rtol: Relative 2-norm of the error of each sample, as estimated; of all parts of a tuple together. 0 goes on
             until the residual is rounding. In half precision a sample has also converged when its residual is below one
             eps.
-        max_iterations: At most so many.
+        max_iterations: The limit.
         gradient: None, "implicit", "phantom", `deqkern.gradients.Implicit` or `Phantom`, or an object of your own
             (`deqkern.gradients.Gradient`): makes `value` differentiable, once and not twice, by whatever f depends on.
             Its None for solver, rtol and max_iterations means those of this solve. f is called once more, and its graph

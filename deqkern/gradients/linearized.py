@@ -106,7 +106,7 @@ class LinearizedChain:
         Args:
             step: 0 .. S-1.
             cotangent: (B, *shape).
-            weight: Adds so many times the same VJP by `inputs` to their gradients, as long as it is not None.
+            weight: Adds this multiple of the same VJP by `inputs` to their gradients, as long as it is not None.
 
         Returns:
             (B, *shape).

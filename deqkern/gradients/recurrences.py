@@ -12,7 +12,7 @@ from ..chain.step_table import StepTable
 from .linearized import LinearizedChain, Pulled
 
 _NO_NOISE = 1e-9  # an end of a step with less has no log-SNR to speak of
-_LONGEST = math.log(1.5)  # dP/dl = kappa P with kappa <= 1: held over a longer step, V overshoots
+_LONGEST = math.log(1.5)  # dP/dl = kappa P with kappa <= 1: constant over a longer step, V overshoots
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 _DPI = 100
 _MARGIN = 16  # pixels
 _TITLE, _TITLE_LINE, _TITLE_CHARACTER = 28, 18, 12  # the heights of one line and of another, the width of a letter
-_SMALLEST_SAMPLE = 96  # a sample is enlarged by a whole number to at least so many pixels
+_SMALLEST_SAMPLE = 96  # a sample is enlarged by a whole number to at least this many pixels
 _SMALLEST_PANEL = 220  # has room for its name
 _CURVES = 300  # the height of curves under a picture
-_NAMED = 8  # so many curves are told apart
-_DOTTED = 60  # about so many points are marked
+_NAMED = 8  # this many curves are told apart
+_DOTTED = 60  # about this many points are marked
 
 
 def grid(images: Tensor, scale: int | None = None, columns: int | None = None) -> ndarray[Any, Any]:
@@ -178,7 +178,7 @@ def save_inversion(
 def panelled(
     panels: Mapping[str, Tensor], title: str, smallest: int, columns: int | None = None, room: int = 0
 ) -> Figure:
-    """A figure of named grids, with so many pixels of room under them."""
+    """A figure of named grids, with `room` pixels under them."""
     sheets = {name: grid(images, columns=columns) for name, images in panels.items()}
     tallest = max(sheet.shape[0] for sheet in sheets.values())
     widths = [max(sheet.shape[1], smallest) for sheet in sheets.values()]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
     from matplotlib.lines import Line2D
 
-_DOTTED = 60  # about so many points are marked
+_DOTTED = 60  # about this many points are marked
 _MARKERS = "osv^D*P"  # of the first seven runs, of the next ..
 _RUNS_DPI = 100
 _RUNS_WIDTH, _LINES_HEIGHT, _HEAT_HEIGHT = 12.0, 4.2, 3.2  # inches
@@ -121,7 +121,7 @@ def runs_figure(runs: Mapping[str, StoredRun], title: str = "") -> Figure:
 
 
 def _heat_title(name: str, run: StoredRun, columns: int) -> str:
-    """On lines that fit over one of so many heat maps."""
+    """On lines that fit over a heat map in that number of columns."""
     width = int((_RUNS_WIDTH - 1.5) / columns / 0.09)  # characters of 10 pt
     nfe = float(run.nfe_history[-1].double().mean())
     return wrapped(f"{shortened(name, 3 * width)}: {len(run.history)} iterations, nfe {nfe:.0f}", width)
@@ -177,7 +177,7 @@ def _draw_errors(axes: Sequence[Axes], runs: Sequence[StoredRun]) -> list[Line2D
 def _draw_residuals(axes: Sequence[Axes], runs: Sequence[StoredRun]) -> AxesImage:
     """A heat map per run on one colour scale: grey below the first step that is evaluated, white above where none is.
 
-    They have one range of iterations, unless one run has so many that another could not be seen.
+    They have one range of iterations, unless one run is so long that another could not be seen.
     """
     from matplotlib.colors import ListedColormap, LogNorm
 

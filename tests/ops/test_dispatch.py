@@ -192,14 +192,14 @@ def test_the_choice_nests_ends_and_belongs_to_its_thread() -> None:
     seen: list[tuple[str, ...]] = []
     with ops.use_backend("reference"):
         with ops.use_backend("cpu"):
-            assert _dispatch._requested.get() == ("cpu",)
+            assert ops.requested_backends() == ("cpu",)
         with pytest.raises(KeyError), ops.use_backend("cuda"):
             raise KeyError
-        assert _dispatch._requested.get() == ("reference",)
-        other = threading.Thread(target=lambda: seen.append(_dispatch._requested.get()))
+        assert ops.requested_backends() == ("reference",)
+        other = threading.Thread(target=lambda: seen.append(ops.requested_backends()))
         other.start()
         other.join()
-    assert seen == [("auto",)] and _dispatch._requested.get() == ("auto",)
+    assert seen == [("auto",)] and ops.requested_backends() == ("auto",)
 
 
 @pytest.mark.parametrize("names", [("numpy",), (), ("cpu", "gpu")])
