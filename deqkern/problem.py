@@ -204,7 +204,8 @@ def check_auto(max_iterations: int | None, cuda_graph: bool, steps: int) -> None
         )
     if cuda_graph:
         raise ValueError(
-            "cuda_graph=True needs a solver whose window is None or a share of the steps; solver='auto' may choose another"
+            "cuda_graph=True needs a solver whose window is None or a share of the steps; solver='auto' may choose "
+            "another"
         )
 
 

@@ -26,8 +26,8 @@ class Solver:
         ridge: Regularisation, relative to the mean of the Gram diagonal.
         ridge_absolute: Regularisation, absolute.
         beta: Damping of the correction, 0 < beta <= 1. Below 1 it needs a slope that does not adapt.
-        window: The most steps of a sample that are evaluated at once, or this share of them if it is a float below 1; None
-            for all. 1 is the sequential chain.
+        window: The most steps of a sample that are evaluated at once, or a share of the steps if it is a float below
+            1; None for all. 1 is the sequential chain.
         thinning: Along a chain without noise, evaluate only steps that lie thinning S sqrt(m) apart where a state moved
             by a share m of itself in the last iteration, and interpolate the outputs between them; 0 for all of them.
         start: The initial guess of the states, "chain" (the chain of the initial slope) or "constant" (the noise
