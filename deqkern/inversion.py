@@ -102,11 +102,17 @@ def invert(
     if isinstance(sample, Tensor) and (pulled is not None or round_trip or isinstance(method, Optimize)):
         check_not_empty("sample", sample)
 
+    schedule = check_schedule(schedule)
+    if schedule.draws_noise():
+        raise ValueError(
+            "schedule is of a chain whose steps draw noise, which cannot be undone: invert the DDIM chain of its noise "
+            "levels, schedule.as_ddim(), and sample that"
+        )
+
     def make_table() -> StepTable:
         table = schedule.steps(num_inference_steps, sigma_min=sigma_min)
         return table if isinstance(method, Optimize) else table.reversed()
 
-    check_schedule(schedule)
     problem = Problem.of_chain(
         model,
         sample,

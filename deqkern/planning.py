@@ -100,8 +100,8 @@ def plan(
     schedule: NoiseSchedule,
     num_inference_steps: int = 50,
     *,
-    eta: float = 0.0,
-    order: int = 1,
+    eta: float | None = None,
+    order: int | None = None,
     rtol: float = USUAL_RTOL,
     iterations: int | None = None,
     evaluations: float | None = None,
@@ -153,7 +153,7 @@ def plan(
         True
 
     """
-    check_schedule(schedule)
+    schedule = check_schedule(schedule)
     check_count("repeats", repeats)
     problem = Problem.of_chain(
         model,

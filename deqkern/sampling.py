@@ -28,8 +28,8 @@ def sample(
     schedule: NoiseSchedule,
     num_inference_steps: int = 50,
     *,
-    eta: float = 0.0,
-    order: int = 1,
+    eta: float | None = None,
+    order: int | None = None,
     solver: Solver | Literal["auto"] | None = None,
     rtol: float = 1e-2,
     max_iterations: int | None = None,
@@ -98,7 +98,7 @@ def sample(
 
     # Where a guess tells something of all states, none of them waits.
     usual = default() if guess is None else default(window=None)
-    check_schedule(schedule)
+    schedule = check_schedule(schedule)
     problem = Problem.of_chain(
         model,
         noise,
@@ -106,7 +106,7 @@ def sample(
         name="noise",
         solver=usual if auto or solver is None else solver,  # type: ignore[arg-type]
         rtol=rtol,
-        eta=eta,
+        draws_noise=schedule.draws_noise(eta),
         max_iterations=max_iterations,
         max_batch=max_batch,
         model_kwargs=model_kwargs,
@@ -130,8 +130,8 @@ def begin(
     schedule: NoiseSchedule,
     num_inference_steps: int = 50,
     *,
-    eta: float = 0.0,
-    order: int = 1,
+    eta: float | None = None,
+    order: int | None = None,
     solver: Solver | None = None,
     rtol: float = 1e-2,
     max_iterations: int | None = None,
@@ -176,7 +176,7 @@ def begin(
         [True, True]
 
     """
-    check_schedule(schedule)
+    schedule = check_schedule(schedule)
     return Problem.of_chain(
         None,
         noise,
@@ -184,7 +184,7 @@ def begin(
         name="noise",
         solver=(default() if guess is None else default(window=None)) if solver is None else solver,
         rtol=rtol,
-        eta=eta,
+        draws_noise=schedule.draws_noise(eta),
         max_iterations=max_iterations,
         max_batch=max_batch,
         step_noise=step_noise,

@@ -77,7 +77,7 @@ class StepTable:
 
         A table that clips is written for the velocity alpha eps - sigma x0 (arXiv 2202.00512, appendix D), whatever the
         model predicts: its a and b lie within -1 .. 1 at any noise level, while those of epsilon grow with 1 / alpha
-        and would lose in rounding what clipping keeps.
+                would lose in rounding what clipping keeps. Where eps follows the clipped x0 it is written for x0.
 
         order: 1 is DDIM. 2 is DPM-Solver++ 2M, where the first step is first order, and the last one if it ends without
         noise or if `lower_order_final`; n must be that of eta = 0 or 1, and each step begin where the last one ended.
@@ -106,7 +106,9 @@ class StepTable:
             if lower_order_final or sigma_next[-1] == 0:
                 extrapolation[-1] = 0
             b, c = b * (1 + extrapolation), -b * extrapolation
-        elif clipping is not None:  # a step that stays where it is (b = 0) still clips: give its output a way in, and
+        elif (
+            clipping is not None and not clipping.eps_follows
+        ):  # a step that stays where it is (b = 0) still clips: give its output a way in, and
             idle = b.abs() <= _IDLE  # no slope
             b = torch.where(idle, 1.0, b)
             slope_0, slope_1 = torch.where(idle, 0.0, slope_0), torch.where(idle, 0.0, slope_1)
@@ -123,7 +125,10 @@ class StepTable:
         that draws noise, or that has a step with a = 0: such steps cannot be undone; or a table of order 2.
         """
         if self.order != 1:
-            raise ValueError("order must be 1: steps that use the output of the step before are not inverted")
+            raise ValueError(
+                "order must be 1: steps that use the output of the step before are not inverted; take the DDIM chain, "
+                "schedule.as_ddim()"
+            )
         if self.clips:
             raise ValueError("schedule clips or thresholds x0: what is cut off cannot be found again by inversion")
         if bool((self.n != 0).any()):
@@ -240,7 +245,8 @@ class StepTable:
 
         x and out are in pixel space; the result (N, *shape) is fp32 or wider. x0 is clipped to `clip_sample_range` or
         dynamically thresholded (arXiv 2205.11487, section 2.3) and eps is left alone, as in diffusers' DDIMScheduler.
-        With order 2 it is x0 itself, clipped if the table clips. Raises ValueError for a table that does not convert.
+        With order 2, and where eps follows the clipped x0, it is x0 itself, clipped if the table clips. Raises
+        ValueError for a table that does not convert.
         """
         if not self.converts:
             raise ValueError("effective_output is for a table that converts")
@@ -249,7 +255,7 @@ class StepTable:
     @cached_property
     def _conversion(self) -> OutputConversion:
         own = estimates(self.prediction_type, self.alpha, self.sigma)
-        if self.clipping is None or self.order == 2:
+        if self.clipping is None or self.order == 2 or self.clipping.eps_follows:
             return OutputConversion(ConversionRows(*own, *[torch.zeros_like(self.a)] * 5), self.clipping, to_x0=True)
         idle = (self.direction * self.alpha - self.alpha_next * self.sigma).abs() <= _IDLE  # see build
         velocity = (torch.where(idle, 0.0, -self.sigma), torch.where(idle, 0.0, self.alpha))
@@ -268,7 +274,9 @@ _PER_STEP = tuple(item.name for item in fields(StepTable) if item.type == "Tenso
 
 def _entering(order: int, clipping: Clipping | None) -> str | None:
     """What enters such a chain where it is not the model's own output: see `StepTable.build`."""
-    return "sample" if order == 2 else "v_prediction" if clipping is not None else None
+    if order == 2 or (clipping is not None and clipping.eps_follows):
+        return "sample"
+    return None if clipping is None else "v_prediction"
 
 
 def _direction(sigma_next: Tensor, n: Tensor) -> Tensor:

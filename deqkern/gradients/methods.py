@@ -20,6 +20,8 @@ from .linearized import LinearizedChain, Pulled
 from .pullback import Gradient
 from .recurrences import adjoint_recurrence, exact_recurrence
 
+_ROUNDING = 1e-6
+
 
 @dataclass(frozen=True)
 class Exact:
@@ -206,6 +208,11 @@ class Adjoint:
         _check_first_order(self, table)
         if table.clips:
             raise ValueError("schedule clips or thresholds x0: gradient='adjoint' needs one that does not")
+        if bool((table.alpha_next**2 + table.sigma_next**2 > 1 + _ROUNDING).any()):
+            raise ValueError(
+                "process='ddpm_large' draws more noise than the process that gradient='adjoint' integrates: take "
+                "'exact' or 'implicit', or process='ddpm'"
+            )
 
     def pull_back(self, chain: LinearizedChain, cotangent: Tensor) -> Pulled:
         """See `Gradient`."""
