@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .reading import OwnLevels
 from .timesteps import DiscreteSteps, FlowSteps, discrete_steps, end_flow_at, flow_steps
-
-if TYPE_CHECKING:
-    from .schedule import NoiseSchedule
 
 _TINY = 1e-12  # a variance that rounding may be off by
 _LEAST_VARIANCE = 1e-20  # of a DDPM step that does not start at timestep 0
@@ -29,9 +26,9 @@ class StepLevels(NamedTuple):
 
 
 def levels_of(
-    schedule: NoiseSchedule, own: OwnLevels | None, count: int, *, eta: float, sigma_min: float | None, order: int
+    schedule: Any, own: OwnLevels | None, count: int, *, eta: float, sigma_min: float | None, order: int
 ) -> StepLevels:
-    """Of `count` steps through a schedule; `own`: the levels to take in place of those that it lays, if any."""
+    """Of `count` steps through a `NoiseSchedule`; `own`: the levels to take in place of those that it lays, if any."""
     if schedule.alphas_cumprod is None:
         if eta > 0:
             raise ValueError(f"eta must be 0 for prediction_type='flow', got {eta}")
@@ -97,22 +94,24 @@ def ddim_levels(steps: DiscreteSteps, *, eta: float) -> StepLevels:
 def ddpm_levels(steps: DiscreteSteps, *, large: bool) -> StepLevels:
     """Of the ancestral steps of arXiv 2006.11239 (eq. 7) between these abar, as diffusers' DDPMScheduler has them:
 
-    x_next = sqrt(next) beta / (1 - now) x0 + direction eps_of(x0) + n z,     beta = 1 - now / next,
-    direction = sqrt(now / next) (1 - next) / sqrt(1 - now),     n^2 = beta (1 - next) / (1 - now), or beta if `large`.
+    x_next = sqrt(next) beta / (1 - now) x0 + sqrt(now / next) (1 - next) / (1 - now) x + s z,   beta = 1 - now / next,
+    s^2 = beta (1 - next) / (1 - now), or beta if `large`; a step from timestep 0 draws no noise.
 
-    A step from timestep 0 draws no noise. sigma_next counts all noise of a step's end: direction^2 + n^2, which is
-    more than the schedule has there if `large`.
+    now / next is rounded to fp32, as the scheduler has it: of 1000 steps that changes beta in the fourth digit, and
+    what x0 and x then add up to. The clean end counts that, and all noise of the step, which if `large` is more than
+    the schedule has there.
     """
     timesteps, now, after = steps
-    beta, room = 1 - now / after, (1 - now).clamp_min(_TINY)
+    ratio, room = (now.float() / after.float()).double(), (1 - now).clamp_min(_TINY)
+    beta = 1 - ratio
     variance = beta if large else (beta * (1 - after) / room).clamp_min(_LEAST_VARIANCE)
     variance = torch.where(timesteps > 0, variance, 0.0)
-    direction = (now / after).sqrt() * (1 - after) / room.sqrt()
+    alpha, sigma, of_x = now.sqrt(), (1 - now).sqrt(), ratio.sqrt() * (1 - after) / room
     return StepLevels(
         timesteps,
-        alpha=now.sqrt(),
-        sigma=(1 - now).sqrt(),
-        alpha_next=after.sqrt(),
-        sigma_next=(direction**2 + variance).sqrt(),
+        alpha=alpha,
+        sigma=sigma,
+        alpha_next=after.sqrt() * beta / room + of_x * alpha,
+        sigma_next=((of_x * sigma) ** 2 + variance).sqrt(),
         n=variance.sqrt(),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import TYPE_CHECKING, TypedDict
+from typing import Any, TypedDict
 
 from torch import Tensor
 
@@ -13,9 +13,6 @@ from .output import PREDICTION_TYPES
 from .schedulers import PROCESSES
 from .step_table import check_order
 from .timesteps import TIMESTEP_SPACINGS
-
-if TYPE_CHECKING:
-    from .schedule import NoiseSchedule
 
 
 class ScheduleOptions(TypedDict, total=False):
@@ -44,8 +41,8 @@ def name_options(schedule: type, *constructors: str) -> None:
         function.__signature__ = signature.replace(parameters=own + options)
 
 
-def check_options(schedule: NoiseSchedule, *, own_levels: bool) -> None:
-    """Refuse options out of range, and those that do not go together. own_levels: of a scheduler's own."""
+def check_options(schedule: Any, *, own_levels: bool) -> None:
+    """Refuse options of a `NoiseSchedule` out of range, and those that do not go together. own_levels: has it any."""
     check_choice("prediction_type", schedule.prediction_type, PREDICTION_TYPES)
     check_choice("timestep_spacing", schedule.timestep_spacing, TIMESTEP_SPACINGS)
     check_choice("process", schedule.process, PROCESSES)

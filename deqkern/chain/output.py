@@ -50,7 +50,6 @@ class Clipping(NamedTuple):
 
     limit: float  # of dynamic thresholding the largest
     quantile: float | None = None  # of |x0| of a sample: dynamic thresholding
-    eps_follows: bool = False  # eps is then that of the bounded x0, as in DDPM's step; else it stays the model's
 
     def __call__(self, x0: Tensor) -> Tensor:
         """x0 (N, *shape) within the bounds."""

@@ -281,20 +281,17 @@ class NoiseSchedule:
                 "prediction_type='epsilon' cannot start at zero terminal SNR (alphas_cumprod = 0), where epsilon says "
                 "nothing of x0: use v_prediction, or timestep_spacing='leading'"
             )
+        clipping = Clipping(self.clip_sample_range) if self.clip_sample else None
+        if self.thresholding:
+            clipping = Clipping(self.sample_max_value, self.dynamic_thresholding_ratio)
         return StepTable.build(
             self.prediction_type,
             **levels._asdict(),
-            clipping=self._clipping,
+            clipping=clipping,
             order=order,
             lower_order_final=own.ends_in_order_1(count),
+            process=self.process,
         )
-
-    @property
-    def _clipping(self) -> Clipping | None:
-        follows = self.process != "ddim"
-        if self.thresholding:
-            return Clipping(self.sample_max_value, self.dynamic_thresholding_ratio, eps_follows=follows)
-        return Clipping(self.clip_sample_range, eps_follows=follows) if self.clip_sample else None
 
 
 name_options(NoiseSchedule, "from_betas", "linear", "scaled_linear", "cosine")
