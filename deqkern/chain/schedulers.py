@@ -72,7 +72,7 @@ class SchedulerRow:
         """How the steps of `scheduler`, as it is set, draw noise."""
         if isinstance(self.noise, Noise):
             return self.noise
-        return self.noise.get(scheduler.config["algorithm_type"], Noise())
+        return self.noise.get(scheduler.config.get("algorithm_type"), Noise())
 
     def result_dtype(self, output: torch.dtype, state: torch.dtype) -> torch.dtype:
         """The dtype of the state after a step."""
@@ -168,12 +168,12 @@ def row_of(scheduler: Any) -> SchedulerRow:
 
 def nearest_row(scheduler: Any, flow: bool | None = None, noise: bool = True) -> SchedulerRow:
     """The scheduler to use in place of this one, of flow matching or not, and whose steps may draw noise or not."""
-    config = getattr(scheduler, "config", None) or {}
+    config, kind = getattr(scheduler, "config", None) or {}, type(scheduler).__name__
+    name = next((near for near, others in _NEAREST.items() if kind in others), None)
     if flow is None:
-        flow = "FlowMatch" in type(scheduler).__name__ or getattr(scheduler, "alphas_cumprod", None) is None
+        flow = name is None and ("FlowMatch" in kind or getattr(scheduler, "alphas_cumprod", None) is None)
     if flow or config.get(FLOW_OPTION):
         return default_row(flow=True)
-    name = next((near for near, others in _NEAREST.items() if type(scheduler).__name__ in others), None)
     row = next((row for row in SCHEDULERS if row.name == name), default_row(flow=False))
     return row if noise or not row.noise_of(scheduler).eta else default_row(flow=False)
 
