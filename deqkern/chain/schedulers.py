@@ -187,6 +187,8 @@ def in_place_of(scheduler: Any, row: SchedulerRow, name: str) -> str:
         return f"{row.name}()"
     kept = {option: values[0] for option, values in row.accepted.items() if option == row.order}
     other = [f", {option}={value!r}" for option, value in kept.items() if config.get(option, value) != value]
+    if isinstance(row.order, int) and not row.flow and "clip_sample" not in config:  # it clips where it is not told
+        other.append(", clip_sample=False")
     return f"{row.name}.from_config({name}.config{''.join(other)})"
 
 
