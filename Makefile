@@ -38,6 +38,7 @@ PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c const
 TORCH_INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 BUILD_REQUIRES = $$($(PY) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'])")
 RECIPES := pyproject.toml setup.py constraints.txt
+CPP_SOURCES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/ops/*.cpp)
 
 .PHONY: help demo test lint types docs bench native clean distclean
 .PHONY: gpu gpu-native gpu-test gpu-measure gpu-sanitize
@@ -55,6 +56,7 @@ test: $(VENV)/.installed-dev native
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_SOURCES)
 
 types: $(VENV)/.installed-dev
 	$(PY) -m mypy deqkern

@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from deqkern.ops import _cpu, _dispatch
+from deqkern.ops import _dispatch, _native
 
 ARCHITECTURE = 90
 
@@ -89,8 +89,8 @@ def faked(compute: bool = False) -> Iterator[Log]:
 
         return both if compute else launch
 
-    if _cpu.unavailable:
-        raise RuntimeError(_cpu.unavailable)
+    if _native.unavailable:
+        raise RuntimeError(_native.unavailable)
     kernels = _kernels()
     for kernel in kernels:
         kernel.device_caches.clear()
@@ -111,7 +111,7 @@ def faked(compute: bool = False) -> Iterator[Log]:
 
 def _kernels() -> list[Any]:
     """All that Triton could launch; raises where Triton interprets."""
-    modules = [importlib.import_module(f"deqkern.kernels.{op}") for op in _dispatch.OPS if op != "anderson_solve"]
+    modules = [importlib.import_module(f"deqkern.kernels.{op}") for op in _dispatch.CONTRACTS if op != "anderson_solve"]
     found = [value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")]
     if not all(isinstance(kernel, JITFunction) for kernel in found):
         raise RuntimeError("Triton interprets: set TRITON_INTERPRET=0 before it is imported")

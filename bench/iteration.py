@@ -12,6 +12,7 @@ import warnings
 from abc import ABC, abstractmethod
 
 import torch
+import typer
 from registry import Size, open_windows
 from torch import Tensor
 
@@ -282,3 +283,9 @@ def solver_seconds(solver: deqkern.solvers.Solver, noise: Tensor, iterations: in
         warnings.simplefilter("ignore", deqkern.ConvergenceWarning)
         deqkern.sample(model, noise, SCHEDULE, SIZE.steps, solver=solver, rtol=0.0, max_iterations=iterations)
     return found
+
+
+if __name__ == "__main__":
+    from own_time import main
+
+    typer.run(main)

@@ -29,8 +29,9 @@ from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 import deqkern
-from deqkern import NoiseSchedule, models, plots, solvers
+from deqkern import NoiseSchedule, models, solvers
 from deqkern.engine.solution import relative_error
+from deqkern.plots.style import COLOURS, new_figure
 
 BUDGETS = (4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50)  # S of the sequential chains
 SHOWN = (5, 6, 8, 10, 15, 20, 30, 50)  # of them in the table
@@ -250,9 +251,9 @@ def draw(
     solver: Annotated[str, typer.Option(help="of the joint solves")] = "default+profile",
 ) -> None:
     """Median errors against sequential model calls, a panel per file: joint solves solid, sequential chains not."""
-    figure = plots._figure(6.2 * len(files), 5.4, layout="constrained")
+    figure = new_figure(6.2 * len(files), 5.4, layout="constrained")
     axes = figure.subplots(1, len(files), sharey=True, squeeze=False)[0]
-    colours = dict(zip(SAMPLERS, plots._COLOURS, strict=False))
+    colours = dict(zip(SAMPLERS, COLOURS, strict=False))
     for axis, file in zip(axes, files, strict=True):
         figures = json.loads(file.read_text())
         lines: dict[tuple[str, str, int | None], list[Point]] = {}

@@ -17,7 +17,7 @@ struct AndersonGram {
   double* gram;           // (S, B, m, m), updated
   double* rhs;            // (S, B, m), written
   int64_t S, B, D;
-  int m, head, count;     // 1 <= m <= kMaxHistory, 0 <= head <= m, 0 <= count <= m
+  int m, head, count;  // 1 <= m <= kMaxHistory, 0 <= head <= m, 0 <= count <= m
   int threads;
 };
 

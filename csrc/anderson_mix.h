@@ -16,7 +16,7 @@ struct AndersonMix {
   const int64_t* window;  // (B, 2)
   float* out;             // (S, B, D), written
   int64_t S, B, D;
-  int m, head, count;     // 1 <= m <= kMaxHistory, 0 <= head <= m, 0 <= count <= m
+  int m, head, count;  // 1 <= m <= kMaxHistory, 0 <= head <= m, 0 <= count <= m
   int threads;
 };
 

@@ -27,7 +27,7 @@ struct AndersonSolve {
   const int64_t* window;  // (B, 2)
   float* gamma;           // (S, B, m), written
   int64_t S, B;
-  int m;                  // 1 <= m <= kMaxHistory
+  int m;  // 1 <= m <= kMaxHistory
   Scope scope;
   double ridge, ridge_absolute;
   bool implicit;

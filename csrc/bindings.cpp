@@ -12,8 +12,10 @@
 #include "build_info.h"
 #include "cpu/dispatch.h"
 #ifdef DEQKERN_CUDA
-#include "cuda/anderson_solve.h"
 #include "cuda/device.h"
+#include "cuda/ops.h"
+#else
+#define DEQKERN_CUDA_OPS(OP)
 #endif
 
 namespace py = pybind11;
@@ -29,13 +31,13 @@ template <class Op, class T>
 struct Member {
   Kind kind;
   const char* name;
-  T Op::*place;
+  T Op::* place;
   int64_t (*first)(const Op&);
   int64_t (*second)(const Op&);
 };
 
 template <class Op, class T>
-constexpr Member<Op, T> member(Kind kind, const char* name, T Op::*place, int64_t (*first)(const Op&) = nullptr,
+constexpr Member<Op, T> member(Kind kind, const char* name, T Op::* place, int64_t (*first)(const Op&) = nullptr,
                                int64_t (*second)(const Op&) = nullptr) {
   return {kind, name, place, first, second};
 }
@@ -49,10 +51,10 @@ constexpr Member<Op, T> member(Kind kind, const char* name, T Op::*place, int64_
 #define SIZE(x) member(Kind::size, #x, &Op::x)
 #define BETWEEN(x, low, high) member(Kind::between, #x, &Op::x, OF_OP(low), OF_OP(high))
 #define NUMBER(x) member(Kind::number, #x, &Op::x)
-#define MEMBERS(name, Struct, ...)            \
-  constexpr auto members_of(const Struct*) {  \
-    using Op = Struct;                        \
-    return std::make_tuple(__VA_ARGS__);      \
+#define MEMBERS(name, Struct, ...)           \
+  constexpr auto members_of(const Struct*) { \
+    using Op = Struct;                       \
+    return std::make_tuple(__VA_ARGS__);     \
   }
 DEQKERN_OPS(MEMBERS)
 
@@ -222,10 +224,6 @@ PyMethodDef method(const char* name, Function function) {
   return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, nullptr};
 }
 
-#ifndef DEQKERN_CUDA
-#undef DEQKERN_CUDA_OPS
-#define DEQKERN_CUDA_OPS(OP)
-#endif
 #define METHOD(name, Struct, ...) method(#name, &run<Struct, &Kernels::name>),
 #define CUDA_METHOD(name, Struct) method("cuda_" #name, &run_cuda<Struct, &cuda::name>),
 PyMethodDef methods[] = {DEQKERN_OPS(METHOD) DEQKERN_CUDA_OPS(CUDA_METHOD){nullptr, nullptr, 0, nullptr}};

@@ -12,14 +12,14 @@
 namespace deqkern {
 
 struct Dct2 {
-  float* image;           // (N, C, H, W), written by the inverse
-  float* spectrum;        // (R, C*H*W), written by the forward transform
-  const int64_t* rows;    // (N,), the row of `spectrum` that belongs to each image
-  const float* dct_h;     // (H, H) orthonormal
-  const float* dct_w;     // (W, W) orthonormal
-  const float* colour;    // (C, C) orthonormal; null: none
-  const int64_t* order;   // (C*H*W,), a permutation
-  const int64_t* place;   // (C*H*W,), its inverse; not read here
+  float* image;          // (N, C, H, W), written by the inverse
+  float* spectrum;       // (R, C*H*W), written by the forward transform
+  const int64_t* rows;   // (N,), the row of `spectrum` that belongs to each image
+  const float* dct_h;    // (H, H) orthonormal
+  const float* dct_w;    // (W, W) orthonormal
+  const float* colour;   // (C, C) orthonormal; null: none
+  const int64_t* order;  // (C*H*W,), a permutation
+  const int64_t* place;  // (C*H*W,), its inverse; not read here
   int64_t N, C, H, W, R;
   bool inverse;
   int threads;

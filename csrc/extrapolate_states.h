@@ -4,7 +4,7 @@
 //   x0 = of_x[l] y + of_out[l] e[l],                       l = previous_window[b, 1] - 1, its last step
 //   y = x[l] - t last_change[l], implicit: x[l+1] - beta last_change[l]
 //
-// t is 0 if l was the first step of its window, 1 if it was the second, else beta. Nothing is done if l < 0.
+// t is 0 if l was the first step of its window, 1 if it was the second, else beta. Nothing follows an empty window.
 #pragma once
 #include <cstdint>
 

@@ -1,4 +1,4 @@
-// The next slopes from what band_moments measured.
+// The next slopes from the moments of the last change.
 //
 //   slope = (<dx, de> / <dx, dx> + prior_weight slope) / (1 + prior_weight)
 //

@@ -16,8 +16,8 @@ DEQKERN_PLACES(norm, residual, correction, state)  // norms (S, B, count)
 DEQKERN_PLACES(moment, cross, square)              // moments (S, B, K, count)
 // convergence (B, count)
 DEQKERN_PLACES(convergence, estimate, last_correction, contraction, smallest_correction, residual)
-DEQKERN_PLACES(constant_x0, keep, x0_gain, of_x, of_out)                        // constant_x0 (count, S)
-DEQKERN_PLACES(output_path, scale, gain, gain_level, level, of_x, of_out)       // path (count, S)
-DEQKERN_PLACES(scope, row, causal, joint)                                       // of anderson_solve
+DEQKERN_PLACES(constant_x0, keep, x0_gain, of_x, of_out)                   // constant_x0 (count, S)
+DEQKERN_PLACES(output_path, scale, gain, gain_level, level, of_x, of_out)  // path (count, S)
+DEQKERN_PLACES(scope, row, causal, joint)                                  // whose rows a system sums
 
 }  // namespace deqkern

@@ -2,15 +2,15 @@
 //
 //   change = max_i |g[i+1]| / min(|x[i+1]|, |x[0]|)             inf while not all of the chain was evaluated
 //   ratio = change / min(last change, 1), clamped to best_contraction .. 1
-//   residual = max_i |r[i+1]| / |x[i+1]|                        of steps that are not exact now; inf if a norm is not finite
+//   residual = max_i |r[i+1]| / |x[i+1]|                        of steps that are not exact now; inf if not finite
 //   rho = sqrt(ratio last_ratio),        left = change rho / max(1 - rho^2, 0.1), explicit: and no less than residual
 //
 // 0 / 0 is 0, and anything else over 0 is inf; |x[0]| may be inf.
 // The new window begins at the first step that has not converged, |r[i+1]| > tolerance[i] |x[i+1]|, but past the first
-// active step of an explicit chain, which is exact. A sample has converged when its window is empty, then with no more left than
-// all tolerances together, or left <= rtol, rtol > 0.
-// It diverged if a norm is not finite, or |g[S]| > growth times the smallest one before; it then keeps what is exact.
-// Samples that had converged keep everything. From the first interpolated step on no step converges.
+// active step of an explicit chain, which is exact. A sample has converged when its window is empty, then with no more
+// left than all tolerances together, or left <= rtol, rtol > 0. It diverged if a norm is not finite, or |g[S]| > growth
+// times the smallest one before; it then keeps what is exact. Samples that had converged keep everything. From the
+// first interpolated step on no step converges.
 #pragma once
 #include <cstdint>
 

@@ -54,35 +54,55 @@ def invert(
 ) -> Solution:
     """Find the noise from which `sample(..., eta=0)` makes `sample`: the deterministic chain, solved backwards.
 
-    x[S] is known, and every step is solved for its start: x[i] = (x[i+1] - b[i] out(x[i])) / a[i]. `value` of the
-    result is x[0], `trajectory` the chain as `sample` would run it.
+    x[S] is known, and every step is solved for its start: x[i] = (x[i+1] - b[i] out(x[i])) / a[i].
 
-    model, schedule, num_inference_steps, model_kwargs, max_batch: as in `sample`, and they must be the same when the
-        noise is turned back into a sample. So must `sigma_min`. cuda_graph: as in `sample`; of the joint solve.
-    sample: (B, *shape) fp32, bf16, fp16 or fp64, as the noise of `sample`.
-    method: "joint" solves all steps at once, like `sample`; what it leaves unconverged goes on stepwise. "stepwise"
-        solves one step after the other by a fixed point each: fewest evaluations, most sequential calls. "naive" takes
-        out(x[i+1]) for out(x[i]), without iterating (arXiv 2010.02502, section 4.3): fast, and wrong by percents.
-        "optimize", or an `Optimize`, looks for the noise whose sample has the smallest loss, by default the squared
-        distance to `sample`; the result holds the best noise, its `history` the losses (evaluations, B), its `nfe`
-        counts vector-Jacobian products too. It works for schedules that clip as well.
-    solver: of the joint solve, and of those in the search; `deqkern.solvers.default(window=None)` if None. With a
-        window, fewer evaluations in more calls.
-    rtol: relative 2-norm of the error that is left in each state, as estimated; if None 1e-4, in the search 1e-2.
-    max_iterations: at most so many, of all steps together; if None 40 (joint; with a window, for each that the steps
-        fill) or 20 per step (stepwise). Of the search, steps of the optimizer, 100 if None.
-    sigma_min: the chain ends at this noise-to-signal ratio, where the sample is taken to be, instead of the schedule's
-        own end: the last steps to sigma = 0 lose what inversion would need. None keeps the schedule's end.
-    gradient: None, "implicit", "phantom", "residual", or an `Implicit` or `Phantom` of `deqkern.gradients`: makes
-        `value` differentiable by the sample, tensors in `model_kwargs` and parameters; with "joint" or "stepwise".
-    round_trip: also run the chain forward from `value`, step by step (S more calls): `Solution.round_trip`. It includes
-        the rounding of a `value` in half precision; `trajectory[0]` is the noise before that.
-    callback: called with (iteration, noise_estimate (B, *shape), error_estimate (B,)) after each iteration; the
-        estimate is NaN if naive.
+    Args:
+        model: As in `deqkern.sample`. It, the schedule, the steps, `sigma_min` and `model_kwargs` must be the same when
+            the noise is turned back into a sample.
+        sample: (B, *shape) fp32, bf16, fp16 or fp64, as the noise of `deqkern.sample`.
+        schedule: Of the model. One that clips or thresholds is refused, except by a search: what is cut off cannot be
+            found again.
+        num_inference_steps: S, the steps of the chain.
+        method: "joint" solves all steps at once; what it leaves unconverged continues stepwise. "stepwise" solves one
+            step after the other by a fixed point each: fewest evaluations, most sequential calls. "naive" takes
+            out(x[i+1]) for out(x[i]) without iterating (arXiv 2010.02502, section 4.3): fast, and wrong by percents.
+            "optimize", or an `Optimize`, searches for the noise whose sample has the smallest loss, by default the
+            squared distance to `sample`: the result holds the best noise, its `history` the losses (evaluations, B),
+            and its `nfe` counts vector-Jacobian products too.
+        solver: Of the joint solve, and of those in the search; `deqkern.solvers.default(window=None)` if None. With a
+            window, fewer evaluations in more calls.
+        rtol: Relative 2-norm of the error that is left in each state, as estimated; if None 1e-4, in the search 1e-2.
+        max_iterations: At most this many, of all steps together. If None 40 (joint; with a window, for each window that
+            the steps fill) or 20 per step (stepwise). Of the search, steps of the optimizer, 100 if None.
+        sigma_min: The chain ends at this noise-to-signal ratio, where the sample is taken to be, instead of at the end
+            of the schedule: the last steps to sigma = 0 lose what inversion would need. None keeps that end.
+        model_kwargs: As in `deqkern.sample`.
+        max_batch: As in `deqkern.sample`.
+        cuda_graph: As in `deqkern.sample`; of the joint solve.
+        gradient: None, "implicit", "phantom", "residual", or an `Implicit` or `Phantom` of `deqkern.gradients`: makes
+            `value` differentiable by the sample, tensors in `model_kwargs` and parameters; with "joint" or "stepwise".
+        round_trip: Also run the chain forward from `value`, step by step (S more calls), for `Solution.round_trip`. It
+            includes the rounding of a `value` in half precision; `trajectory[0]` is the noise before that.
+        callback: Called with (iteration, noise_estimate (B, *shape), error_estimate (B,)) after each iteration; the
+            estimate is NaN if naive.
 
-    Raises ValueError or TypeError for an argument that does not fit, and for a schedule that clips or thresholds: what
-    is cut off cannot be found again. Warns if a value of the sample is larger than 16. A sample that does not converge
-    is reported in the `Solution` and by one `ConvergenceWarning`.
+    Returns:
+        The `Solution`: `value` is x[0], `trajectory` the chain as `deqkern.sample` would run it. A sample that did not
+        converge is reported in it, and by one `ConvergenceWarning`. A sample with values above 16 gets a warning.
+
+    Raises:
+        TypeError: An argument is of another type, before the model is called.
+        ValueError: An argument does not fit, before the model is called; or the model returns another shape, or NaN.
+
+    Example:
+        >>> schedule = deqkern.NoiseSchedule.linear()
+        >>> model = lambda x, t: 0.5 * x
+        >>> found = deqkern.invert(model, torch.randn(2, 3, 8, 8), schedule, 20, round_trip=True)
+        >>> bool((found.round_trip < 1e-3).all())
+        True
+
+    Reference:
+        Pokle, Geng, Kolter: Deep equilibrium approaches to diffusion models, arXiv 2210.12867.
     """
     if method == "optimize":
         method = Optimize()

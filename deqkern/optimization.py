@@ -35,13 +35,32 @@ def adam(parameters: list[Tensor]) -> torch.optim.Optimizer:
 class Optimize:
     """What `invert` minimises, and how: `invert(..., method=Optimize(...))`; "optimize" is all defaults.
 
-    loss: (value (B, *shape), sample (B, *shape)) -> (B,), or a scalar for the whole batch; differentiable. Masks,
-        features and priors go in here. Per-sample losses let each sample keep its own best noise.
-    optimizer: makes a torch optimizer from a list of tensors; called with a closure, so that L-BFGS works too.
-    gradient: as in `sample`. "residual", DEQ-DDIM's, takes no derivative of the model: not the gradient, but where
-        tried the cheapest way down (docs/inversion.md).
-    noise: (B, *shape), where to start; standard normal if None, drawn from `generator`.
-    stop: end when every loss is at most this.
+    Args:
+        loss: (value (B, *shape), sample (B, *shape)) -> (B,), or a scalar for the whole batch; differentiable. Masks,
+            features and priors go in here. Per-sample losses let each sample keep its own best noise.
+        optimizer: Makes a torch optimizer from a list of tensors; called with a closure, so that L-BFGS works too.
+        gradient: As in `sample`. "residual", DEQ-DDIM's, takes no derivative of the model: not the gradient, but where
+            tried the cheapest way down (docs/inversion.md).
+        noise: (B, *shape), where to start; standard normal if None, drawn from `generator`.
+        generator: Of that noise; torch's global one if None.
+        stop: End when every loss is at most this.
+
+    Raises:
+        TypeError: An argument is of another type.
+        ValueError: gradient is None, or stop is NaN.
+
+    Example:
+        >>> left = (torch.arange(8) < 4).float()
+        >>> def masked(value, sample):
+        ...     return ((value - sample) * left).flatten(1).square().sum(1)
+        >>> search = deqkern.Optimize(loss=masked, stop=0.1)
+        >>> model, schedule = lambda x, t: 0.5 * x, deqkern.NoiseSchedule.linear()
+        >>> found = deqkern.invert(model, torch.randn(1, 1, 8, 8), schedule, 10, method=search, max_iterations=50)
+        >>> found.history.shape[1]
+        1
+
+    Reference:
+        Pokle, Geng, Kolter: Deep equilibrium approaches to diffusion models, arXiv 2210.12867, section 4.
     """
 
     loss: Loss = squared_distance

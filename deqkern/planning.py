@@ -11,24 +11,13 @@ import torch
 from torch import Tensor
 
 from .chain.schedule import NoiseSchedule
-from .engine.selection import is_worth_thinning
+from .engine.effort import USUAL_RTOL, effort
 from .network.latency import Latencies, measure_latencies
 from .network.model import Model
 from .problem import Problem, check_schedule
-from .solvers.presets import THINNING, Solver, default, sequential
-from .support.checks import check_count, check_not_empty, check_number, is_int
+from .solvers.presets import Solver, default, sequential
+from .support.checks import check_count, check_not_empty
 
-# Iterations of the default solver at rtol 1e-2, and evaluations per sample and step: the upper end of the medians of
-# docs/records/convergence.md, and two iterations more at eta 0, since the slowest sample decides. Any eta > 0 counts
-# as 1.
-ITERATIONS, EVALUATIONS, EVALUATIONS_THINNED = 9, 4.3, 3.7
-ITERATIONS_WITH_NOISE, EVALUATIONS_WITH_NOISE = 12, 5.3
-# How many more iterations a chain of order 2 takes, each with as many evaluations (docs/records/convergence.md).
-ITERATIONS_OF_ORDER_2 = 1
-# How many more iterations, and evaluations per sample and step, each decade of rtol takes
-# (docs/records/convergence.md).
-ITERATIONS_PER_DECADE, EVALUATIONS_PER_DECADE = 1.5, 0.8
-USUAL_RTOL, LEAST_RTOL = 1e-2, 1e-7
 # Windows of S / n steps: the ratios of their iterations and evaluations to the default's
 # (docs/records/convergence.md).
 WINDOWS = {2: (1.1, 0.87), 4: (1.55, 0.69), 8: (2.4, 0.58)}
@@ -185,7 +174,7 @@ def planned(
     if iterations is not None or evaluations is not None:
         counts = "given"
     eta = float((network.table.n != 0).any())
-    count, evals = _effort(steps, eta, iterations, evaluations, rtol=rtol, order=network.table.order)
+    count, evals = effort(steps, eta, iterations, evaluations, rtol=rtol, order=network.table.order)
     devices = [example.device] if example.is_cuda else []
     with torch.no_grad(), torch.random.fork_rng(devices):
         most_rows = default().width(steps) * batch
@@ -209,38 +198,6 @@ def planned(
         ways=tuple(ways),
         out_of_memory=latencies.out_of_memory,
     )
-
-
-def _effort(
-    steps: int,
-    eta: float,
-    iterations: int | None,
-    evaluations: float | None,
-    rtol: float = USUAL_RTOL,
-    order: int = 1,
-) -> tuple[int, float]:
-    """Iterations, and evaluations per sample, of the default solver."""
-    noiseless = (ITERATIONS, EVALUATIONS_THINNED if is_worth_thinning(steps, THINNING) else EVALUATIONS)
-    usual = noiseless if eta == 0 else (ITERATIONS_WITH_NOISE, EVALUATIONS_WITH_NOISE)
-    decades = max(math.log10(USUAL_RTOL / max(rtol, LEAST_RTOL)), 0.0)
-    usual = (round(usual[0] + ITERATIONS_PER_DECADE * decades), usual[1] + EVALUATIONS_PER_DECADE * decades)
-    if order == 2:
-        more = usual[0] + ITERATIONS_OF_ORDER_2
-        usual = (more, usual[1] * more / usual[0])
-    if iterations is None:
-        count = min(usual[0], steps)
-    elif is_int(iterations) and 1 <= iterations <= steps:
-        count = iterations
-    else:
-        raise ValueError(f"iterations must be None or an int in 1 .. {steps}, got {iterations!r}")
-    if evaluations is None:
-        # Iteration j settles step j: it is not evaluated again.
-        most = count * steps - count * (count - 1) / 2
-        return count, min(max(usual[1] * count / usual[0], 1.0) * steps, most)
-    check_number("evaluations", evaluations)
-    if not steps <= evaluations <= count * steps:
-        raise ValueError(f"evaluations must lie in {steps} .. {count * steps}, steps * iterations, got {evaluations}")
-    return count, float(evaluations)
 
 
 def _ways(
@@ -270,7 +227,7 @@ def _ways(
 
 
 def _rows(window: int, batch: int, iterations: int, evaluations: float) -> list[int]:
-    """Rows of each iteration: they fall linearly, as steps settle, and add up to the evaluations."""
+    """Rows of each iteration: they fall linearly, as steps converge, and add up to the evaluations."""
     mean = evaluations / iterations
     first = min(window, 2 * mean)
     fall = 2 * (first - mean) / max(iterations - 1, 1)

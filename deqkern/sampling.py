@@ -43,49 +43,66 @@ def sample(
     gradient: str | Gradient | None = None,
     callback: Callback | None = None,
 ) -> Solution:
-    """Sample from a diffusion model: the chain of `num_inference_steps` = S steps as one fixed point.
+    """Sample from a diffusion model: the chain of S steps as one fixed point.
 
-    The result is the chain's own, to a relative error of about `rtol`; rtol = 0 gives the sequential chain exactly, up
-    to rounding and the effect of the batch size on the model. All states are evaluated in one batch per iteration
-    (arXiv 2210.12867).
+    The result is the chain's own, to a relative error of about `rtol`. All states are evaluated in one batch per
+    iteration, instead of one after the other.
 
-    model: `model(x, t, **model_kwargs)` with x (N, *shape), t (N,), N up to S * B, returns a tensor like x, or an
-        object with `.sample`. Called in the `dtype` that a module has, or that of its first parameter of 16 bits or
-        more; a plain function in the dtype of `noise`. The
-        memory of x is used again after the call: a model that keeps x must copy it.
-    noise: (B, *shape) fp32, bf16 or fp16: the chain's noisy end, standard normal for most schedules. Any layout. With
-        fp64 the states are fp64 too, and the ops run as plain torch.
-    schedule: see `NoiseSchedule`. eta: 0 is DDIM, 1 is DDPM-like (arXiv 2010.02502, eq. 16).
-    order: 1 is DDIM; 2 is DPM-Solver++ 2M (arXiv 2211.01095), whose S steps come closer to the ODE's solution; with
-        eta = 1 its SDE variant. Timesteps as in `NoiseSchedule.steps`.
-    solver: `deqkern.solvers.default()` if None, with a `guess` all steps at once. "auto" measures the model first,
-        as `deqkern.plan` does, and takes the solver and the `max_batch` of that plan, which is `Solution.plan`: the
-        sequential chain where parallel does not pay. Every call measures again, which may cost as much as three
-        solves: in a loop, keep the plan of one and pass its `solver` and `max_batch`. The calls that measure do not
-        count in `nfe`.
-    rtol: relative 2-norm of the error of each clean sample. A model in half precision or under autocast ends at its own
-        rounding if that is more, unless rtol is 0.
-    max_iterations: at most so many; S if None, which is always enough.
-    step_noise: (S, B, *shape), the noise of each step, eta > 0 only; else drawn from `generator` in the order of the
-        sequential chain.
-    guess: the states to start from, such as the `trajectory` of a solve with nearly the same noise; its first one is
-        not looked at. The solver's own guess if None.
-    model_kwargs: tensors in it whose first dimension is B are repeated for every step. Those that a `guided` model
-        holds are added.
-    max_batch: rows in one model call, to limit memory; the result does not depend on it.
-    sigma_min: end the chain at this noise-to-signal ratio instead of the schedule's own end.
-    cuda_graph: launch the iterations as CUDA graphs, for a model whose kernels are short; the same result, and some
-        evaluations more, since the rows of a graph stay until half of them have settled. Needs a GPU, and a window that
-        is None or a share of the steps, whose rows a graph evaluates all the same.
-    gradient: None, "exact", "implicit", "phantom", "residual", "adjoint", or an object of `deqkern.gradients`: makes
-        `value` differentiable by the noise, `step_noise`, tensors in `model_kwargs` and the model's parameters; once,
-        not twice. The gradient is the chain's at the states found, so a small `rtol` matters for it. With order = 2
-        only "exact".
-    callback: called with (iteration, x0_estimate (B, *shape), error_estimate (B,)) after each iteration.
+    Args:
+        model: `model(x, t, **model_kwargs)` with x (N, *shape) and t (N,), N up to S * B, returns a tensor like x, or
+            an object with `.sample`. It is called in the `dtype` that a module has, or that of its first parameter of
+            16 bits or more; a plain function in the dtype of `noise`. The memory of x is used again after the call: a
+            model that keeps x must copy it.
+        noise: (B, *shape) fp32, bf16 or fp16: the noisy end of the chain, standard normal for most schedules. Any
+            layout. With fp64 the states are fp64 too, and the ops run as plain torch.
+        schedule: The noise levels of the model, see `NoiseSchedule`.
+        num_inference_steps: S, the steps of the chain.
+        eta: 0 is DDIM, 1 is DDPM-like (arXiv 2010.02502, eq. 16).
+        order: 1 is DDIM. 2 is DPM-Solver++ 2M (arXiv 2211.01095), whose S steps come closer to the solution of the
+            ODE; with eta = 1 its SDE variant. Timesteps as in `NoiseSchedule.steps`.
+        solver: `deqkern.solvers.default()` if None, with a `guess` all steps at once. "auto" measures the model first,
+            as `deqkern.plan` does, and takes the solver and the `max_batch` of that plan, which is `Solution.plan`: the
+            sequential chain where parallel sampling does not pay. Every call measures again, which may cost as much
+            as three solves: in a loop, keep one plan and pass its `solver` and `max_batch`. The calls that measure do
+            not count in `nfe`.
+        rtol: Relative 2-norm of the error of each clean sample. 0 gives the sequential chain exactly, up to rounding
+            and the effect of the batch size on the model. A model in half precision or under autocast ends at its own
+            rounding if that is more, unless rtol is 0.
+        max_iterations: At most this many; S if None, which always suffices.
+        step_noise: (S, B, *shape), the noise of each step, for eta > 0; else drawn from `generator` in the order of the
+            sequential chain.
+        generator: Of the step noise; torch's global one if None.
+        guess: (S+1, B, *shape), the states to start from, such as the `trajectory` of a solve with nearly the same
+            noise; its first one is not looked at. The initial guess of the solver if None.
+        model_kwargs: Further arguments of the model. Tensors in it whose first dimension is B are repeated for every
+            step. Those that a `guided` model holds are added.
+        max_batch: Rows in one model call, to limit memory; the result does not depend on it.
+        sigma_min: End the chain at this noise-to-signal ratio instead of at the end of the schedule.
+        cuda_graph: Launch the iterations as CUDA graphs, for a model whose kernels are short. The same result, and some
+            evaluations more, since the rows of a graph stay until half of them have converged. Needs a GPU, and a
+            window that is None or a share of the steps.
+        gradient: None, "exact", "implicit", "phantom", "residual", "adjoint", or an object of `deqkern.gradients`:
+            makes `value` differentiable by the noise, `step_noise`, tensors in `model_kwargs` and the parameters of the
+            model; once, not twice. The gradient is that of the chain at the states found, so a small `rtol` matters for
+            it. With order = 2 only "exact".
+        callback: Called with (iteration, x0_estimate (B, *shape), error_estimate (B,)) after each iteration.
 
-    Raises ValueError or TypeError, before the model is called, for an argument that does not fit; ValueError if the
-    model returns another shape, or NaN. A sample that does not converge is reported in the `Solution` and by one
-    `ConvergenceWarning`.
+    Returns:
+        The `Solution`. A sample that did not converge is reported in it, and by one `ConvergenceWarning`.
+
+    Raises:
+        TypeError: An argument is of another type, before the model is called.
+        ValueError: An argument does not fit, before the model is called; or the model returns another shape, or NaN.
+
+    Example:
+        >>> schedule = deqkern.NoiseSchedule.linear()
+        >>> model = lambda x, t: 0.5 * x
+        >>> solution = deqkern.sample(model, torch.randn(2, 3, 8, 8), schedule, num_inference_steps=20)
+        >>> solution.value.shape, solution.converged.tolist()
+        (torch.Size([2, 3, 8, 8]), [True, True])
+
+    Reference:
+        Pokle, Geng, Kolter: Deep equilibrium approaches to diffusion models, arXiv 2210.12867.
     """
     auto, plan, method = isinstance(solver, str) and solver == "auto", None, named(gradient)
     if method is not None and isinstance(noise, Tensor):
@@ -166,7 +183,6 @@ def begin(
         TypeError, ValueError: An argument does not fit.
 
     Example:
-        >>> import torch, deqkern
         >>> model = lambda x, t: 0.5 * x
         >>> solve = deqkern.begin(torch.randn(2, 8), deqkern.NoiseSchedule.linear(), 20)
         >>> while solve.open:

@@ -35,10 +35,10 @@ def extrapolate_states_kernel(
     x0 = of_x[l] y + of_out[l] e[l],   first = previous_window[b, 1],   l = first - 1,
     y = x[l] - t last_change[l], implicit: x[l+1] - beta last_change[l].
 
-    t is 0 if l was the first step of its window, 1 if it was the second, else beta. x (S+1, B, D), last_change, e, z
-    (S, B, D), constant_x0 (4, S), n (S,): fp32; previous_window, window (B, 2), skip (B,) int64. Grid
-    (B * cdiv(D, BLOCK),), blocks of a sample beside each other; a program goes through the new steps of its sample
-    with x[i] and x0 in registers. Accumulates in fp32.
+    t is 0 if l was the first step of its window, 1 if it was the second, else beta; nothing follows an empty window.
+    x (S+1, B, D), last_change, e, z (S, B, D), constant_x0 (4, S), n (S,): fp32; previous_window, window (B, 2), skip
+    (B,) int64. Grid (B * cdiv(D, BLOCK),), blocks of a sample beside each other; a program goes through the new steps
+    of its sample with x[i] and x0 in registers. Accumulates in fp32.
     """
     blocks = tl.cdiv(size, BLOCK)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
@@ -46,7 +46,7 @@ def extrapolate_states_kernel(
     inside = d < size
     begin, first = window_of(previous_window, sample, steps)
     _, end = window_of(window, sample, steps)
-    if (first >= end) | (first <= 0) | (tl.load(skip + sample) != 0):
+    if (first >= end) | (first <= begin) | (tl.load(skip + sample) != 0):
         return
     last = first - 1
     x += sample * size + d

@@ -40,3 +40,14 @@ def test_flow_matching_end_to_end(
     assert (tmp_path / "flow.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     printed = capsys.readouterr().out
     assert "2 of 2 samples converged" in printed and printed.count("converged") == 2
+
+
+def test_previews_end_at_the_sequential_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(ROOT) / "examples"))
+    example = importlib.import_module("previews")
+    drawn: dict[str, Tensor] = {}
+    monkeypatch.setattr(plots, "save_comparison", lambda path, panels, *_, **__: drawn.update(panels))
+    example.main(model="digits", steps=10, batch=2, seed=0, out=tmp_path / "previews.png")
+    *previews, sequential = drawn.values()
+    assert list(drawn) == [*(str(k + 1) for k in range(len(previews))), "10 calls"]
+    assert relative_error(previews[-1], sequential).max() <= 3e-2 < relative_error(previews[0], sequential).max()

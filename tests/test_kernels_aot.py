@@ -18,111 +18,35 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+
+from deqkern.ops import CONTRACTS
+from deqkern.ops.contract import Float64, Int64, Output, State
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 ARCHITECTURES = (80, 90)
+POINTERS = {State: "*fp32", Output: "*fp32", Float64: "*fp64", Int64: "*i64"}
+# Of every argument of a kernel that is no int: those of the ops, and what their launchers add.
 TYPES = {
-    **dict.fromkeys(("x", "e", "z", "a", "b", "c", "n", "slope", "f", "g", "f_ring", "gamma", "out"), "*fp32"),
-    **dict.fromkeys(("dx", "e_prev", "g_ring", "image", "spectrum", "source", "target"), "*fp32"),
-    **dict.fromkeys(("last_change", "constant_x0"), "*fp32"),
-    **dict.fromkeys(("matrix", "dct_h", "dct_w", "colour", "partial"), "*fp32"),
-    **dict.fromkeys(
-        ("norms", "moments", "gram", "rhs", "low", "high", "scale", "convergence", "path", "tolerance"), "*fp64"
-    ),
-    **dict.fromkeys(
-        ("window", "bands", "rows", "place", "first_interpolated", "diverged", "previous_window", "skip"), "*i64"
-    ),
-    **dict.fromkeys(("beta", "prior_weight", "rtol", "best_contraction", "growth"), "fp32"),
+    argument.name: next(kind for rule, kind in POINTERS.items() if isinstance(argument.rule, rule))
+    for contract in CONTRACTS.values()
+    for argument in contract.tensors
 }
+TYPES |= {a.name: "fp32" for contract in CONTRACTS.values() for a in contract.scalars if a.type is float}
+TYPES |= dict.fromkeys(("source", "target", "matrix", "partial"), "*fp32")
 ALIGNED = {"size", "plane", "height", "width", "length", "other"}  # integers divisible by 16 where a sample's sides are
 
 
-class Case(NamedTuple):
-    kernel: str  # <op>_kernel or <op>_<part>_kernel
-    constants: dict[str, Any]
-    warps: int
-    loads: int = 0  # 16-byte loads that must be there, cp.async among them
-    stores: int = 0
-    types: dict[str, str] = {}  # noqa: RUF012
-    aligned: bool = True
-    options: dict[str, str] = {}  # noqa: RUF012 (constants of its module)
-
-
-def scan(block: int, stages: int, implicit: bool, **constants: Any) -> dict[str, Any]:
-    return {"IMPLICIT": implicit, "BLOCK": block, "STAGES": stages, "c": None, **constants}
-
-
-def two_step(block: int, stages: int, **constants: Any) -> dict[str, Any]:
-    return {"IMPLICIT": False, "BLOCK": block, "STAGES": stages, **constants}
-
-
-def transform(side: int, **constants: Any) -> dict[str, Any]:
-    return {"PRECISION": "ieee", "H": side // 2, "W": side // 2, **constants}
-
-
-def one_side(first: bool) -> dict[str, Any]:
-    return {"FIRST": first, "PRECISION": "ieee", "BLOCK": 64, "DEPTH": 16, "stride" if first else "apart": 1}
-
-
-TILED = {"maxnreg": "REGISTERS"}
-BF16, FP16 = {"e": "*bf16"}, {"e": "*fp16"}
+sys.path.insert(0, str(ROOT / "tests" / "ops"))
 CASES = [
-    Case("anderson_mix_kernel", {"M": 1, "BLOCK": 512}, 4, 2, 1),
-    Case("anderson_mix_kernel", {"M": 5, "BLOCK": 512}, 4, 6, 1),
-    Case("anderson_mix_kernel", {"M": 16, "BLOCK": 512}, 4, 17, 1),
-    Case("anderson_mix_kernel", {"M": 16, "BLOCK": 512}, 4, aligned=False),
-    Case("ddim_scan_kernel", scan(128, 8, False), 1, 25, 2),  # 8 x (x, e, z), and the first state
-    Case("ddim_scan_kernel", scan(128, 8, True, z=None), 1, 17, 2),
-    Case("ddim_scan_kernel", scan(256, 4, False), 1, 26, 4),
-    Case("ddim_scan_kernel", scan(256, 4, True, z=None), 1, 18, 4),
-    Case("ddim_scan_kernel", scan(256, 4, False, z=None), 1, 10, 4, BF16),
-    Case("ddim_scan_kernel", scan(128, 8, False), 1, 17, 2, FP16),
-    Case("ddim_scan_kernel", scan(256, 4, True), 1, 0, 0, BF16, aligned=False),
-    Case("ddim_scan_kernel", two_step(128, 8), 1, 26, 2),  # and the first output
-    Case("ddim_scan_kernel", two_step(256, 4, z=None), 1, 20, 4),
-    Case("ddim_scan_kernel", two_step(256, 4, z=None), 1, 11, 4, BF16),
-    Case("ddim_scan_norms_kernel", {"PARTIALS": 128}, 1),
-    Case("band_moments_kernel", {"BLOCK": 256, "BANDS": 32}, 1, 6),
-    Case("band_moments_kernel", {"BLOCK": 256, "BANDS": 32}, 1, 2, 0, BF16 | {"e_prev": "*bf16"}),
-    Case("band_moments_kernel", {"BLOCK": 256, "BANDS": 32}, 1, 4, 0, FP16),
-    Case("band_moments_finish_kernel", {"BLOCK": 256, "BANDS": 32, "PARTIALS": 8}, 1),
-    Case("secant_slope_kernel", {"BLOCK": 512}, 4),
-    Case("interpolate_outputs_kernel", {"BLOCK": 512}, 4, 5, 1),
-    Case("interpolate_outputs_kernel", {"BLOCK": 512}, 4, aligned=False),
-    Case("extrapolate_states_kernel", {"IMPLICIT": False, "BLOCK": 512}, 4, 5, 2),
-    Case("extrapolate_states_kernel", {"IMPLICIT": True, "BLOCK": 512, "z": None}, 4, 3, 2),
-    Case("extrapolate_states_kernel", {"IMPLICIT": False, "BLOCK": 512}, 4, aligned=False),
-    Case("update_convergence_kernel", {"IMPLICIT": False, "BLOCK": 64}, 1),
-    Case("update_convergence_kernel", {"IMPLICIT": True, "BLOCK": 256, "first_interpolated": None}, 1),
-    Case("anderson_gram_kernel", {"M": 1, "BLOCK": 512}, 1, 8),
-    Case("anderson_gram_kernel", {"M": 4, "BLOCK": 512}, 1, 20),
-    Case("anderson_gram_kernel", {"M": 5, "BLOCK": 256}, 1, 12),
-    Case("anderson_gram_kernel", {"M": 16, "BLOCK": 256}, 1, 34),
-    Case("anderson_gram_finish_kernel", {"M": 1, "SIDE": 1, "SUMS": 2, "PARTIALS": 32}, 4),
-    Case("anderson_gram_finish_kernel", {"M": 5, "SIDE": 8, "SUMS": 16, "PARTIALS": 32}, 4),
-    Case("anderson_gram_finish_kernel", {"M": 16, "SIDE": 16, "SUMS": 32, "PARTIALS": 32}, 4),
-    Case("dct2_kernel", transform(64), 4, 36),  # rows of both halves, and the matrices
-    Case("dct2_kernel", transform(64, colour=None), 4, 8),
-    Case("dct2_kernel", transform(32), 1, 16, types={"image": "*bf16"}),
-    Case("dct2_kernel", transform(32), 1, aligned=False),
-    Case("dct2_inverse_kernel", transform(64, ROWS=16), 4, 4, 2),
-    Case("dct2_inverse_kernel", transform(64, ROWS=16, colour=None), 4, 4, 2),
-    Case("dct2_inverse_kernel", transform(32, ROWS=16), 1, 6, types={"image": "*fp16"}),
-    Case("dct2_inverse_kernel", transform(32, ROWS=16), 1, aligned=False),
-    Case("dct2_side_kernel", one_side(True), 8, 1, options=TILED),
-    Case("dct2_side_kernel", one_side(True), 8, types={"image": "*bf16"}, options=TILED),
-    Case("dct2_side_kernel", one_side(False), 8, 2, options=TILED),
-    Case("dct2_side_inverse_kernel", one_side(True), 8, 1),
-    Case("dct2_side_inverse_kernel", one_side(False), 8, 2),
-    Case("dct2_side_inverse_kernel", one_side(False), 8, types={"image": "*bf16"}),
+    case for path in KERNELS if path.stem in CONTRACTS for case in importlib.import_module(f"test_{path.stem}").COMPILED
 ]
 
 
-def compiled(case: Case, architecture: int) -> tuple[dict[str, Any], bytes]:
+def compiled(case: Any, architecture: int) -> tuple[dict[str, Any], bytes]:
     """What the compiler says of a kernel, and its instructions."""
     import triton
     from triton.backends.compiler import GPUTarget

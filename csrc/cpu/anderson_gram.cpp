@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kSegment = 4096;
 constexpr int64_t kBlock = 1024;  // floats that are summed before going to double
 constexpr int64_t kAhead = 512;   // floats
-constexpr int kGroup = 5;  // ages taken together: 2 * 5 sums and 4 operands fit in 16 registers
+constexpr int kGroup = 5;         // ages taken together: 2 * 5 sums and 4 operands fit in 16 registers
 
 // totals[j] += <dG_0, dG_j>, totals[count + j] += <dG_j, g> for the kAges ages from `ages` on.
 template <int kAges, bool kWhole>
@@ -94,8 +94,7 @@ void anderson_gram(const AndersonGram& op) {
       const Window window = window_of(op.window, row % op.B, op.S);
       if (i < window.begin || i >= window.end) continue;
       const float* ages[kMaxHistory + 1];
-      for (int j = 0; j <= count; ++j)
-        ages[j] = op.g_ring + ((op.head - j + size) % size * rows + row) * op.D + begin;
+      for (int j = 0; j <= count; ++j) ages[j] = op.g_ring + ((op.head - j + size) % size * rows + row) * op.D + begin;
       segment_products(ages, count, smaller(kSegment, op.D - begin), partial + task * 2 * count);
     }
 #pragma omp for schedule(static)

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t kSegment = 4096;
 constexpr int64_t kAhead = 512;  // floats
-constexpr int kUnroll = 4;  // vectors in flight, which hides the loads of gamma and of the pointers
+constexpr int kUnroll = 4;       // vectors in flight, which hides the loads of gamma and of the pointers
 
 template <int kVectors, bool kWhole>
 DEQKERN_INLINE void mix(const float* const* ages, const float* gamma, int count, float* out, bool streams, int64_t d,
@@ -53,8 +53,7 @@ void anderson_mix(const AndersonMix& op) {
     const Window window = window_of(op.window, row % op.B, op.S);
     if (i < window.begin || i >= window.end) continue;
     const float* ages[kMaxHistory + 1];
-    for (int j = 0; j <= op.count; ++j)
-      ages[j] = op.f_ring + ((op.head - j + size) % size * rows + row) * op.D + begin;
+    for (int j = 0; j <= op.count; ++j) ages[j] = op.f_ring + ((op.head - j + size) % size * rows + row) * op.D + begin;
     float* out = op.out + row * op.D + begin;
     mix_segment(ages, op.gamma + row * op.m, op.count, out, can_stream(out, rows * op.D),
                 smaller(kSegment, op.D - begin));

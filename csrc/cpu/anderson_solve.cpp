@@ -49,7 +49,8 @@ bool solve_cholesky(System& system, int size) {
 }
 
 // One Jacobi rotation of the plane (p, q); it makes a[p][q] zero.
-void rotate(double (&a)[kMaxHistory][kMaxHistory], double (&vectors)[kMaxHistory][kMaxHistory], int size, int p, int q) {
+void rotate(double (&a)[kMaxHistory][kMaxHistory], double (&vectors)[kMaxHistory][kMaxHistory], int size, int p,
+            int q) {
   const double theta = (a[q][q] - a[p][p]) / (2.0 * a[p][q]);
   const double t = (theta < 0.0 ? -1.0 : 1.0) / (magnitude(theta) + sqrt(theta * theta + 1.0));
   const double c = 1.0 / sqrt(t * t + 1.0), s = t * c;

@@ -8,7 +8,7 @@ namespace DEQKERN_ISA {
 namespace {
 
 constexpr int64_t kSegment = 16384;
-constexpr int64_t kAhead = 512;  // floats
+constexpr int64_t kAhead = 512;   // floats
 constexpr int64_t kBlock = 1024;  // floats that are summed before going to double
 
 struct Sums {
@@ -65,7 +65,8 @@ void band_moments(const BandMoments& op) {
       for (int64_t row = 0; row < rows; ++row)
         for (int64_t j = 0; j < width; ++j) {
           double sum = 0.0;
-          for (int64_t segment = 0; segment < segments; ++segment) sum += partial[(row * segments + segment) * width + j];
+          for (int64_t segment = 0; segment < segments; ++segment)
+            sum += partial[(row * segments + segment) * width + j];
           op.moments[row * width + j] = sum;
         }
     }

@@ -255,8 +255,8 @@ void transform(const Dct2& op, const Plan& plan, const float* from, float* colum
       multiply<kVectors, false>({n, n, to_row, left, H, columns + block.first * P, block.step * P, H * P,
                                  to + block.begin * to_row, to_row, P});
     else
-      multiply<kVectors, false>({n, n, to_row, left, H, columns + block.begin * P, P, H * P,
-                                 to + block.first * to_row, block.step * to_row, P});
+      multiply<kVectors, false>({n, n, to_row, left, H, columns + block.begin * P, P, H * P, to + block.first * to_row,
+                                 block.step * to_row, P});
   });
 }
 

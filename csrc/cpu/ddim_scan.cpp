@@ -25,9 +25,9 @@ struct Chunk {
 struct Buffers {
   alignas(64) float previous[kLongestChunk + kLanes];  // x[i], which f may have overwritten
   alignas(64) float correction[kLongestChunk + kLanes];
-  alignas(64) float bent[kLongestChunk + kLanes];         // slope[i-1] g[i-1], of two-step chains
-  alignas(64) float factor[kLongestChunk + 2 * kLanes];   // g[i+1] = factor g[i] + scale r[i+1]; two-step: the slope
-  alignas(64) float scale[kLongestChunk + 2 * kLanes];    // read by implicit chains only; 1 in the others
+  alignas(64) float bent[kLongestChunk + kLanes];        // slope[i-1] g[i-1], of two-step chains
+  alignas(64) float factor[kLongestChunk + 2 * kLanes];  // g[i+1] = factor g[i] + scale r[i+1]; two-step: the slope
+  alignas(64) float scale[kLongestChunk + 2 * kLanes];   // read by implicit chains only; 1 in the others
 };
 
 struct Row {
@@ -109,13 +109,20 @@ void scan_chunk(const DdimScan& op, const Chunk& chunk, Window window, double* p
   __builtin_memcpy(buffers.previous, x, static_cast<size_t>(chunk.length) * sizeof(float));
   for (int64_t i = window.begin; i < window.end; ++i) {
     const int64_t place = i * stride + offset;
-    const Row row{op.e + place, i > 0 ? op.e + place - stride : op.e + place, kNoise ? op.z + place : nullptr,
+    const Row row{op.e + place,
+                  i > 0 ? op.e + place - stride : op.e + place,
+                  kNoise ? op.z + place : nullptr,
                   op.x + place + stride,
-                  op.f + place, op.g + place,
-                  !in_place && can_stream(op.f + place, op.S * stride), can_stream(op.g + place, op.S * stride),
+                  op.f + place,
+                  op.g + place,
+                  !in_place && can_stream(op.f + place, op.S * stride),
+                  can_stream(op.g + place, op.S * stride),
                   i + 1 < window.end ? stride : 0,
-                  splat(op.a[i]), splat(op.b[i]), splat(kTwoStep && i > 0 ? op.c[i] : 0.0f),
-                  splat(kNoise ? op.n[i] : 0.0f), splat(op.beta)};
+                  splat(op.a[i]),
+                  splat(op.b[i]),
+                  splat(kTwoStep && i > 0 ? op.c[i] : 0.0f),
+                  splat(kNoise ? op.n[i] : 0.0f),
+                  splat(op.beta)};
     if (!kImplicit && i == window.begin) {
       advance_row<true, false, kTwoStep, kNoise>(row, buffers, chunk.length, partial + norm::count * i);
     } else {
@@ -158,7 +165,8 @@ void ddim_scan(const DdimScan& op) {
       while (op.bands[chunk.band + 1] <= chunk.begin) ++chunk.band;
       const Window window = window_of(op.window, chunk.b, op.S);
       if (window.begin >= window.end) continue;
-      (op.z != nullptr ? scan_of<true>(op) : scan_of<false>(op))(op, chunk, window, partial + task * op.S * norm::count);
+      (op.z != nullptr ? scan_of<true>(op) : scan_of<false>(op))(op, chunk, window,
+                                                                 partial + task * op.S * norm::count);
     }
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < op.B; ++b)

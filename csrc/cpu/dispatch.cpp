@@ -8,10 +8,10 @@ namespace deqkern {
 
 #define DEQKERN_DECLARE(name, Struct, ...) void name(const Struct&);
 #define DEQKERN_ADDRESS(name, Struct, ...) , name
-#define DEQKERN_KERNELS_OF(ISA)                                          \
-  namespace ISA {                                                        \
-  DEQKERN_OPS(DEQKERN_DECLARE)                                           \
-  static const Kernels all = {#ISA DEQKERN_OPS(DEQKERN_ADDRESS)};        \
+#define DEQKERN_KERNELS_OF(ISA)                                   \
+  namespace ISA {                                                 \
+  DEQKERN_OPS(DEQKERN_DECLARE)                                    \
+  static const Kernels all = {#ISA DEQKERN_OPS(DEQKERN_ADDRESS)}; \
   }
 
 DEQKERN_KERNELS_OF(baseline)

@@ -20,7 +20,7 @@ DEQKERN_INLINE const float* row_of(const ExtrapolateStates& op, constant_x0::Pla
 
 DEQKERN_INLINE Steps new_steps(const ExtrapolateStates& op, int64_t b) {
   const Window before = window_of(op.previous_window, b, op.S), window = window_of(op.window, b, op.S);
-  const bool none = op.skip[b] != 0 || before.end <= 0;
+  const bool none = op.skip[b] != 0 || before.begin >= before.end;
   const int64_t place = before.end - before.begin;
   const float explicit_share = place == 1 ? 0.f : place == 2 ? 1.f : op.beta;
   return {before.end, none ? 0 : window.end, op.implicit ? op.beta : explicit_share};

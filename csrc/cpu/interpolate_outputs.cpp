@@ -45,8 +45,7 @@ template <bool kWhole>
 DEQKERN_INLINE void interpolate(const Coefficients& c, float slope, const float* x, float* e, int64_t d, int lanes) {
   const vec x_l = load_lanes<kWhole>(c.x_l + d, lanes);
   const vec x0_l = c.of_x_l * x_l + c.of_out_l * load_lanes<kWhole>(c.e_l + d, lanes);
-  const vec x0_r = c.of_x_r * load_lanes<kWhole>(c.x_r + d, lanes) +
-                   c.of_out_r * load_lanes<kWhole>(c.e_r + d, lanes);
+  const vec x0_r = c.of_x_r * load_lanes<kWhole>(c.x_r + d, lanes) + c.of_out_r * load_lanes<kWhole>(c.e_r + d, lanes);
   const vec y = c.ratio * x_l + c.gain_l * x0_l + c.gain_r * x0_r;
   const vec output = (c.q_l * x0_l + c.q_r * x0_r - c.of_x * y) / c.of_out;
   store_lanes<kWhole>(e + d, output + slope * (load_lanes<kWhole>(x + d, lanes) - y), lanes);

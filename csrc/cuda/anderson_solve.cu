@@ -1,8 +1,7 @@
-#include "anderson_solve.h"
-
 #include <limits.h>
 
 #include "anderson_solve.cuh"
+#include "anderson_solve.h"
 #include "check.h"
 
 namespace deqkern {

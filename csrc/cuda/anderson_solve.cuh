@@ -18,14 +18,14 @@ namespace cuda {
 
 constexpr int kThreads = 256;
 constexpr unsigned kWarp = 0xffffffffu;
-constexpr double kOrthogonal = 1e-15;          // cosine of two columns
+constexpr double kOrthogonal = 1e-15;  // cosine of two columns
 
 // M: the longest history that it holds.
 template <int M>
 struct Layout {
   static constexpr int kLanes = M <= 8 ? 8 : 16;  // per system
   static constexpr int kGroups = kThreads / kLanes;
-  static constexpr int kEntries = M * (M + 1);  // the matrix row by row, then the right-hand side
+  static constexpr int kEntries = M * (M + 1);   // the matrix row by row, then the right-hand side
   static constexpr int kAhead = M <= 8 ? 4 : 2;  // rows that are read before the first is added
 };
 
@@ -129,8 +129,9 @@ __device__ inline bool eliminate(Column<M> column, int lane, double largest, dou
 }
 
 // The minimum-norm answer over the eigenvalues that are large enough. One-sided Jacobi: with A scaled so that all its
-// eigenvalues are within -1 .. 1, the columns of A + 1 are rotated in pairs until they are orthogonal; then they are the
-// eigenvectors, as long as the eigenvalues of A + 1. In turn s lane p meets lane p xor s: a sweep holds every pair once.
+// eigenvalues are within -1 .. 1, the columns of A + 1 are rotated in pairs until they are orthogonal; then they are
+// the eigenvectors, as long as the eigenvalues of A + 1. In turn s lane p meets lane p xor s: a sweep holds every pair
+// once.
 template <int M>
 __device__ inline double minimum_norm(const Column<M>& column, int lane, bool used) {
   constexpr int kLanes = Layout<M>::kLanes;

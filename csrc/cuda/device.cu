@@ -1,6 +1,5 @@
-#include "device.h"
-
 #include "check.h"
+#include "device.h"
 
 namespace deqkern {
 namespace cuda {

@@ -51,12 +51,20 @@ class Solve:
             rows = solve.ask()
             solve.tell(map(rows.states, rows.steps, rows.samples))
 
-    Each turn evaluates the states of all open steps in one batch and moves all of them (arXiv 2210.12867).
+    Each turn evaluates the states of all open steps in one batch and moves all of them (arXiv 2210.12867). Made by
+    `deqkern.begin`.
 
     Attributes:
         window: (B, 2), on the host: the open steps of each sample, from the first that has not converged to the end of
             its window.
 
+    Example:
+        >>> solve = deqkern.begin(torch.randn(2, 8), deqkern.NoiseSchedule.linear(), 20)
+        >>> while solve.open:
+        ...     rows = solve.ask()
+        ...     solve.tell(0.5 * rows.states)
+        >>> solve.solution().converged.tolist()
+        [True, True]
     """
 
     def __init__(

@@ -31,23 +31,30 @@ class Solution:
     Tensors are where the input is, but for `nfe` and `nfe_history`, which the host counts on the CPU. The histories
     hold 8 (S + 2) bytes per iteration and sample; while a solve runs, 25 S + 16.
 
-    value: (B, *shape), the clean end of the chain, in the dtype of the input.
-    trajectory: (S+1, B, *shape) fp32 (fp64 if the input is), all states, the noise first.
-    converged: (B,) bool.
-    error_estimate: (B,) fp64, the relative error left in `value`, as estimated.
-    residual: (B,) fp64, the largest one-step residual of a step relative to its state, |r[i+1]| / |x[i+1]|, at the
-        last iteration in which the sample was open; of a step that was left out, by its interpolated output.
-    iterations: sequential batched model calls (a batch cut by `max_batch` counts once).
-    nfe: (B,) int64, model evaluations per sample.
-    history: (iterations, B) fp64, the error estimate after each iteration.
-    nfe_history: (iterations, B) int64, model evaluations per sample after each iteration.
-    residual_history: (iterations, S, B) fp64, the one-step residual of every step i of `trajectory` relative to its
-        state, |r[i+1]| / |x[i+1]| (inverting: |x[i]|), at the states that each iteration evaluated, before it moved
-        them. NaN for a step that it did not evaluate, one that is settled, left out or that a window has not reached,
-        and throughout where no chain is solved: naive inversion, a search.
-    message: one line for people.
-    round_trip: (B,) or None, of `invert` on request: the relative error of the sample made from `value` again.
-    plan: of `sample(solver="auto")`: what was measured and chosen.
+    Attributes:
+        value: (B, *shape), the clean end of the chain, in the dtype of the input.
+        trajectory: (S+1, B, *shape) fp32 (fp64 if the input is), all states, the noise first.
+        converged: (B,) bool.
+        error_estimate: (B,) fp64, the relative error left in `value`, as estimated.
+        residual: (B,) fp64, the largest one-step residual of a step relative to its state, |r[i+1]| / |x[i+1]|, at the
+            last iteration in which the sample was open; of a step that was left out, by its interpolated output.
+        iterations: Sequential batched model calls (a batch cut by `max_batch` counts once).
+        nfe: (B,) int64, model evaluations per sample.
+        history: (iterations, B) fp64, the error estimate after each iteration.
+        nfe_history: (iterations, B) int64, model evaluations per sample after each iteration.
+        residual_history: (iterations, S, B) fp64, the one-step residual of every step i of `trajectory` relative to its
+            state, |r[i+1]| / |x[i+1]| (inverting: |x[i]|), at the states that each iteration evaluated, before it moved
+            them. NaN for a step that it did not evaluate, one that has converged, was left out or that no window has
+            reached, and throughout where no chain is solved: naive inversion, a search.
+        message: One line for people.
+        round_trip: (B,) or None, of `invert` on request: the relative error of the sample made from `value` again.
+        plan: Of `sample(solver="auto")`: the `Plan` of what was measured and chosen.
+
+    Example:
+        >>> model, schedule = lambda x, t: 0.5 * x, deqkern.NoiseSchedule.linear()
+        >>> solution = deqkern.sample(model, torch.randn(2, 8), schedule, 20)
+        >>> solution.history.shape == (solution.iterations, 2)
+        True
     """
 
     value: Tensor

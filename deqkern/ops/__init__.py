@@ -33,7 +33,7 @@ def _unchecked(op: str) -> Any:
 
 
 # For a loop that calls the ops with the same tensors again and again, after a first time that looked at them: past
-# torch's dispatcher too, which takes longer than a launch. An op with overloads, such as `dct2`, has each by its name.
+# torch's dispatcher too, which takes longer than a launch. An op with overloads has each of them by its name.
 unchecked = SimpleNamespace(**{op: _unchecked(op) for op in CONTRACTS})
 
 if TYPE_CHECKING:

@@ -111,6 +111,9 @@ def check(contract: Contract, values: tuple[Any, ...]) -> tuple[Any, ...]:
     given = dict(zip((argument.name for argument in contract.arguments), values, strict=True))
     chooser = given[contract.chooser.name]
     sizes: dict[str, int] = {}
+    for argument in contract.scalars:
+        if argument.type is bool:  # the tensors that may be given depend on it
+            given[argument.name] = _number(argument, given[argument.name], sizes)
     for argument in contract.tensors:
         name, value, rule = argument.name, given[argument.name], argument.rule
         if value is None and argument.optional:
@@ -193,17 +196,26 @@ def _number(argument: Argument, value: Any, sizes: dict[str, int]) -> Any:
         return bool(value)
     if isinstance(rule, OneOf):
         if not isinstance(value, str) or value not in rule.values:
-            raise ValueError(f"{name} must be one of {', '.join(rule.values)}, got {value!r}")
+            raise ValueError(f"{name} must be one of {', '.join(rule.values)}, got {_shown(value)}")
         return str(value)
     if isinstance(rule, Between):
         if not is_int(value):
             raise TypeError(f"{name} must be an int, got {type(value).__name__}")
         high = rule.high if isinstance(rule.high, int) else sizes[rule.high]
         if not rule.low <= value <= high:
-            raise ValueError(f"{name} must be in {rule.low} .. {high}, got {value}")
+            raise ValueError(f"{name} must be in {rule.low} .. {high}, got {_shown(value)}")
         return int(value)
     check_number(name, value)
     low = rule.low if isinstance(rule, AtLeast) else -math.inf
-    if not (low <= value < math.inf and value > -math.inf):
-        raise ValueError(f"{name} must be finite{f' and >= {low:g}' if low > -math.inf else ''}, got {value}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # of an int
+        number = math.inf
+    if not (low <= number < math.inf and number > -math.inf):
+        raise ValueError(f"{name} must be finite{f' and >= {low:g}' if low > -math.inf else ''}, got {_shown(value)}")
+    return number
+
+
+def _shown(value: Any) -> str:
+    """`value` for a message: Python refuses to print an int of more than 4300 digits."""
+    return "an int of many digits" if is_int(value) and abs(value) > 10**18 else repr(value)

@@ -260,7 +260,7 @@ def extrapolate_states(
         y = x[l] - t last_change[l], implicit: x[l+1] - beta last_change[l]       the state that the model was called at
 
     t is the share of its correction by which step l changed: 0 if it was the first of its window, 1 if the second, else
-    beta. Nothing follows a window without a last step, l < 0.
+    beta. Nothing follows an empty window.
     """
     keep, x0_gain, of_x, of_out = state.ConstantX0.view(constant_x0)
     samples = torch.arange(x.shape[1], device=x.device)
@@ -273,7 +273,7 @@ def extrapolate_states(
     y = x[last + int(implicit), samples] - share[:, None] * correction
     x0 = of_x[last, None] * y + of_out[last, None] * e[last, samples]
     for i in range(len(e)):
-        new = ((i >= end) & (i < window[:, 1]) & (end > 0) & (skip == 0))[:, None]  # (B, 1)
+        new = ((i >= end) & (i < window[:, 1]) & (begin < end) & (skip == 0))[:, None]  # (B, 1)
         guess = keep[i] * x[i] + x0_gain[i] * x0
         if z is not None:
             guess = guess + n[i] * z[i]

@@ -114,7 +114,7 @@ def runs_figure(runs: Mapping[str, StoredRun], title: str = "") -> Figure:
     for axis in axes[:, 0]:
         axis.set_ylabel("step, from noise up to sample")
     bar = below.colorbar(image, ax=heat, aspect=30, pad=0.01)
-    bar.set_label("one-step residual / state\n(grey: settled, not evaluated)")
+    bar.set_label("one-step residual / state\n(grey: converged, not evaluated)")
     if title:
         figure.suptitle(plain(title), weight="bold")
     return figure
@@ -190,14 +190,15 @@ def _draw_residuals(axes: Sequence[Axes], runs: Sequence[StoredRun]) -> AxesImag
     for axis, values in zip(axes, worst, strict=True):
         count, steps = values.shape
         evaluated = values >= 0
-        settled = (evaluated.cumsum(1) == 0) & evaluated.any(1, keepdim=True)
+        converged = (evaluated.cumsum(1) == 0) & evaluated.any(1, keepdim=True)
         place: dict[str, Any] = {
             "extent": (0.5, count + 0.5, 0.5, steps + 0.5),
             "origin": "lower",
             "aspect": "auto",
             "interpolation": "nearest",
         }
-        axis.imshow(torch.ones(steps, count).where(settled.T, torch.nan).numpy(), cmap=ListedColormap(["0.9"]), **place)
+        grey = torch.ones(steps, count).where(converged.T, torch.nan)
+        axis.imshow(grey.numpy(), cmap=ListedColormap(["0.9"]), **place)
         residual = values.clamp(norm.vmin, norm.vmax).where(evaluated, torch.nan)
         image = axis.imshow(residual.T.numpy(), norm=norm, cmap=_HEATCOLOURS, **place)
         axis.set_xlim(0.5, (longest if common else count) + 0.5)

@@ -113,6 +113,7 @@ def test_on_digits() -> None:
         assert relative_error(found.value, expected).max() <= bar
 
 
+@pytest.mark.filterwarnings("ignore:sample has values up to:UserWarning")  # the made-up model is of no data
 @torch.no_grad()
 def test_inverts_and_samples_again() -> None:
     model, noise, (cond, uncond) = Conditional(), torch.randn(3, *SHAPE), conditions(3)

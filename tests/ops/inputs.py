@@ -18,6 +18,7 @@ from torch import Tensor
 
 from deqkern import ops
 from deqkern.ops import reference
+from deqkern.ops.contract import Int64, Window
 from deqkern.ops.state import INITIAL_CONVERGENCE, OutputPath
 
 Arguments = dict[str, Any]
@@ -491,6 +492,27 @@ def example(op: str) -> Arguments:
     """Small finite arguments of any op, every step active, one sample."""
     arguments = EXAMPLES[op]()
     return {name: value.nan_to_num() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+
+# Integer tensors that are read, by op.
+INTEGERS = [
+    (op, argument)
+    for op, contract in CONTRACTS.items()
+    for argument in contract.tensors
+    if isinstance(argument.rule, Int64) and (isinstance(argument.rule, Window) or not argument.rule.written)
+]
+WILD = (-(2**40), -1, 10**4, 2**40)
+
+
+def wild(op: str, name: str) -> list[Arguments]:
+    """Examples of the op in which the integers `name` lead out of bounds, at the beginning or at the end."""
+    base, found = example(op), []
+    for value in WILD:
+        for place in (0, -1):
+            arguments = clone(base)
+            arguments[name].view(-1)[place] = value
+            found.append(arguments)
+    return found
 
 
 # Rows that end within a vector and within a block. The last step of the last of three samples is active: what lies

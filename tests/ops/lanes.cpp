@@ -144,8 +144,8 @@ struct Emulate {
 extern "C" int anderson_solve(const double* gram, const double* rhs, const int64_t* window, float* gamma, int64_t S,
                               int64_t B, int m, int scope, double ridge, double ridge_absolute, int implicit,
                               int backward) {
-  const deqkern::AndersonSolve op{gram, rhs, window, gamma, S, B, m, static_cast<deqkern::Scope>(scope),
-                                  ridge, ridge_absolute, implicit != 0, 0};
+  const deqkern::AndersonSolve op{
+      gram, rhs, window, gamma, S, B, m, static_cast<deqkern::Scope>(scope), ridge, ridge_absolute, implicit != 0, 0};
   bool good = true;
   deqkern::cuda::with_size<Emulate>(m, &op, backward != 0, &good);
   if (!good)

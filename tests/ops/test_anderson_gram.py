@@ -5,10 +5,20 @@ from collections.abc import Callable
 import inputs
 import pytest
 import torch
+from aot import Case
 from asserts import assert_close
 from torch import Tensor
 
 BACKENDS = inputs.backends("anderson_gram")
+COMPILED = [
+    Case("anderson_gram_kernel", {"M": 1, "BLOCK": 512}, 1, 8),
+    Case("anderson_gram_kernel", {"M": 4, "BLOCK": 512}, 1, 20),
+    Case("anderson_gram_kernel", {"M": 5, "BLOCK": 256}, 1, 12),
+    Case("anderson_gram_kernel", {"M": 16, "BLOCK": 256}, 1, 34),
+    Case("anderson_gram_finish_kernel", {"M": 1, "SIDE": 1, "SUMS": 2, "PARTIALS": 32}, 4),
+    Case("anderson_gram_finish_kernel", {"M": 5, "SIDE": 8, "SUMS": 16, "PARTIALS": 32}, 4),
+    Case("anderson_gram_finish_kernel", {"M": 16, "SIDE": 16, "SUMS": 32, "PARTIALS": 32}, 4),
+]
 
 
 @BACKENDS

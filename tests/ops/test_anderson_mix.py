@@ -3,8 +3,15 @@ from __future__ import annotations
 import inputs
 import pytest
 import torch
+from aot import Case
 
 BACKENDS = inputs.backends("anderson_mix")
+COMPILED = [
+    Case("anderson_mix_kernel", {"M": 1, "BLOCK": 512}, 4, 2, 1),
+    Case("anderson_mix_kernel", {"M": 5, "BLOCK": 512}, 4, 6, 1),
+    Case("anderson_mix_kernel", {"M": 16, "BLOCK": 512}, 4, 17, 1),
+    Case("anderson_mix_kernel", {"M": 16, "BLOCK": 512}, 4, aligned=False),
+]
 
 
 @BACKENDS

@@ -3,9 +3,17 @@ from __future__ import annotations
 import inputs
 import pytest
 import torch
+from aot import Case
 from asserts import assert_close
 
 BACKENDS = inputs.backends("band_moments")
+BF16, FP16 = {"e": "*bf16"}, {"e": "*fp16"}
+COMPILED = [
+    Case("band_moments_kernel", {"BLOCK": 256, "BANDS": 32}, 1, 6),
+    Case("band_moments_kernel", {"BLOCK": 256, "BANDS": 32}, 1, 2, 0, BF16 | {"e_prev": "*bf16"}),
+    Case("band_moments_kernel", {"BLOCK": 256, "BANDS": 32}, 1, 4, 0, FP16),
+    Case("band_moments_finish_kernel", {"BLOCK": 256, "BANDS": 32, "PARTIALS": 8}, 1),
+]
 
 
 @BACKENDS

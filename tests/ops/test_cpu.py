@@ -84,24 +84,14 @@ for inverse in (True, False):
 def test_no_access_lies_outside_of_its_tensor() -> None:
     """Tensors that end, and then that begin, where a page does, beside pages that can be neither read nor written."""
     code = """
-import ctypes, mmap, torch, inputs
-page, memories = mmap.PAGESIZE, []
-def fenced(value, at_end):
-    room = -(-value.nbytes // page) * page
-    memories.append(mmap.mmap(-1, room + 2 * page))
-    memory = torch.frombuffer(memories[-1], dtype=torch.uint8)
-    begin = page + at_end * (room - value.nbytes)
-    copy = memory[begin : begin + value.nbytes].view(value.dtype).view(value.shape).copy_(value)
-    for fence in (0, page + room):
-        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(memory.data_ptr() + fence), page, 0) == 0
-    return copy
+import torch, inputs, fences
 torch.manual_seed(1)
 for op, cases in inputs.SMALL.items():
     for arguments in cases:
         for at_end in (True, False):
             print(op, at_end, flush=True)
             given = arguments().items()
-            inputs.check(op, {k: fenced(v, at_end) if torch.is_tensor(v) else v for k, v in given}, "cpu")
+            inputs.check(op, {k: fences.fenced(v, at_end) if torch.is_tensor(v) else v for k, v in given}, "cpu")
 """
     in_new_python(code)
 

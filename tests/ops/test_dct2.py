@@ -5,6 +5,7 @@ from typing import Any
 import inputs
 import pytest
 import torch
+from aot import Case
 from asserts import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -12,6 +13,33 @@ from deqkern import ops
 from deqkern.solvers.basis import dct_matrix
 
 BACKENDS = inputs.backends("dct2")
+
+
+def transform(side: int, **constants: Any) -> dict[str, Any]:
+    return {"PRECISION": "ieee", "H": side // 2, "W": side // 2, **constants}
+
+
+def one_side(first: bool) -> dict[str, Any]:
+    return {"FIRST": first, "PRECISION": "ieee", "BLOCK": 64, "DEPTH": 16, "stride" if first else "apart": 1}
+
+
+TILED = {"maxnreg": "REGISTERS"}
+COMPILED = [
+    Case("dct2_kernel", transform(64), 4, 36),  # rows of both halves, and the matrices
+    Case("dct2_kernel", transform(64, colour=None), 4, 8),
+    Case("dct2_kernel", transform(32), 1, 16, types={"image": "*bf16"}),
+    Case("dct2_kernel", transform(32), 1, aligned=False),
+    Case("dct2_inverse_kernel", transform(64, ROWS=16), 4, 4, 2),
+    Case("dct2_inverse_kernel", transform(64, ROWS=16, colour=None), 4, 4, 2),
+    Case("dct2_inverse_kernel", transform(32, ROWS=16), 1, 6, types={"image": "*fp16"}),
+    Case("dct2_inverse_kernel", transform(32, ROWS=16), 1, aligned=False),
+    Case("dct2_side_kernel", one_side(True), 8, 1, options=TILED),
+    Case("dct2_side_kernel", one_side(True), 8, types={"image": "*bf16"}, options=TILED),
+    Case("dct2_side_kernel", one_side(False), 8, 2, options=TILED),
+    Case("dct2_side_inverse_kernel", one_side(True), 8, 1),
+    Case("dct2_side_inverse_kernel", one_side(False), 8, 2),
+    Case("dct2_side_inverse_kernel", one_side(False), 8, types={"image": "*bf16"}),
+]
 # (N, C, H, W)
 SHAPES = [(1, 1, 1, 1), (3, 1, 5, 7), (2, 3, 16, 16), (5, 3, 31, 17), (2, 4, 1, 9), (2, 5, 13, 2), (1, 3, 64, 64)]
 SHAPES += [(1, 2, 40, 9), (1, 2, 9, 33), (1, 3, 70, 33), (2, 2, 20, 65), (2, 1, 1, 129)]

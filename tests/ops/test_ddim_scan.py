@@ -1,15 +1,41 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import inputs
 import pytest
 import torch
+from aot import Case
 from asserts import assert_close
 
 from deqkern.ops import reference
 
 BACKENDS = inputs.backends("ddim_scan")
+
+
+def scan(block: int, stages: int, implicit: bool, **constants: Any) -> dict[str, Any]:
+    return {"IMPLICIT": implicit, "BLOCK": block, "STAGES": stages, "c": None, **constants}
+
+
+def two_step(block: int, stages: int, **constants: Any) -> dict[str, Any]:
+    return {"IMPLICIT": False, "BLOCK": block, "STAGES": stages, **constants}
+
+
+BF16, FP16 = {"e": "*bf16"}, {"e": "*fp16"}
+COMPILED = [
+    Case("ddim_scan_kernel", scan(128, 8, False), 1, 25, 2),  # 8 x (x, e, z), and the first state
+    Case("ddim_scan_kernel", scan(128, 8, True, z=None), 1, 17, 2),
+    Case("ddim_scan_kernel", scan(256, 4, False), 1, 26, 4),
+    Case("ddim_scan_kernel", scan(256, 4, True, z=None), 1, 18, 4),
+    Case("ddim_scan_kernel", scan(256, 4, False, z=None), 1, 10, 4, BF16),
+    Case("ddim_scan_kernel", scan(128, 8, False), 1, 17, 2, FP16),
+    Case("ddim_scan_kernel", scan(256, 4, True), 1, 0, 0, BF16, aligned=False),
+    Case("ddim_scan_kernel", two_step(128, 8), 1, 26, 2),  # and the first output
+    Case("ddim_scan_kernel", two_step(256, 4, z=None), 1, 20, 4),
+    Case("ddim_scan_kernel", two_step(256, 4, z=None), 1, 11, 4, BF16),
+    Case("ddim_scan_norms_kernel", {"PARTIALS": 128}, 1),
+]
 KINDS = pytest.mark.parametrize(
     "kind", [{}, {"implicit": True}, {"two_step": True}], ids=["explicit", "implicit", "two-step"]
 )

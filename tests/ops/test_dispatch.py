@@ -92,6 +92,25 @@ def test_dct2_compiles_to_one_graph(inverse: bool) -> None:
 
 
 @EACH_OP
+def test_every_op_compiles_within_a_function(op: str) -> None:
+    """By inductor, into one graph; what is computed before and after it stays where it is."""
+
+    def around(**arguments: Tensor) -> list[Tensor]:
+        getattr(ops, op)(**arguments)
+        return [arguments[name] + 1 for name in inputs.WRITTEN[op]]
+
+    torch._dynamo.reset()  # one function may be compiled again eight times
+    compiled = inputs.example(op)
+    eager = inputs.clone(compiled)
+    expected = around(**eager)
+    actual = torch.compile(around, fullgraph=True, backend="inductor")(**compiled)
+    for one, other in zip(actual, expected, strict=True):
+        assert_close(one, other)
+    for name in inputs.WRITTEN[op]:
+        assert_close(compiled[name], eager[name])
+
+
+@EACH_OP
 def test_autograd_sees_what_is_written_and_nothing_else(op: str) -> None:
     arguments = inputs.example(op)
     before = {name: value._version for name, value in arguments.items() if isinstance(value, Tensor)}

@@ -3,11 +3,17 @@ from __future__ import annotations
 import inputs
 import pytest
 import torch
+from aot import Case
 from asserts import assert_close
 
 from deqkern.ops.state import ConstantX0
 
 BACKENDS = inputs.backends("extrapolate_states")
+COMPILED = [
+    Case("extrapolate_states_kernel", {"IMPLICIT": False, "BLOCK": 512}, 4, 5, 2),
+    Case("extrapolate_states_kernel", {"IMPLICIT": True, "BLOCK": 512, "z": None}, 4, 3, 2),
+    Case("extrapolate_states_kernel", {"IMPLICIT": False, "BLOCK": 512}, 4, aligned=False),
+]
 
 
 @BACKENDS

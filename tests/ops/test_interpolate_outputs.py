@@ -3,11 +3,16 @@ from __future__ import annotations
 import inputs
 import pytest
 import torch
+from aot import Case
 from asserts import assert_close
 
 from deqkern.ops.state import OutputPath
 
 BACKENDS = inputs.backends("interpolate_outputs")
+COMPILED = [
+    Case("interpolate_outputs_kernel", {"BLOCK": 512}, 4, 5, 1),
+    Case("interpolate_outputs_kernel", {"BLOCK": 512}, 4, aligned=False),
+]
 
 
 @BACKENDS

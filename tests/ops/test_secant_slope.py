@@ -3,9 +3,13 @@ from __future__ import annotations
 import inputs
 import pytest
 import torch
+from aot import Case
 from asserts import assert_close
 
 BACKENDS = inputs.backends("secant_slope")
+COMPILED = [
+    Case("secant_slope_kernel", {"BLOCK": 512}, 4),
+]
 
 
 @BACKENDS

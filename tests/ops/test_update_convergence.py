@@ -5,12 +5,17 @@ from typing import Any
 import inputs
 import pytest
 import torch
+from aot import Case
 from asserts import assert_close
 from torch import Tensor
 
 from deqkern.ops.state import INITIAL_CONVERGENCE
 
 BACKENDS = inputs.backends("update_convergence")
+COMPILED = [
+    Case("update_convergence_kernel", {"IMPLICIT": False, "BLOCK": 64}, 1),
+    Case("update_convergence_kernel", {"IMPLICIT": True, "BLOCK": 256, "first_interpolated": None}, 1),
+]
 INF = float("inf")
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in divide")  # numpy, where Triton is interpreted
 
