@@ -33,7 +33,7 @@ class _Recorder(Secant):
 def calibrate(
     model: Model,
     shape: tuple[int, ...],
-    schedule: NoiseSchedule,
+    schedule: NoiseSchedule | Any,
     num_inference_steps: int = 50,
     *,
     samples: int = 2,

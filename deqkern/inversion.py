@@ -37,7 +37,7 @@ SIGMA_MIN = 0.08
 def invert(
     model: Model,
     sample: Tensor,  # (B, *shape)
-    schedule: NoiseSchedule,
+    schedule: NoiseSchedule | Any,
     num_inference_steps: int = 50,
     *,
     method: str | Optimize = "joint",
@@ -60,8 +60,8 @@ def invert(
         model: As in `deqkern.sample`. It, the schedule, the steps, `sigma_min` and `model_kwargs` must be the same when
             the noise is turned back into a sample.
         sample: (B, *shape) fp32, bf16, fp16 or fp64, as the noise of `deqkern.sample`.
-        schedule: Of the model. One that clips or thresholds is refused, except by a search: what is cut off cannot be
-            found again.
+        schedule: Of the model, as in `deqkern.sample`. One that clips or thresholds is refused, except by a search:
+            what is cut off cannot be found again. One whose steps draw noise or are of order 2: take its `as_ddim()`.
         num_inference_steps: S, the steps of the chain.
         method: "joint" solves all steps at once; what it leaves unconverged continues stepwise. "stepwise" solves one
             step after the other by a fixed point each: fewest evaluations, most sequential calls. "naive" takes

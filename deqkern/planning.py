@@ -86,7 +86,7 @@ class Plan:
 def plan(
     model: Model,
     example: Tensor,  # (B, *shape)
-    schedule: NoiseSchedule,
+    schedule: NoiseSchedule | Any,
     num_inference_steps: int = 50,
     *,
     eta: float | None = None,
