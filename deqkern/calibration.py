@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .chain.schedule import NoiseSchedule
 from .network.model import Model
+from .problem import check_schedule
 from .sampling import sample
 from .solvers.presets import Solver
 from .solvers.slopes import Secant, SlopeProfile
@@ -32,11 +33,11 @@ class _Recorder(Secant):
 def calibrate(
     model: Model,
     shape: tuple[int, ...],
-    schedule: NoiseSchedule,
+    schedule: NoiseSchedule | Any,
     num_inference_steps: int = 50,
     *,
     samples: int = 2,
-    etas: tuple[float, ...] = (0.0, 1.0),
+    etas: tuple[float | None, ...] | None = None,
     rtol: float = 1e-3,
     generator: torch.Generator | None = None,
     device: torch.device | None = None,
@@ -54,7 +55,7 @@ def calibrate(
         schedule: As in `sample`.
         num_inference_steps: S of the solves. A profile serves any other S as well.
         samples: Solves for each eta.
-        etas: (0.0,) for flow matching, whose steps draw no noise.
+        etas: Of the solves; None stands for that of the schedule. By default (0.0, 1.0) for DDIM, else (None,).
         rtol: As in `sample`.
         generator: All noise is drawn from it.
         device: Of the noise; that of torch's default if None.
@@ -80,6 +81,9 @@ def calibrate(
     """
     check_count("samples", samples)
     check_generator(generator)
+    schedule = check_schedule(schedule)
+    if etas is None:
+        etas = (None,) if schedule.prediction_type == "flow" or schedule.process != "ddim" else (0.0, 1.0)
     if not etas:
         raise ValueError("etas must name at least one eta")
     recorder = _Recorder()

@@ -37,7 +37,7 @@ SIGMA_MIN = 0.08
 def invert(
     model: Model,
     sample: Tensor,  # (B, *shape)
-    schedule: NoiseSchedule,
+    schedule: NoiseSchedule | Any,
     num_inference_steps: int = 50,
     *,
     method: str | Optimize = "joint",
@@ -60,8 +60,8 @@ def invert(
         model: As in `deqkern.sample`. It, the schedule, the steps, `sigma_min` and `model_kwargs` must be the same when
             the noise is turned back into a sample.
         sample: (B, *shape) fp32, bf16, fp16 or fp64, as the noise of `deqkern.sample`.
-        schedule: Of the model. One that clips or thresholds is refused, except by a search: what is cut off cannot be
-            found again.
+        schedule: Of the model, as in `deqkern.sample`. One that clips or thresholds is refused, except by a search:
+            what is cut off cannot be found again. One whose steps draw noise or are of order 2: take its `as_ddim()`.
         num_inference_steps: S, the steps of the chain.
         method: "joint" solves all steps at once; what it leaves unconverged continues stepwise. "stepwise" solves one
             step after the other by a fixed point each: fewest evaluations, most sequential calls. "naive" takes
@@ -122,11 +122,17 @@ def invert(
     if isinstance(sample, Tensor) and (pulled is not None or round_trip or isinstance(method, Optimize)):
         check_not_empty("sample", sample)
 
+    schedule = check_schedule(schedule)
+    if schedule.draws_noise():
+        raise ValueError(
+            "schedule is of a chain whose steps draw noise, which cannot be undone: invert the DDIM chain of its noise "
+            "levels, schedule.as_ddim(), and sample that"
+        )
+
     def make_table() -> StepTable:
         table = schedule.steps(num_inference_steps, sigma_min=sigma_min)
         return table if isinstance(method, Optimize) else table.reversed()
 
-    check_schedule(schedule)
     problem = Problem.of_chain(
         model,
         sample,

@@ -86,11 +86,11 @@ class Plan:
 def plan(
     model: Model,
     example: Tensor,  # (B, *shape)
-    schedule: NoiseSchedule,
+    schedule: NoiseSchedule | Any,
     num_inference_steps: int = 50,
     *,
-    eta: float = 0.0,
-    order: int = 1,
+    eta: float | None = None,
+    order: int | None = None,
     rtol: float = USUAL_RTOL,
     iterations: int | None = None,
     evaluations: float | None = None,
@@ -142,7 +142,7 @@ def plan(
         True
 
     """
-    check_schedule(schedule)
+    schedule = check_schedule(schedule)
     check_count("repeats", repeats)
     problem = Problem.of_chain(
         model,

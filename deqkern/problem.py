@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .chain.schedule import NoiseSchedule
+from .chain.schedulers import check_own_steps
 from .chain.step_table import StepTable
 from .engine.loop import Solve, begin, run
 from .engine.solution import Callback, Solution
@@ -75,7 +76,7 @@ class Problem:
         name: str,
         solver: Solver,
         rtol: float,
-        eta: float = 0.0,
+        draws_noise: bool = False,
         max_iterations: int | None = None,
         max_batch: int | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
@@ -91,7 +92,7 @@ class Problem:
 
         by_caller: the caller evaluates the model, which is None. first: the state that is known; `name` is what the
         user calls it.
-        make_table: called once the other arguments are known to fit. eta: whether the steps of the table draw noise.
+        make_table: called once the other arguments are known to fit. draws_noise: whether its steps do.
         check: looks at the table before the tensors whose size depends on it are checked.
 
         Raises TypeError or ValueError for an argument that does not fit; the message names it.
@@ -105,7 +106,7 @@ class Problem:
         table = make_table()
         if check is not None:
             check(table)
-        check_step_noise(step_noise, generator, first, steps=len(table.a), eta=eta)
+        check_step_noise(step_noise, generator, first, steps=len(table.a), draws_noise=draws_noise)
         check_guess(guess, first, len(table.a))
         network = None if model is None else Network(model, table, arguments_of(model, model_kwargs), first)
         return cls(
@@ -155,10 +156,22 @@ class Problem:
         return replace(solution, value=value)
 
 
-def check_schedule(schedule: NoiseSchedule) -> None:
-    """A `NoiseSchedule`."""
-    if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
+def check_schedule(schedule: NoiseSchedule | Any) -> NoiseSchedule:
+    """A `NoiseSchedule`, or that of a scheduler of diffusers whose own steps it has."""
+    if isinstance(schedule, NoiseSchedule):
+        return schedule
+    wanted = "schedule must be a NoiseSchedule or a scheduler of diffusers"
+    if isinstance(schedule, type):
+        raise TypeError(f"{wanted}, got the class {schedule.__name__}: make one, {schedule.__name__}(..)")
+    if not callable(getattr(schedule, "set_timesteps", None)) or not isinstance(
+        getattr(schedule, "config", None), Mapping
+    ):
+        raise TypeError(f"{wanted}, got {type(schedule).__name__}")
+    check_own_steps(schedule, "schedule")
+    try:
+        return NoiseSchedule.from_diffusers(schedule)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"schedule: {error}") from error
 
 
 def check_state(name: str, first: Tensor, solver: Solver, model_kwargs: Mapping[str, Any] | None) -> None:
@@ -219,14 +232,14 @@ def check_guess(guess: Tensor | None, noise: Tensor, steps: int) -> None:
 
 
 def check_step_noise(
-    step_noise: Tensor | None, generator: torch.Generator | None, noise: Tensor, *, steps: int, eta: float
+    step_noise: Tensor | None, generator: torch.Generator | None, noise: Tensor, *, steps: int, draws_noise: bool
 ) -> None:
     """Where steps draw noise at all: (S, B, *shape) where the noise (B, *shape) is, or a generator of it."""
     check_generator(generator)
     if step_noise is None:
         return
     _check_states("step_noise", step_noise)
-    if eta == 0:
+    if not draws_noise:
         raise ValueError("step_noise needs eta > 0: with eta = 0 no step draws noise")
     _check_fits("step_noise", step_noise, steps, noise)
     check_finite("step_noise", step_noise)

@@ -25,11 +25,11 @@ from .support.checks import check_not_empty
 def sample(
     model: Model,
     noise: Tensor,  # (B, *shape)
-    schedule: NoiseSchedule,
+    schedule: NoiseSchedule | Any,
     num_inference_steps: int = 50,
     *,
-    eta: float = 0.0,
-    order: int = 1,
+    eta: float | None = None,
+    order: int | None = None,
     solver: Solver | Literal["auto"] | None = None,
     rtol: float = 1e-2,
     max_iterations: int | None = None,
@@ -55,11 +55,14 @@ def sample(
             model that keeps x must copy it.
         noise: (B, *shape) fp32, bf16 or fp16: the noisy end of the chain, standard normal for most schedules. Any
             layout. With fp64 the states are fp64 too, and the ops run as plain torch.
-        schedule: The noise levels of the model, see `NoiseSchedule`.
+        schedule: The noise levels of the model, see `NoiseSchedule`; or the scheduler of diffusers whose chain it is,
+            one that `NoiseSchedule.from_diffusers` has the steps of.
         num_inference_steps: S, the steps of the chain.
-        eta: 0 is DDIM, 1 is DDPM-like (arXiv 2010.02502, eq. 16).
+        eta: 0 is DDIM, 1 is DDPM-like (arXiv 2010.02502, eq. 16). None: that of the schedule, 0 unless it was read from
+            a scheduler whose steps draw noise.
         order: 1 is DDIM. 2 is DPM-Solver++ 2M (arXiv 2211.01095), whose S steps come closer to the solution of the
-            ODE; with eta = 1 its SDE variant. Timesteps as in `NoiseSchedule.steps`.
+            ODE; with eta = 1 its SDE variant. Timesteps as in `NoiseSchedule.steps`. None: that of the schedule, 1
+            unless it was read from a DPMSolverMultistepScheduler.
         solver: `deqkern.solvers.default()` if None, with a `guess` all steps at once. "auto" measures the model first,
             as `deqkern.plan` does, and takes the solver and the `max_batch` of that plan, which is `Solution.plan`: the
             sequential chain where parallel sampling does not pay. Every call measures again, which may cost as much
@@ -69,8 +72,8 @@ def sample(
             and the effect of the batch size on the model. A model in half precision or under autocast ends at its own
             rounding if that is more, unless rtol is 0.
         max_iterations: At most this many; S if None, which always suffices.
-        step_noise: (S, B, *shape), the noise of each step, for eta > 0; else drawn from `generator` in the order of the
-            sequential chain.
+        step_noise: (S, B, *shape), the noise of each step, where steps draw any; else drawn from `generator` in the
+            order of the sequential chain.
         generator: Of the step noise; torch's global one if None.
         guess: (S+1, B, *shape), the states to start from, such as the `trajectory` of a solve with nearly the same
             noise; its first one is not looked at. The initial guess of the solver if None.
@@ -115,7 +118,7 @@ def sample(
 
     # Where a guess tells something of all states, none of them waits.
     usual = default() if guess is None else default(window=None)
-    check_schedule(schedule)
+    schedule = check_schedule(schedule)
     problem = Problem.of_chain(
         model,
         noise,
@@ -123,7 +126,7 @@ def sample(
         name="noise",
         solver=usual if auto or solver is None else solver,  # type: ignore[arg-type]
         rtol=rtol,
-        eta=eta,
+        draws_noise=schedule.draws_noise(eta),
         max_iterations=max_iterations,
         max_batch=max_batch,
         model_kwargs=model_kwargs,
@@ -144,11 +147,11 @@ def sample(
 
 def begin(
     noise: Tensor,  # (B, *shape)
-    schedule: NoiseSchedule,
+    schedule: NoiseSchedule | Any,
     num_inference_steps: int = 50,
     *,
-    eta: float = 0.0,
-    order: int = 1,
+    eta: float | None = None,
+    order: int | None = None,
     solver: Solver | None = None,
     rtol: float = 1e-2,
     max_iterations: int | None = None,
@@ -192,7 +195,7 @@ def begin(
         [True, True]
 
     """
-    check_schedule(schedule)
+    schedule = check_schedule(schedule)
     return Problem.of_chain(
         None,
         noise,
@@ -200,7 +203,7 @@ def begin(
         name="noise",
         solver=(default() if guess is None else default(window=None)) if solver is None else solver,
         rtol=rtol,
-        eta=eta,
+        draws_noise=schedule.draws_noise(eta),
         max_iterations=max_iterations,
         max_batch=max_batch,
         step_noise=step_noise,

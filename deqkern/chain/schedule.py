@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, Unpack
 
 from torch import Tensor
 
-from ..support.checks import check_choice, to_float, to_int
+from ..support.checks import to_float, to_int
 from . import betas as rules
-from .levels import StepLevels, discrete_levels, flow_levels, own_levels
-from .options import ScheduleOptions, name_options
-from .output import PREDICTION_TYPES, Clipping
-from .schedulers import read
-from .step_table import StepTable, check_order
-from .timesteps import TIMESTEP_SPACINGS
+from .levels import levels_of
+from .options import ScheduleOptions, check_options, check_total, checked_eta, name_options
+from .output import Clipping
+from .reading import OwnChain, given_flow_levels, read
+from .step_table import StepTable
 
 __all__ = ["NoiseSchedule", "StepTable"]
-
-_LOWER_ORDER_FINAL = 15  # a chain of fewer steps ends with a first-order one: DPMSolverMultistepScheduler
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +48,9 @@ class NoiseSchedule:
         sample_max_value: The largest threshold.
         shift: Of flow matching: moves the steps towards the noise.
         num_train_timesteps: T; 0 stands for the length of `alphas_cumprod`.
+        process: "ddim", or "ddpm" for the ancestral steps of DDPM (arXiv 2006.11239) as DDPMScheduler has them: each
+            leads to the next timestep, eps is that of the clipped x0, and the noise is `variance_type` fixed_small.
+            "ddpm_large" is fixed_large. "ddpm" is "ddim" at eta = 1 if nothing is clipped and the steps join up.
 
     Raises:
         ValueError, TypeError: For an option out of its range, or of another type, by name.
@@ -63,7 +63,7 @@ class NoiseSchedule:
         tensor([75, 50, 25,  0])
 
     Reference:
-        arXiv 2010.02502 (DDIM), arXiv 2209.03003 (rectified flow).
+        arXiv 2010.02502 (DDIM), arXiv 2006.11239 (DDPM), arXiv 2209.03003 (rectified flow).
     """
 
     alphas_cumprod: Tensor | None
@@ -79,38 +79,16 @@ class NoiseSchedule:
     sample_max_value: float = 1.0
     shift: float = 1.0
     num_train_timesteps: int = 0
-    _scheduler: Any = field(default=None, repr=False)  # of diffusers, where the noise levels are its own
+    process: str = "ddim"
+    _own: OwnChain = field(default=OwnChain(), repr=False)  # of the scheduler that it was read from
 
     def __post_init__(self) -> None:
-        check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
-        check_choice("timestep_spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
-        if to_int("steps_offset", self.steps_offset) < 0:
-            raise ValueError(f"steps_offset must be >= 0, got {self.steps_offset}")
-        for name in ("clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio", "shift"):
-            if not 0 < to_float(name, getattr(self, name)) < math.inf:
-                raise ValueError(f"{name} must be finite and > 0, got {getattr(self, name)}")
-        if self.dynamic_thresholding_ratio > 1:
-            raise ValueError(f"dynamic_thresholding_ratio must be <= 1, got {self.dynamic_thresholding_ratio}")
-        total = to_int("num_train_timesteps", self.num_train_timesteps)
-        if self.prediction_type == "flow":
-            if self.alphas_cumprod is not None:
-                raise ValueError("alphas_cumprod must be None for prediction_type='flow'")
-            if self.clip_sample or self.thresholding:
-                raise ValueError("clip_sample and thresholding are not defined for prediction_type='flow'")
-            if total < 1:
-                raise ValueError(f"num_train_timesteps must be >= 1, got {total}")
-            if self.timestep_spacing == "log_snr":
-                raise ValueError("timestep_spacing='log_snr' is not defined for prediction_type='flow'")
-            return
-        if self.shift != 1:
-            raise ValueError(f"shift belongs to prediction_type='flow', got {self.shift} with {self.prediction_type!r}")
-        alphas_cumprod = rules.checked_alphas_cumprod(self.alphas_cumprod)
-        if total not in (0, len(alphas_cumprod)):
-            raise ValueError(f"num_train_timesteps is {total}, alphas_cumprod has {len(alphas_cumprod)} entries")
-        if self._scheduler is not None and self.timestep_spacing == "log_snr":
-            raise ValueError("timestep_spacing='log_snr' needs the noise levels of training, not the scheduler's own")
-        object.__setattr__(self, "alphas_cumprod", alphas_cumprod)
-        object.__setattr__(self, "num_train_timesteps", len(alphas_cumprod))
+        check_options(self, own_levels=self._own.levels is not None)
+        if self.prediction_type != "flow":
+            alphas_cumprod = rules.checked_alphas_cumprod(self.alphas_cumprod)
+            check_total(self.num_train_timesteps, alphas_cumprod)
+            object.__setattr__(self, "alphas_cumprod", alphas_cumprod)
+            object.__setattr__(self, "num_train_timesteps", len(alphas_cumprod))
 
     @classmethod
     def from_betas(
@@ -184,59 +162,89 @@ class NoiseSchedule:
         return cls.from_betas(betas, rescale_betas_zero_snr=rescale_betas_zero_snr, **options)
 
     @classmethod
-    def flow(cls, shift: float = 1.0, num_train_timesteps: int = 1000) -> NoiseSchedule:
+    def flow(
+        cls, shift: float = 1.0, num_train_timesteps: int = 1000, *, sigmas: Sequence[float] | Tensor | None = None
+    ) -> NoiseSchedule:
         """Rectified flow: x = (1 - s) x0 + s noise, the model gives noise - x0 and is called with s * T.
 
         `shift` moves the steps towards the noise: s -> shift s / (1 + (shift - 1) s) (arXiv 2403.03206, eq. 23).
+
+        Args:
+            shift: See above.
+            num_train_timesteps: T.
+            sigmas: (S,), the s at which the model is called, descending within 1 .. 0, before the shift, as diffusers'
+                set_timesteps(sigmas=..) takes them; the last step ends at 0. `steps` then takes that S alone.
 
         Example:
             >>> from deqkern import NoiseSchedule
             >>> NoiseSchedule.flow(shift=3.0).steps(3).timesteps.int()
             tensor([1000,  751,    8], dtype=torch.int32)
+            >>> NoiseSchedule.flow(sigmas=[1.0, 0.75, 0.25]).steps(3).timesteps
+            tensor([1000.,  750.,  250.])
         """
-        return cls(
-            None, prediction_type="flow", shift=shift, num_train_timesteps=rules.check_total(num_train_timesteps)
-        )
+        total = rules.check_total(num_train_timesteps)
+        schedule = cls(None, prediction_type="flow", shift=shift, num_train_timesteps=total)
+        if sigmas is None:
+            return schedule
+        return replace(schedule, _own=OwnChain(given_flow_levels(sigmas, total, shift)))
 
     @classmethod
     def from_diffusers(cls, scheduler: Any) -> NoiseSchedule:
-        """The schedule of a diffusers scheduler; later changes to the scheduler have no effect.
+        """The schedule of a diffusers scheduler, and its chain; later changes to the scheduler have no effect.
 
-        A scheduler with `alphas_cumprod` (DDIM, DDPM, PNDM, DPM-Solver, Euler, ..) gives the DDIM chain of its noise
-        schedule, prediction type, spacing and offset, whatever its own update rule. An option that it lacks has
-        DDIMScheduler's default, except that nothing is clipped unless it says so. FlowMatchEulerDiscreteScheduler gives
-        its own chain: `steps(S)` takes its sigmas as they stand if it was set to S timesteps, else those that
-        `set_timesteps(S)` gives a copy of it; dynamic shifting needs the first, since only `set_timesteps` knows mu. So
-        does a DPMSolverMultistepScheduler with Karras, exponential, beta or lu sigmas.
+        * DDIMScheduler, DDPMScheduler (fixed_large_log, of which its own step makes NaN, is taken for fixed_large),
+          DPMSolverMultistepScheduler of order 2 and FlowMatchEulerDiscreteScheduler give their own chain: process,
+          `eta` and `order` are theirs where `steps` is not told otherwise.
+        * Any other one with `alphas_cumprod` (PNDM, UniPC, Euler, ..) gives the DDIM chain of its noise levels,
+          whatever its own update rule. An option that it lacks has DDIMScheduler's default, but for clipping.
+        * With sigmas of its own (flow matching, and Karras, exponential, beta or lu sigmas of DPM-Solver), `steps(S)`
+          takes those it was set to if they are S, else those that `set_timesteps(S)` gives a copy of it; dynamic
+          shifting needs the first, since only `set_timesteps` knows mu.
+        * Timesteps or sigmas of your own that its `set_timesteps` was given are all that `steps` takes; DDIM and those
+          without a chain of their own are refused with them.
 
         Raises:
-            ValueError: For those sigmas of other schedulers, flow sigmas and continuous timesteps of variance
-                preserving ones, lambda_min_clipped, consistency samplers (LCM, TCD) and stochastic or inverted flow
-                matching.
+            ValueError: For a DDPMScheduler whose variance is learned, those sigmas of other schedulers, flow sigmas and
+                continuous timesteps of variance preserving ones, lambda_min_clipped, samplers of few steps (LCM, TCD)
+                and stochastic or inverted flow matching.
             TypeError: For anything else, such as the EDM schedulers.
 
         Example:
-            >>> from diffusers import DDIMScheduler
+            >>> from diffusers import DDPMScheduler
             >>> from deqkern import NoiseSchedule
-            >>> NoiseSchedule.from_diffusers(DDIMScheduler(prediction_type="v_prediction")).prediction_type
-            'v_prediction'
+            >>> NoiseSchedule.from_diffusers(DDPMScheduler(prediction_type="v_prediction")).process
+            'ddpm'
         """
         alphas_cumprod, options, own = read(scheduler)
-        return cls(alphas_cumprod, **options, _scheduler=own)
+        return cls(alphas_cumprod, **options, _own=own)
 
     @property
     def has_spacing(self) -> bool:
         """Whether `timestep_spacing` lays the steps: not of flow matching, nor of a scheduler's own noise levels."""
-        return self.prediction_type != "flow" and self._scheduler is None
+        return self.prediction_type != "flow" and self._own.levels is None
+
+    def as_ddim(self) -> NoiseSchedule:
+        """The same noise levels with the steps of DDIM, where `steps` is not told otherwise: eta 0, order 1."""
+        return replace(self, process="ddim", _own=OwnChain(self._own.levels))
+
+    def draws_noise(self, eta: float | None = None) -> bool:
+        """Whether the steps of a chain of this `eta` draw noise."""
+        return self.process != "ddim" or (self._own.eta if eta is None else to_float("eta", eta)) != 0
 
     def steps(
-        self, num_inference_steps: int, eta: float = 0.0, sigma_min: float | None = None, order: int = 1
+        self,
+        num_inference_steps: int,
+        eta: float | None = None,
+        sigma_min: float | None = None,
+        order: int | None = None,
     ) -> StepTable:
         """The coefficients of a chain of S steps, in float64 on the CPU.
 
         Args:
             num_inference_steps: S.
-            eta: Scales the noise of each step (arXiv 2010.02502, eq. 16): 0 is DDIM, 1 is like DDPM.
+            eta: Scales the noise of each step (arXiv 2010.02502, eq. 16): 0 is DDIM, 1 is like DDPM. None: that of the
+                scheduler that the schedule was read from, else 0. A `process` other than "ddim" has its own noise, and
+                takes None or 1.
             sigma_min: End the chain at this ratio sigma / alpha of noise to signal instead of at the clean sample: at
                 the first timestep whose ratio is no less (for flow matching, whose steps keep their spacing, at that
                 ratio itself). The S steps lead there from where the chain starts without it, each from where the one
@@ -247,6 +255,7 @@ class NoiseSchedule:
                 (algorithm_type "dpmsolver++" and "sde-dpmsolver++"), whose timesteps differ from those of
                 DDIMScheduler: each step leads to the next timestep, and `timestep_spacing` lays S + 1 of them of which
                 the last is left out ("leading", "linspace"). `set_alpha_to_one` stands for final_sigmas_type="zero".
+                None: that of the scheduler that the schedule was read from, else 1.
 
         Raises:
             ValueError, TypeError: For an argument that the schedule has no room for, or of another type, by name.
@@ -257,17 +266,16 @@ class NoiseSchedule:
             >>> table.num_inference_steps, float(table.alpha_next[-1])
             (50, 1.0)
         """
-        count, eta = to_int("num_inference_steps", num_inference_steps), to_float("eta", eta)
+        count, own = to_int("num_inference_steps", num_inference_steps), self._own
         if not 1 <= count <= self.num_train_timesteps:
             raise ValueError(f"num_inference_steps must be in 1 .. {self.num_train_timesteps}, got {count}")
-        if not 0 <= eta < math.inf:
-            raise ValueError(f"eta must be finite and >= 0, got {eta}")
-        check_order(order)
-        if order == 2 and eta not in (0, 1):
-            raise ValueError(f"eta must be 0 or 1 with order=2, got {eta}")
+        order = own.order if order is None else order
+        if own.unsolved is not None and order != 1:
+            raise ValueError(own.unsolved)
+        eta = checked_eta(own.eta if eta is None and self.process == "ddim" else eta, self.process, order)
         if sigma_min is not None and not 0 < to_float("sigma_min", sigma_min) < math.inf:
             raise ValueError(f"sigma_min must be None, or finite and > 0, got {sigma_min}")
-        levels = self._levels(count, eta=eta, sigma_min=sigma_min, order=order)
+        levels = levels_of(self, self._own.levels, count, eta=eta, sigma_min=sigma_min, order=order)
         if self.prediction_type == "epsilon" and bool((levels.alpha == 0).any()):
             raise ValueError(
                 "prediction_type='epsilon' cannot start at zero terminal SNR (alphas_cumprod = 0), where epsilon says "
@@ -281,20 +289,9 @@ class NoiseSchedule:
             **levels._asdict(),
             clipping=clipping,
             order=order,
-            lower_order_final=count < _LOWER_ORDER_FINAL,
+            lower_order_final=own.ends_in_order_1(count),
+            process=self.process,
         )
-
-    def _levels(self, count: int, *, eta: float, sigma_min: float | None, order: int) -> StepLevels:
-        if self.alphas_cumprod is None:
-            if eta > 0:
-                raise ValueError(f"eta must be 0 for prediction_type='flow', got {eta}")
-            return flow_levels(self._scheduler, self.num_train_timesteps, count, shift=self.shift, sigma_min=sigma_min)
-        if self._scheduler is not None:
-            return own_levels(self._scheduler, count, eta=eta, sigma_min=sigma_min)
-        return discrete_levels(
-            self.alphas_cumprod, count, spacing=self.timestep_spacing, offset=self.steps_offset,
-            to_one=self.set_alpha_to_one, eta=eta, sigma_min=sigma_min, order=order,
-        )  # fmt: skip
 
 
 name_options(NoiseSchedule, "from_betas", "linear", "scaled_linear", "cosine")

@@ -1,25 +1,23 @@
-"""All that is known of diffusers' schedulers: one table, `SCHEDULERS`, and how the options of a scheduler are read.
+"""What is known of diffusers' schedulers: one table, `SCHEDULERS`. diffusers is not imported.
 
 A row says which chain a scheduler steps along, with which options it does, and how its steps draw noise. It is read by
-`NoiseSchedule.from_diffusers`, by `deqkern.integrations.diffusers.parallel` and by all that is refused there. A new
-scheduler is a row here and, if its chain is new, the coefficients in `StepTable.build`. diffusers is not imported.
+`NoiseSchedule.from_diffusers` (in `reading.py`), by `deqkern.integrations.diffusers.parallel`, and by all that either
+refuses. A new scheduler is a row here and, if its chain is new, the coefficients in `StepTable.build`.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from torch import Tensor
-
-from .timesteps import FlowSteps
 
 Values = Mapping[str, tuple[Any, ...]]  # option -> what it may be
+
+# The chains of `NoiseSchedule.process`: DDIM's, and DDPM's with either variance of arXiv 2006.11239, section 3.2.
+PROCESSES = ("ddim", "ddpm", "ddpm_large")
 
 
 @dataclass(frozen=True)
@@ -28,10 +26,12 @@ class Noise:
 
     eta: the `eta` of their chain; None where each call of the pipeline gives it.
     dtype: in which it is drawn; None for that of the states.
+    at_zero: whether a step from timestep 0 draws it as well.
     """
 
     eta: float | None = 0.0
     dtype: torch.dtype | None = None
+    at_zero: bool = True
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,11 @@ class SchedulerRow:
     name: of its class; a subclass counts as well.
     flow: whether it is one of flow matching; else it is variance preserving.
     order: of its chain, or the name of its option that says so.
+    processes: the `process` of its chain, by the value of its `variance_type`; empty for DDIM's.
     accepted: options that must have one of these values, for its steps to be the chain's.
-    accepted_final: the same, where its chain does not end without noise (`final_sigmas_type`).
     refused: options that replace its noise levels by others which are not read.
     own_levels: options by which it steps on noise levels of its own, which are read as they stand; None: always.
+    reads_given: whether timesteps or sigmas that the user gave its `set_timesteps` are read.
     noise: how its steps draw noise; a mapping by the value of its `algorithm_type`.
     result: the dtype of the state after a step, "output" for that of the model's output, or "wider" for the wider one
         of that and the state's.
@@ -54,10 +55,11 @@ class SchedulerRow:
     name: str
     flow: bool = False
     order: int | str = 1
+    processes: Mapping[str, str] = field(default_factory=dict)
     accepted: Values = field(default_factory=dict)
-    accepted_final: Values = field(default_factory=dict)
     refused: tuple[str, ...] = ()
     own_levels: tuple[str, ...] | None = ()
+    reads_given: bool = False
     noise: Noise | Mapping[str, Noise] = Noise()
     result: str = "wider"
     invertible: bool = False
@@ -68,11 +70,21 @@ class SchedulerRow:
 
     def noise_of(self, scheduler: Any) -> Noise:
         """How the steps of `scheduler`, as it is set, draw noise."""
-        return self.noise if isinstance(self.noise, Noise) else self.noise[scheduler.config["algorithm_type"]]
+        if isinstance(self.noise, Noise):
+            return self.noise
+        return self.noise.get(scheduler.config.get("algorithm_type"), Noise())
 
     def result_dtype(self, output: torch.dtype, state: torch.dtype) -> torch.dtype:
         """The dtype of the state after a step."""
         return output if self.result == "output" else torch.promote_types(output, state)
+
+    def unsolved_option(self, config: Mapping[str, Any]) -> str | None:
+        """Which option makes the steps of such a scheduler other than the chain's, in words, if one does."""
+        for option, values in self.accepted.items():
+            if config.get(option, values[0]) not in values:
+                allowed = " or ".join(map(repr, values))
+                return f"a {self.name} with {option}={config[option]!r}; deqkern solves {option}={allowed}"
+        return None
 
 
 # Options that replace the noise levels of training.
@@ -81,9 +93,27 @@ OTHER_LEVELS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"
 FLOW_OPTION = "use_flow_sigmas"
 # What no scheduler that steps on the noise levels of training is read with.
 _REFUSED = (*OTHER_LEVELS, FLOW_OPTION, "original_inference_steps")
+# What a DDPMScheduler calls its variance. The logarithms say the same: they are what is exponentiated (of
+# fixed_large_log diffusers' own step takes the root of a negative number).
+_VARIANCES = {
+    "fixed_small": "ddpm",
+    "fixed_small_log": "ddpm",
+    "fixed_large": "ddpm_large",
+    "fixed_large_log": "ddpm_large",
+}
+_DDPM = SchedulerRow(
+    "DDPMScheduler",
+    processes=_VARIANCES,
+    accepted={"variance_type": tuple(_VARIANCES)},
+    refused=_REFUSED,
+    reads_given=True,
+    noise=Noise(eta=1.0, at_zero=False),
+)
 
 SCHEDULERS = (
     SchedulerRow("DDIMScheduler", refused=_REFUSED, noise=Noise(eta=None), invertible=True),
+    _DDPM,
+    replace(_DDPM, name="DDPMParallelScheduler"),
     SchedulerRow(
         "DPMSolverMultistepScheduler",
         order="solver_order",
@@ -92,9 +122,9 @@ SCHEDULERS = (
             "solver_type": ("midpoint",),
             "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
         },
-        accepted_final={"euler_at_final": (False,), "lower_order_final": (True,)},
         refused=_REFUSED,
         own_levels=OTHER_LEVELS,
+        reads_given=True,
         noise={"dpmsolver++": Noise(), "sde-dpmsolver++": Noise(eta=1.0, dtype=torch.float32)},
     ),
     SchedulerRow(
@@ -102,27 +132,75 @@ SCHEDULERS = (
         flow=True,
         refused=("invert_sigmas", "stochastic_sampling"),
         own_levels=None,
+        reads_given=True,
         result="output",
     ),
 )
 # Any other one that has the noise levels of training: they are read, its steps are not.
-_OTHER = SchedulerRow("", refused=_REFUSED)
-# What is read of one that has the noise levels of training must be among these, where it has the option at all.
-_READ: Values = {
-    "timestep_type": ("discrete",),
-    "lambda_min_clipped": (-math.inf,),
-    "prediction_type": ("epsilon", "v_prediction", "sample"),
-}
-# Its options that `NoiseSchedule` has by the same name.
-_TAKEN = (
-    "prediction_type", "num_train_timesteps", "timestep_spacing", "steps_offset", "clip_sample", "clip_sample_range",
-    "thresholding", "dynamic_thresholding_ratio", "sample_max_value",
+OTHER = SchedulerRow("", refused=_REFUSED)
+# In place of which schedulers one of the table comes nearest, other than `default_row`.
+_NEAREST = {
+    "DPMSolverMultistepScheduler": (
+        "UniPCMultistepScheduler", "DEISMultistepScheduler", "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler",
+        "PNDMScheduler", "IPNDMScheduler", "LMSDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler",
+    ),
+    "DDPMScheduler": (
+        "EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "UnCLIPScheduler", "RePaintScheduler",
+    ),
+}  # fmt: skip
+# Those of models that were distilled to a few steps.
+_FEW_STEPS = (
+    "LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler", "SCMScheduler", "CMStochasticIterativeScheduler",
+    "FlowMapEulerDiscreteScheduler",
 )  # fmt: skip
 
 
 def default_row(flow: bool) -> SchedulerRow:
     """The scheduler to use in place of another one."""
     return next(row for row in SCHEDULERS if row.flow == flow)
+
+
+def row_of(scheduler: Any) -> SchedulerRow:
+    """The row of the scheduler's class, or of one that it is derived from; `OTHER` if there is none."""
+    kinds = {kind.__name__ for kind in type(scheduler).__mro__}
+    return next((row for row in SCHEDULERS if row.name in kinds), OTHER)
+
+
+def nearest_row(scheduler: Any, flow: bool | None = None, noise: bool = True) -> SchedulerRow:
+    """The scheduler to use in place of this one, of flow matching or not, and whose steps may draw noise or not."""
+    config, kind = getattr(scheduler, "config", None) or {}, type(scheduler).__name__
+    name = next((near for near, others in _NEAREST.items() if kind in others), None)
+    if flow is None:
+        flow = name is None and ("FlowMatch" in kind or getattr(scheduler, "alphas_cumprod", None) is None)
+    if flow or config.get(FLOW_OPTION):
+        return default_row(flow=True)
+    row = next((row for row in SCHEDULERS if row.name == name), default_row(flow=False))
+    return row if noise or not row.noise_of(scheduler).eta else default_row(flow=False)
+
+
+def in_place_of(scheduler: Any, row: SchedulerRow, name: str) -> str:
+    """The expression that makes a scheduler of `row` of this one, which the user calls `name`."""
+    config = getattr(scheduler, "config", None) or {}
+    if row.flow and config.get(FLOW_OPTION):  # its shift has another name
+        return f"{row.name}(shift={config.get('flow_shift', 1.0)})"
+    if row.flow and getattr(scheduler, "alphas_cumprod", None) is not None:
+        return f"{row.name}()"
+    kept = {option: values[0] for option, values in row.accepted.items() if option == row.order}
+    other = [f", {option}={value!r}" for option, value in kept.items() if config.get(option, value) != value]
+    if isinstance(row.order, int) and not row.flow and "clip_sample" not in config:  # it clips where it is not told
+        other.append(", clip_sample=False")
+    return f"{row.name}.from_config({name}.config{''.join(other)})"
+
+
+def few_steps(scheduler: Any) -> str | None:
+    """That there is nothing to gain, in words, with a scheduler of models that take a few steps."""
+    names = [kind.__name__ for kind in type(scheduler).__mro__ if kind.__name__ in _FEW_STEPS]
+    if not names:
+        return None
+    return (
+        f"a {type(scheduler).__name__}, for models that were distilled to a few steps (1 to 8): there is nothing "
+        "to gain from solving so few at once; sample with it one step after the other"
+    )
 
 
 def defining_class(owner: Any, method: str) -> str | None:
@@ -147,61 +225,6 @@ def replaced_methods(scheduler: Any, row: SchedulerRow) -> list[str]:
     return sorted(names & {name for name in dir(kinds[at]) if callable(getattr(kinds[at], name))})
 
 
-class Reading(NamedTuple):
-    """What `NoiseSchedule` takes of a scheduler."""
-
-    alphas_cumprod: Tensor | None  # (T,); None for flow matching
-    options: dict[str, Any]
-    own: Any = None  # a copy of it, where the noise levels are its own
-
-
-def read(scheduler: Any) -> Reading:
-    """See `NoiseSchedule.from_diffusers`."""
-    name, config = type(scheduler).__name__, getattr(scheduler, "config", None)
-    kinds = {kind.__name__ for kind in type(scheduler).__mro__}
-    row = next((row for row in SCHEDULERS if row.name in kinds), _OTHER)
-    if isinstance(config, Mapping) and getattr(scheduler, "alphas_cumprod", None) is not None:
-        config, own = own_options(scheduler, config), None
-        if any(config.get(option) for option in row.own_levels or ()):
-            config, own = config | dict.fromkeys(row.own_levels or ()), copy.deepcopy(scheduler)
-        _refuse(name, config, row.refused)
-        for option, values in _READ.items():
-            if config.get(option, values[0]) not in values:
-                raise ValueError(f"scheduler: {name} with {option}={config[option]!r} is not supported")
-        options = {key: config[key] for key in _TAKEN if config.get(key) is not None}
-        options["set_alpha_to_one"] = config.get("set_alpha_to_one", config.get("final_sigmas_type") != "sigma_min")
-        return Reading(scheduler.alphas_cumprod, options, own)
-    if isinstance(config, Mapping) and row.flow:
-        _refuse(name, config, row.refused)
-        options = {"prediction_type": "flow", "num_train_timesteps": config.get("num_train_timesteps", 1000)}
-        return Reading(None, options, copy.deepcopy(scheduler))
-    raise TypeError(f"scheduler must have alphas_cumprod or be a {default_row(flow=True).name}, got {name}")
-
-
-def own_steps(scheduler: Any, count: int) -> FlowSteps:
-    """The timesteps (S,) and the noise levels (S+1,) float64 that the scheduler itself takes for `count` steps."""
-    scheduler = _set_to(scheduler, count)
-    sigmas = scheduler.sigmas.detach().to("cpu", torch.float64)
-    if not bool((sigmas[1:] <= sigmas[:-1]).all()) or sigmas[-1] < 0:
-        raise ValueError("scheduler.sigmas must descend to no less than 0")
-    return FlowSteps(scheduler.timesteps.detach().cpu(), sigmas)
-
-
-def _set_to(scheduler: Any, count: int) -> Any:
-    """The scheduler, if it is set to `count` timesteps, else a copy that is."""
-    if len(scheduler.timesteps) == count and len(scheduler.sigmas) == count + 1:
-        return scheduler
-    scheduler = copy.deepcopy(scheduler)
-    try:
-        scheduler.set_timesteps(count)
-    except ValueError as error:
-        raise ValueError(
-            f"num_inference_steps={count}: the scheduler cannot be set to it ({error}); call its set_timesteps with "
-            "all that it needs, such as mu, before from_diffusers"
-        ) from error
-    return scheduler
-
-
 def own_options(scheduler: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     """What the scheduler itself takes: `from_config` also keeps the options of the one whose config it was."""
     inits = [vars(kind)["__init__"] for kind in type(scheduler).__mro__ if "__init__" in vars(kind)]
@@ -209,10 +232,25 @@ def own_options(scheduler: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name in own}
 
 
-def _refuse(name: str, config: Mapping[str, Any], options: Sequence[str]) -> None:
-    for option in options:
-        if config.get(option):
-            raise ValueError(
-                f"scheduler: {name} with {option}={config[option]!r} is not supported; "
-                f"give a {default_row(flow=False).name} or {default_row(flow=True).name} without it"
-            )
+def check_own_steps(scheduler: Any, name: str, advice: str | None = None) -> SchedulerRow:
+    """The row of a scheduler, which the user calls `name`, whose own steps are a chain of `NoiseSchedule.steps`.
+
+    Raises ValueError for any other, with the nearest one that works, or the `advice`.
+    """
+    row, few = row_by_step(scheduler), few_steps(scheduler)
+    if few is not None:
+        raise ValueError(f"{name} is {few}")
+    if row is None or own_options(scheduler, scheduler.config).get(FLOW_OPTION):
+        if advice is None:
+            use = in_place_of(scheduler, nearest_row(scheduler), name)
+            advice = f"take {use}, or NoiseSchedule.from_diffusers({name}) for the DDIM chain of its noise levels"
+        raise ValueError(
+            f"{name} is a {type(scheduler).__name__}, whose steps are not the chain that is solved; {advice}"
+        )
+    changed = replaced_methods(scheduler, row)
+    if changed:
+        raise ValueError(f"{name} is a {row.name} with {', '.join(changed)} of its own; what is solved is diffusers'")
+    unsolved = row.unsolved_option(own_options(scheduler, scheduler.config))
+    if unsolved is not None:
+        raise ValueError(f"{name} is {unsolved}")
+    return row

@@ -57,6 +57,7 @@ class StepTable:
     prediction_type: str = "epsilon"  # of the model's own output
     clipping: Clipping | None = None  # of x0
     order: int = 1  # 2: the chain is written for x0, and steps use that of the step before
+    process: str = "ddim"  # see `NoiseSchedule`; of DDPM's, a chain that clips is written for x0, which eps follows
     implicit: bool = False  # a step takes the model's output at its own end: see `reversed`
 
     @classmethod
@@ -72,12 +73,13 @@ class StepTable:
         clipping: Clipping | None = None,
         order: int = 1,
         lower_order_final: bool = False,
+        process: str = "ddim",
     ) -> StepTable:
         """The table of steps between these noise levels.
 
         A table that clips is written for the velocity alpha eps - sigma x0 (arXiv 2202.00512, appendix D), whatever the
         model predicts: its a and b lie within -1 .. 1 at any noise level, while those of epsilon grow with 1 / alpha
-        and would lose in rounding what clipping keeps.
+                would lose in rounding what clipping keeps. Where eps follows the clipped x0 it is written for x0.
 
         order: 1 is DDIM. 2 is DPM-Solver++ 2M, where the first step is first order, and the last one if it ends without
         noise or if `lower_order_final`; n must be that of eta = 0 or 1, and each step begin where the last one ended.
@@ -85,7 +87,8 @@ class StepTable:
         """
         sigma = sigma.clamp_min(_SMALLEST_SIGMA)
         output_mix(prediction_type, alpha, sigma)  # refuses an unknown one
-        chain_u, chain_w = output_mix(_entering(order, clipping) or prediction_type, alpha, sigma)
+        entering = _entering(order, clipping, process)
+        chain_u, chain_w = output_mix(entering or prediction_type, alpha, sigma)
         direction = _direction(sigma_next, n)
         det = alpha * chain_w - sigma * chain_u
         a = (alpha_next * chain_w - direction * chain_u) / det
@@ -106,14 +109,14 @@ class StepTable:
             if lower_order_final or sigma_next[-1] == 0:
                 extrapolation[-1] = 0
             b, c = b * (1 + extrapolation), -b * extrapolation
-        elif clipping is not None:  # a step that stays where it is (b = 0) still clips: give its output a way in, and
-            idle = b.abs() <= _IDLE  # no slope
+        elif entering == "v_prediction":  # a step that stays where it is (b = 0) still clips: give its output a way in,
+            idle = b.abs() <= _IDLE  # and no slope
             b = torch.where(idle, 1.0, b)
             slope_0, slope_1 = torch.where(idle, 0.0, slope_0), torch.where(idle, 0.0, slope_1)
         return cls(
             timesteps=timesteps, alpha=alpha, sigma=sigma, alpha_next=alpha_next, sigma_next=sigma_next,
             a=a, b=b, c=c, n=n, slope_0=slope_0, slope_1=slope_1,
-            prediction_type=prediction_type, clipping=clipping, order=order,
+            prediction_type=prediction_type, clipping=clipping, order=order, process=process,
         )  # fmt: skip
 
     def reversed(self) -> StepTable:
@@ -123,7 +126,10 @@ class StepTable:
         that draws noise, or that has a step with a = 0: such steps cannot be undone; or a table of order 2.
         """
         if self.order != 1:
-            raise ValueError("order must be 1: steps that use the output of the step before are not inverted")
+            raise ValueError(
+                "order must be 1: steps that use the output of the step before are not inverted; take the DDIM chain, "
+                "schedule.as_ddim()"
+            )
         if self.clips:
             raise ValueError("schedule clips or thresholds x0: what is cut off cannot be found again by inversion")
         if bool((self.n != 0).any()):
@@ -153,7 +159,7 @@ class StepTable:
 
     def constant_x0(self) -> ConstantX0[Tensor]:
         """The constant-x0 extrapolation of the chain: its states while x0 stays what it is."""
-        entering = _entering(self.order, self.clipping) or self.prediction_type
+        entering = _entering(self.order, self.clipping, self.process) or self.prediction_type
         x0 = estimates(entering, self.alpha, self.sigma)
         noisy, clean = (self.alpha, self.sigma), (self.alpha_next, self.direction.clamp_min(_SMALLEST_SIGMA))
         (alpha_begin, sigma_begin), (alpha_end, sigma_end) = (clean, noisy) if self.implicit else (noisy, clean)
@@ -200,7 +206,7 @@ class StepTable:
     @property
     def converts(self) -> bool:
         """Whether `effective_output` stands for the model's output: the table clips, or is written for x0."""
-        return _entering(self.order, self.clipping) is not None
+        return _entering(self.order, self.clipping, self.process) is not None
 
     @property
     def log_snr(self) -> Tensor:
@@ -240,7 +246,8 @@ class StepTable:
 
         x and out are in pixel space; the result (N, *shape) is fp32 or wider. x0 is clipped to `clip_sample_range` or
         dynamically thresholded (arXiv 2205.11487, section 2.3) and eps is left alone, as in diffusers' DDIMScheduler.
-        With order 2 it is x0 itself, clipped if the table clips. Raises ValueError for a table that does not convert.
+        With order 2, and where eps follows the clipped x0, it is x0 itself, clipped if the table clips. Raises
+        ValueError for a table that does not convert.
         """
         if not self.converts:
             raise ValueError("effective_output is for a table that converts")
@@ -249,7 +256,7 @@ class StepTable:
     @cached_property
     def _conversion(self) -> OutputConversion:
         own = estimates(self.prediction_type, self.alpha, self.sigma)
-        if self.clipping is None or self.order == 2:
+        if _entering(self.order, self.clipping, self.process) == "sample":
             return OutputConversion(ConversionRows(*own, *[torch.zeros_like(self.a)] * 5), self.clipping, to_x0=True)
         idle = (self.direction * self.alpha - self.alpha_next * self.sigma).abs() <= _IDLE  # see build
         velocity = (torch.where(idle, 0.0, -self.sigma), torch.where(idle, 0.0, self.alpha))
@@ -266,9 +273,13 @@ def check_order(order: int) -> None:
 _PER_STEP = tuple(item.name for item in fields(StepTable) if item.type == "Tensor")
 
 
-def _entering(order: int, clipping: Clipping | None) -> str | None:
+def _entering(order: int, clipping: Clipping | None, process: str) -> str | None:
     """What enters such a chain where it is not the model's own output: see `StepTable.build`."""
-    return "sample" if order == 2 else "v_prediction" if clipping is not None else None
+    if order == 2:
+        return "sample"
+    if clipping is None:
+        return None
+    return "v_prediction" if process == "ddim" else "sample"
 
 
 def _direction(sigma_next: Tensor, n: Tensor) -> Tensor:

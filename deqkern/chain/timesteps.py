@@ -30,8 +30,12 @@ def discrete_steps(
     to_one: bool,
     order: int,
     sigma_min: float | None,
+    joined: bool = False,
 ) -> DiscreteSteps:
-    """The steps that `NoiseSchedule.steps` lays; `to_one`: the last of them leads to abar = 1, not to abar[0]."""
+    """The steps that `NoiseSchedule.steps` lays; `to_one`: the last of them leads to abar = 1, not to abar[0].
+
+    joined: each step leads to the next timestep, as with order 2, but from timesteps spaced as those of order 1.
+    """
     total = len(abar)
     if spacing == "log_snr":
         timesteps = _log_snr_timesteps(abar, count, to_one)
@@ -45,7 +49,7 @@ def discrete_steps(
     # where each step ends; -1 is the clean sample
     if spacing == "log_snr" and not to_one:
         following = [*timesteps[1:], 0]
-    elif spacing == "log_snr" or order == 2:
+    elif spacing == "log_snr" or order == 2 or joined:
         following = [*timesteps[1:], -1]
     else:
         following = [t - total // count for t in timesteps]
@@ -131,10 +135,10 @@ class FlowSteps(NamedTuple):
 def flow_steps(total: int, count: int, shift: float) -> FlowSteps:
     """FlowMatchEulerDiscreteScheduler.set_timesteps."""
     # the ends are shifted twice, here and with all the others below, as the scheduler does
-    ends = _shifted(torch.tensor([1, total], dtype=torch.float32, device="cpu") / total, shift)
+    ends = shifted(torch.tensor([1, total], dtype=torch.float32, device="cpu") / total, shift)
     low, high = (s * total for s in ends.tolist())
     levels = high + torch.arange(count, dtype=torch.float64, device="cpu") * ((low - high) / max(count - 1, 1))
-    sigmas = _shifted(levels / total, shift).float()
+    sigmas = shifted(levels / total, shift).float()
     return FlowSteps(sigmas * total, torch.cat([sigmas.double(), sigmas.new_zeros(1, dtype=torch.float64)]))
 
 
@@ -158,5 +162,6 @@ def _interpolated(values: Tensor, position: Tensor) -> Tensor:
     return torch.lerp(values[index], values[(index + 1).clamp_max(len(values) - 1)], position - index)
 
 
-def _shifted(s: Tensor, shift: float) -> Tensor:
+def shifted(s: Tensor, shift: float) -> Tensor:
+    """Levels of flow matching, moved towards the noise (arXiv 2403.03206, eq. 23)."""
     return shift * s / (1 + (shift - 1) * s)

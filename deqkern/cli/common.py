@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ..engine.solution import Callback
-from ..models import SHIPPED
+from ..models import SHIPPED, Pretrained, load
 from ..network.latency import is_out_of_memory
 from ..planning import Plan
 
@@ -114,6 +115,12 @@ def check_out(path: Path, option: str, suffixes: tuple[str, ...], others: Collec
 
 def _one_of(suffixes: tuple[str, ...]) -> str:
     return suffixes[0] if len(suffixes) == 1 else f"one of {', '.join(suffixes)}"
+
+
+def load_model(name_or_path: str) -> Pretrained:
+    """`--model`; its chain is one of DDIM's or DPM-Solver++'s, as `--eta` and `--order` say, whatever its scheduler."""
+    loaded = load(name_or_path)
+    return replace(loaded, schedule=loaded.schedule.as_ddim())
 
 
 def stored_model(model: str) -> str:

@@ -19,6 +19,7 @@ from .common import (
     StepsOption,
     check_out,
     errors_name_options,
+    load_model,
     print_table,
     progress,
     to_json,
@@ -44,7 +45,7 @@ def demo(
 ) -> None:
     """Sample the shipped models with every solver, beside the sequential chain: pictures, curves and a table."""
     with errors_name_options():
-        loaded = [models.load(name) for name in model or models.SHIPPED]
+        loaded = [load_model(name) for name in model or models.SHIPPED]
     names = [pretrained.name for pretrained in loaded]
     if len(set(names)) < len(names):
         raise typer.BadParameter(f"{', '.join(names)}: pictures are named after models", param_hint="--model")

@@ -28,6 +28,7 @@ from .common import (
     StepsOption,
     check_out,
     errors_name_options,
+    load_model,
     new_table,
     print_table,
     progress,
@@ -144,7 +145,7 @@ def invert(
     tolerance = rtol if rtol is not None else 1e-2 if method == Method.optimize else 1e-4
     names = [str(image) for image in images]
     with errors_name_options():
-        pretrained = models.load(model)
+        pretrained = load_model(model)
         pictures = read_pictures(images, pretrained, "IMAGES")
         chain = Chain(pretrained, steps, sigma_min or None, max_batch)
         with progress(None if method == Method.optimize else tolerance) as follow:
@@ -247,7 +248,7 @@ def interpolate(
     """Go from one picture to another through their noise: invert both, interpolate spherically, sample all frames."""
     check_out(out, "--out", PICTURES, [first, second])
     with errors_name_options():
-        pretrained = models.load(model)
+        pretrained = load_model(model)
         pictures = read_pictures([first], pretrained, "A"), read_pictures([second], pretrained, "B")
         ends = torch.cat(pictures)
         chain = Chain(pretrained, steps, sigma_min or None, max_batch)

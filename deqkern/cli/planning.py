@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 import typer
 
-from .. import models, planning
+from .. import planning
 from .common import (
     BatchOption,
     EtaOption,
@@ -18,6 +18,7 @@ from .common import (
     RtolOption,
     StepsOption,
     errors_name_options,
+    load_model,
     new_table,
     plan_summary,
     print_table,
@@ -42,7 +43,7 @@ def plan(
 ) -> None:
     """Measure the model here, and say whether parallel sampling pays."""
     with errors_name_options():
-        pretrained = models.load(model)
+        pretrained = load_model(model)
         found = planning.plan(
             pretrained.model,
             torch.randn(batch, *pretrained.shape, generator=torch.Generator().manual_seed(0)),

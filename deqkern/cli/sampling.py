@@ -31,6 +31,7 @@ from .common import (
     StepsOption,
     check_out,
     errors_name_options,
+    load_model,
     print_table,
     progress,
     stored_model,
@@ -150,7 +151,7 @@ def sample(
         check_out(save_run, "--save-run", (".safetensors",), read)
     with errors_name_options(), progress(rtol) as follow:
         if noise is None:
-            chains = Chains(_spaced(models.load(model), spacing), steps, batch, eta, seed, order)
+            chains = Chains(_spaced(load_model(model), spacing), steps, batch, eta, seed, order)
         else:
             chains = _stored_chains(noise, context)
             model, steps, batch = context.params["model"], chains.steps, chains.batch
@@ -217,7 +218,7 @@ def _stored_chains(path: Path, context: typer.Context) -> Chains:
             raise typer.BadParameter(f"{path} says it already", param_hint=f"--{name}")
     if "model" not in given:
         context.params["model"] = stored.model
-    pretrained = models.load(context.params["model"])
+    pretrained = load_model(context.params["model"])
     if stored.noise.shape[1:] != pretrained.shape:
         reason = f"{path} holds noise for samples {tuple(stored.noise.shape[1:])}, {pretrained.name!r} takes "
         raise typer.BadParameter(reason + str(pretrained.shape), param_hint="--model")

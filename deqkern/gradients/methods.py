@@ -206,6 +206,11 @@ class Adjoint:
         _check_first_order(self, table)
         if table.clips:
             raise ValueError("schedule clips or thresholds x0: gradient='adjoint' needs one that does not")
+        if table.process == "ddpm_large":
+            raise ValueError(
+                "process='ddpm_large' draws more noise than the process that gradient='adjoint' integrates: take "
+                "'exact' or 'implicit', or process='ddpm'"
+            )
 
     def pull_back(self, chain: LinearizedChain, cotangent: Tensor) -> Pulled:
         """See `Gradient`."""

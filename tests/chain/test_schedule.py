@@ -309,7 +309,7 @@ def test_constructors_show_all_their_options(name: str) -> None:
     shown = inspect.signature(getattr(NoiseSchedule, name)).parameters
     assert all(value.kind is not value.VAR_KEYWORD for value in shown.values())
     options = {name: value for name, value in own.items() if value.kind is value.KEYWORD_ONLY}
-    for option in ("shift", "num_train_timesteps", "_scheduler"):  # of flow matching, of the tensor, and of diffusers
+    for option in ("shift", "num_train_timesteps", "_own"):  # of flow matching, of the tensor, and of diffusers
         del options[option]
     assert {name: shown[name].default for name in options} == {name: value.default for name, value in options.items()}
     with pytest.raises(TypeError, match="clip_smaple"):

@@ -61,6 +61,50 @@ def test_the_multistep_scheduler(name: str, kind: str, guided: bool) -> None:
     check_exact(pipe, call)
 
 
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_the_pipeline_of_ddpm(variance: str, clip: bool) -> None:
+    pipe, call = pieces("ddim", clip)
+    scheduler = diffusers.DDPMScheduler(variance_type=variance, clip_sample=clip, prediction_type="v_prediction")
+    check_both(diffusers.DDPMPipeline(pipe.unet, scheduler), call)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("name", ["sd", "img2img", "inpaint", "xl", "xl_img2img"])
+def test_the_ddpm_scheduler(name: str, guided: bool) -> None:
+    pipe, call = pieces(name, guided)
+    for options in (
+        {"variance_type": "fixed_large", "timestep_spacing": "trailing"},
+        {"clip_sample": True, "thresholding": True, "sample_max_value": 2.0},
+        {},
+    ):
+        pipe.scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config, **options)
+        check_exact(pipe, call)
+    check_both(pipe, call)
+
+
+def test_the_next_image_of_a_generator_is_that_of_the_sequential_loop() -> None:
+    """DDPM draws no noise at timestep 0."""
+    pipe, call = pieces("ddim", False)
+    pipe = quiet(diffusers.DDPMPipeline(pipe.unet, diffusers.DDPMScheduler()))
+
+    def two() -> Tensor:
+        generator = torch.Generator().manual_seed(5)
+        return torch.cat([torch.as_tensor(pipe(**call, generator=generator).images) for _ in range(2)])
+
+    expected = two()
+    with parallel(pipe, rtol=0.0):
+        assert float(relative_error(two(), expected).max()) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["DDPMScheduler", "DPMSolverMultistepScheduler"])
+def test_timesteps_of_the_users_own(kind: str) -> None:
+    pipe, call = pieces("sd", True)
+    pipe.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config)
+    check_exact(pipe, call | {"timesteps": [900, 500, 300, 100]})
+    check_exact(pipe, call)
+
+
 def test_guidance_that_is_not_asked_for() -> None:
     """A pipeline may have it all the same."""
     pipe, call = pieces("dit", True)

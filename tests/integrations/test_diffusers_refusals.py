@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from asserts import relative_error
 from pipelines import (
     check_exact,
+    ddim,
     diffusers,
     noise,
     picture,
@@ -22,6 +24,7 @@ from pipelines import (
 )
 from torch import Tensor
 
+from deqkern.chain.schedulers import row_by_step
 from deqkern.integrations.diffusers import parallel
 
 
@@ -31,7 +34,6 @@ from deqkern.integrations.diffusers import parallel
         ({"solver_order": 3}, "solver_order=3.*solves solver_order=2"),
         ({"solver_type": "heun"}, "solver_type='heun'"),
         ({"kind": "dpmsolver", "final_sigmas_type": "sigma_min"}, "algorithm_type='dpmsolver'"),
-        ({"final_sigmas_type": "sigma_min", "euler_at_final": True}, "euler_at_final"),
     ],
 )
 def test_other_multistep_schedulers_are_refused(options: dict[str, Any], message: str) -> None:
@@ -72,10 +74,18 @@ def test_a_subclass_with_the_same_loop_is_as_good() -> None:
 
 def test_schedulers_with_other_rules_are_refused() -> None:
     pipe, _ = pieces("sd", False)
-    names = ("DPMSolverSinglestepScheduler", "EulerDiscreteScheduler", "PNDMScheduler", "DDPMScheduler", "LCMScheduler")
-    for name in names:
+    nearest = {
+        "DPMSolverSinglestepScheduler": "DPMSolverMultistepScheduler", "EulerDiscreteScheduler": "DDIMScheduler",
+        "EulerAncestralDiscreteScheduler": "DDPMScheduler", "PNDMScheduler": "DPMSolverMultistepScheduler",
+    }  # fmt: skip
+    for name, use in nearest.items():
         pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
-        refused(pipe, rf"is a {name}, .* DDIMScheduler\.from_config\(pipe\.scheduler\.config\)")
+        refused(pipe, rf"is a {name}, .* {use}\.from_config\(pipe\.scheduler\.config\)")
+    for name in ("LCMScheduler", "TCDScheduler"):
+        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+        refused(pipe, f"is a {name}, .*nothing to gain")
+    pipe.scheduler = diffusers.DDPMScheduler(variance_type="learned_range")
+    refused(pipe, "is a DDPMScheduler with variance_type='learned_range'")
     pipe, _ = pieces("sd3", False)
     pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
     refused(pipe, r"set pipe\.scheduler = FlowMatchEulerDiscreteScheduler\.from_config")
@@ -92,7 +102,8 @@ def test_pipelines_with_other_loops_are_refused() -> None:
     refused(diffusers.StableDiffusionAdapterPipeline(**parts, adapter=adapter), "one timestep")
     inpainting = diffusers.StableDiffusionInpaintPipeline(**pipe.components, requires_safety_checker=False)
     refused(inpainting, "9 channels")
-    refused(diffusers.DDPMPipeline(pipe.unet, pipe.scheduler), "loop of DDPMPipeline is not known")
+    consistency = diffusers.ConsistencyModelPipeline(pipe.unet, pipe.scheduler)
+    refused(consistency, "loop of ConsistencyModelPipeline is not known")
     refused(object(), "pipe must be a diffusers pipeline", error=TypeError)
 
 
@@ -162,9 +173,6 @@ def test_wrong_arguments() -> None:
     refused(pipe, "solver must be a Solver", solver="default", error=TypeError)
     refused(pipe, "devices must hold the model's own, cpu, got meta", devices=["meta"])
     refused(pipe, "num_inference_steps", call | {"num_inference_steps": 1001})
-    other, its_call = pieces("sd", False)
-    second_order(other)
-    refused(other, "are not those of its chain", its_call | {"timesteps": [900, 500, 300, 100]})
     pipe.scheduler = diffusers.DDIMScheduler(timestep_spacing="trailing", clip_sample=False)
     with parallel(pipe, rtol=0.0):  # a spacing that its chain reproduces
         result(pipe, call)
@@ -232,3 +240,29 @@ def test_hooks_that_replace_forward_cannot_be_copied() -> None:
     pipe.unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
     check_exact(pipe, call)
     refused(pipe, "forward was replaced", devices=["cpu", "cpu"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "PNDMScheduler", "LMSDiscreteScheduler", "HeunDiscreteScheduler", "EulerDiscreteScheduler",
+        "EulerAncestralDiscreteScheduler", "DPMSolverSinglestepScheduler", "KDPM2DiscreteScheduler",
+        "KDPM2AncestralDiscreteScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler", "IPNDMScheduler",
+    ],
+)  # fmt: skip
+def test_the_scheduler_that_is_advised_works(name: str) -> None:
+    for kind, options in (("sd", {"solver_order": 3}), ("dit", {}), ("sd3", {"use_flow_sigmas": True}), ("sd3", {})):
+        pipe, call = pieces(kind, False)
+        other = getattr(diffusers, name)
+        known = inspect.signature(other).parameters
+        pipe.scheduler = other.from_config(
+            ddim().config, **{key: value for key, value in options.items() if key in known}
+        )
+        if row_by_step(pipe.scheduler) is not None:
+            continue
+        with pytest.raises(ValueError, match=f"is a {name}, ") as refusal, parallel(pipe):
+            pass
+        advice = str(refusal.value).rpartition("set pipe.scheduler = ")[2]
+        use = advice.partition(".")[0].partition("(")[0]
+        pipe.scheduler = eval(advice, {"pipe": pipe, use: getattr(diffusers, use)})
+        check_exact(pipe, call)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from ...chain.schedule import NoiseSchedule
 from ...chain.schedulers import (
-    FLOW_OPTION,
     Noise,
     SchedulerRow,
+    check_own_steps,
     default_row,
     defining_class,
-    own_options,
-    replaced_methods,
-    row_by_step,
+    in_place_of,
+    nearest_row,
 )
 from .loops import LOOPS, Loop
 
@@ -131,30 +131,9 @@ def check_denoiser_call(given: Mapping[str, Any]) -> None:
         )
 
 
-def check_scheduler(scheduler: Any) -> SchedulerRow:
-    """The row of a scheduler whose steps are a chain."""
-    row, config = row_by_step(scheduler), scheduler.config
-    if row is None:
-        raise ValueError(unknown_rule(scheduler))
-    changed = replaced_methods(scheduler, row)
-    if changed:
-        raise ValueError(
-            f"pipe.scheduler is a {row.name} with {', '.join(changed)} of its own; parallel() solves diffusers'"
-        )
-    if own_options(scheduler, config).get(FLOW_OPTION):
-        raise ValueError(unknown_rule(scheduler))
-    for option, values in row.accepted.items():
-        if config[option] not in values:
-            raise ValueError(
-                f"pipe.scheduler is a {row.name} with {option}={config[option]!r}; parallel() solves "
-                f"{option}={' or '.join(map(repr, values))}"
-            )
-    final = row.accepted_final
-    if final and config.final_sigmas_type != "zero" and any(config[name] not in final[name] for name in final):
-        raise ValueError(
-            f"pipe.scheduler is a {row.name} whose last step parallel() does not know; leave "
-            f"{' and '.join(final)} at their defaults"
-        )
+def check_scheduler(pipe: Any, scheduler: Any) -> SchedulerRow:
+    """The row of the scheduler of `pipe`, whose steps must be a chain."""
+    row = check_own_steps(scheduler, "pipe.scheduler", advice=advice(pipe, scheduler))
     NoiseSchedule.from_diffusers(scheduler)
     return row
 
@@ -175,14 +154,12 @@ def check_pair(pipe: Any, scheduler: Any, row: SchedulerRow) -> None:
         raise ValueError(f"pipe.scheduler {how}, to which {name} gives no generator; use {silent}")
 
 
-def unknown_rule(scheduler: Any) -> str:
-    """That the steps of a scheduler are not those of a chain, and which scheduler to use."""
-    config = scheduler.config
-    flow = "FlowMatch" in type(scheduler).__name__ or getattr(scheduler, "alphas_cumprod", None) is None
-    use = f"{default_row(flow).name}.from_config(pipe.scheduler.config)"
-    if config.get(FLOW_OPTION):  # its shift has another name
-        use = f"{default_row(flow=True).name}(shift={config.get('flow_shift', 1.0)})"
-    return (
-        f"pipe.scheduler is a {type(scheduler).__name__}, whose steps are not the chain that is solved; set "
-        f"pipe.scheduler = {use}"
-    )
+def advice(pipe: Any, scheduler: Any) -> str:
+    """Which scheduler to set in place of one whose steps are not those of a chain."""
+    loop = LOOPS.get(loop_name(pipe) or "")
+    wanted = inspect.signature(type(pipe).__init__).parameters.get("scheduler")
+    flow = True if wanted is not None and "FlowMatch" in str(wanted.annotation) else None
+    row = nearest_row(scheduler, flow, noise=loop is not None and loop.generator)
+    if loop is not None and loop.eta:
+        row = default_row(flow=False)
+    return f"set pipe.scheduler = {in_place_of(scheduler, row, 'pipe.scheduler')}"

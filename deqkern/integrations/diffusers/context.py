@@ -34,8 +34,9 @@ def parallel(
 
     Args:
         pipe: One of those in docs/diffusers.md, or a subclass with the same loop, with a DDIMScheduler, a
-            DPMSolverMultistepScheduler of order 2 (dpmsolver++ or sde-dpmsolver++, midpoint) or, for models of flow
-            matching, a FlowMatchEulerDiscreteScheduler. Inpainting needs a UNet of 9 channels.
+            DDPMScheduler whose variance is not learned, a DPMSolverMultistepScheduler of order 2 (dpmsolver++ or
+            sde-dpmsolver++, midpoint) or, for models of flow matching, a FlowMatchEulerDiscreteScheduler. Inpainting
+            needs a UNet of 9 channels.
         rtol: As in `deqkern.sample`.
         solver: As in `deqkern.sample`, but no "auto".
         max_batch: Rows in one call of the denoiser; guidance takes two per state, or a second call.
@@ -67,7 +68,7 @@ def parallel(
     """
     loop, denoiser = loop_of(pipe), denoiser_of(pipe)
     scheduler = original_of(pipe.scheduler)  # of a context inside a context
-    row = check_scheduler(scheduler)
+    row = check_scheduler(pipe, scheduler)
     check_pair(pipe, scheduler, row)
     solver = default() if solver is None else solver
     check_solver("solver", solver)

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ... import inversion
 from ...chain.schedule import NoiseSchedule
-from ...chain.schedulers import row_by_step
+from ...chain.schedulers import default_row, in_place_of, row_by_step
 from ...engine.solution import Solution
 from ...network.guidance import guided
 from ...network.replication import replicated
 from ...problem import check_options
-from .checks import loop_name, unknown_rule
+from .checks import loop_name
 from .scheduler import original_of
 
 INVERTIBLE = ("DDIMPipeline", "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
@@ -78,7 +78,10 @@ def invert(
     scheduler = original_of(pipe.scheduler)
     row = row_by_step(scheduler)
     if row is None or not row.invertible:
-        raise ValueError(unknown_rule(scheduler))
+        use = in_place_of(scheduler, default_row(flow=False), "pipe.scheduler")
+        raise ValueError(
+            f"pipe.scheduler is a {type(scheduler).__name__}, whose steps cannot be undone; set pipe.scheduler = {use}"
+        )
     schedule, device = NoiseSchedule.from_diffusers(scheduler), pipe.unet.device
     if schedule.clip_sample or schedule.thresholding:
         raise ValueError(

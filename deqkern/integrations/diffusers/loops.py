@@ -136,6 +136,7 @@ _QWEN = Loop(doubled=False, timestep=_rounded_thousandth, grid=_grid_of_shapes, 
 # The pipelines that can run in parallel. A subclass that keeps the loop is as good.
 LOOPS = {
     "DDIMPipeline": replace(_UNET, eta=True),
+    "DDPMPipeline": _UNET,
     "DiTPipeline": Loop(),
     "StableDiffusionPipeline": _UNET,
     "StableDiffusionImg2ImgPipeline": _UNET,

@@ -192,12 +192,9 @@ class ParallelRun:
         latents = self._loop.latents(x, given, self._hook.denoiser.config, copies=copies)
         preview = x[: latents.batch, : latents.own].clone()
         first, noise = latents.unpack(preview), None
-        eta, dtype = self._scheduler.noise_of(self._arguments, x.dtype)
+        eta = self._scheduler.eta_of(self._arguments)
         if eta:
-            from diffusers.utils.torch_utils import randn_tensor
-
-            generator = self._arguments.get("generator")
-            noise = torch.stack([randn_tensor(first.shape, generator, x.device, dtype=dtype) for _ in self._span])
+            noise = self._scheduler.step_noise(first, self._arguments.get("generator"), self._span)
         table = self._scheduler.table(eta).part(self._span)
         traits = Traits(dtype=x.dtype, precision=torch.finfo(x.dtype).eps, error_prefix="pipe's denoiser returned")
         solve = begin(first, table, self._solver, traits, rtol=self._rtol, step_noise=noise)

@@ -52,25 +52,32 @@ class SchedulerProxy:
         if not torch.equal(self.table().timesteps, values.cpu()):
             raise ValueError(
                 f"num_inference_steps={self.plain.num_inference_steps}: the scheduler's timesteps, {values.tolist()}, "
-                "are not those of its chain; take another number of steps, and leave out timesteps= of your own"
+                "are not those of its chain; take another number of steps"
             )
         vars(self.posed).update(vars(self.plain))
         return values
 
-    def table(self, eta: float = 0.0) -> StepTable:
+    def table(self, eta: float | None = None) -> StepTable:
         """The chain that the scheduler is set to."""
         assert self.schedule is not None
-        count = int(self.plain.num_inference_steps)
-        return self.schedule.steps(count, eta=eta, order=self.row.order_of(self.plain))
+        return self.schedule.steps(len(self.plain.timesteps), eta=eta, order=self.row.order_of(self.plain))
 
-    def noise_of(self, call: Mapping[str, Any], latents: torch.dtype) -> tuple[float, torch.dtype]:
-        """The eta of the chain, and the dtype in which noise is drawn, for latents of that dtype.
-
-        `call` holds the arguments of the pipeline.
-        """
+    def eta_of(self, call: Mapping[str, Any]) -> float:
+        """The eta of the chain, where `call` holds the arguments of the pipeline."""
         noise = self.row.noise_of(self.plain)
-        eta = float(call.get("eta") or 0.0) if noise.eta is None else noise.eta
-        return eta, noise.dtype or latents
+        return float(call.get("eta") or 0.0) if noise.eta is None else noise.eta
+
+    def step_noise(self, first: Tensor, generator: Any, span: range) -> Tensor:
+        """The noise (S, B, *shape) of the steps `span`, drawn in the order of the loop, for latents like `first`."""
+        from diffusers.utils.torch_utils import randn_tensor
+
+        noise = self.row.noise_of(self.plain)
+        dtype = noise.dtype or first.dtype
+        drawn = [noise.at_zero or bool(t > 0) for t in self.plain.timesteps[span.start : span.stop]]
+        none = torch.zeros(first.shape, dtype=dtype, device=first.device)
+        return torch.stack(
+            [randn_tensor(first.shape, generator, first.device, dtype=dtype) if draws else none for draws in drawn]
+        )
 
     def step_call(self, *args: Any, **kwargs: Any) -> StepCall:
         """What these arguments of `step` are."""
