@@ -66,9 +66,9 @@ def test_a_scheduler_that_cannot_be_inverted() -> None:
         (
             diffusers.EulerAncestralDiscreteScheduler(),
             ValueError,
-            r"schedule is a EulerAncestral.*take DDPMScheduler\.from_config\(schedule\.config\)",
+            r"schedule is a EulerAncestral.*take DDPMScheduler\.from_config\(schedule\.config",
         ),
-        (diffusers.PNDMScheduler(), ValueError, r"DPMSolverMultistepScheduler\.from_config\(schedule\.config\)"),
+        (diffusers.PNDMScheduler(), ValueError, r"take DPMSolverMultistepScheduler\.from_config\(schedule\.config\)"),
         (diffusers.EDMEulerScheduler(), ValueError, "schedule is a EDMEulerScheduler"),
         (
             diffusers.DDPMScheduler(variance_type="learned"),

@@ -16,7 +16,7 @@ from terminal import plain, run
 
 import deqkern
 from deqkern import models, plots, runs
-from deqkern.chain.schedule import TIMESTEP_SPACINGS
+from deqkern.chain.timesteps import TIMESTEP_SPACINGS
 from deqkern.cli.results import median, spread
 from deqkern.cli.sampling import Chains, Preset, Spacing
 from deqkern.engine.solution import relative_error
